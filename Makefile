@@ -1,0 +1,56 @@
+# Everything from a fresh checkout: `make train`, `make test`, `make check`.
+# Needs Python 3.11 to 3.13 with venv; uses uv where it is installed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamps are written last, so that an installation that broke off is done again.
+STAMP := $(VENV)/installed
+DEV_STAMP := $(VENV)/installed-dev
+# One worker a core: compiling, which is most of the suite, uses one.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help install train test test-slow lint types check lock clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv and install the package and what it needs
+
+train: $(STAMP)  ## train PPO on CartPole-v1 and evaluate it
+	@$(BIN)/ppo-jax train CartPole-v1
+
+test: $(DEV_STAMP)  ## run the tests and doctests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+test-slow: $(DEV_STAMP)  ## run the learning runs of minutes
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: $(DEV_STAMP)  ## check style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP)  ## check types
+	@$(BIN)/mypy
+
+check: test lint types  ## everything that CI checks
+
+$(STAMP): pyproject.toml requirements.lock
+	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements.lock
+	@touch $@
+
+$(DEV_STAMP): $(STAMP) requirements-dev.lock
+	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements-dev.lock
+	@touch $@
+
+lock:  ## make the lock files anew (needs uv)
+	uv lock
+	uv export --quiet --no-hashes --no-emit-project --no-dev --output-file requirements.lock
+	uv export --quiet --no-hashes --no-emit-project --output-file requirements-dev.lock
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache

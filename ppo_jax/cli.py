@@ -1,0 +1,227 @@
+"""The command `ppo-jax`. Nothing slow is imported before the command line is understood."""
+
+import dataclasses
+import datetime
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import ppo_jax
+from ppo_jax import envs, presets
+from ppo_jax.config import Config, ConfigError, HParams
+from ppo_jax.runs.directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class _ConfigFlags(Config):
+    """What changes shapes or control flow: each new set of values is compiled anew."""
+
+    env: tyro.conf.Positional[str] = "CartPole-v1"
+    """Name of the environment (`ppo-jax envs` lists them)."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: `config` does, where an error can be told from a fault in parsing."""
+
+    @property
+    def config(self) -> Config:
+        """The same as a `Config`."""
+        return Config(**vars(self))
+
+
+# The same fields as scalars: in Python they may be arrays, or tracers, as well.
+_Scalars: Any = dataclasses.make_dataclass(
+    "_Scalars",
+    [(field.name, float | None, None) for field in dataclasses.fields(HParams)],
+    bases=(HParams,),
+    frozen=True,
+)
+
+
+class _HParamFlags(_Scalars):
+    """Scalars. None leaves a value to the algorithm."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: `hparams` does."""
+
+    @property
+    def hparams(self) -> HParams:
+        """The same as `HParams`."""
+        return HParams(**vars(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a policy, evaluate it, and keep both in a run directory.
+
+    A known environment starts from its tuned preset; flags override it.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[_ConfigFlags]
+    hparams: tyro.conf.OmitArgPrefixes[_HParamFlags]
+    seed: int = 0
+    """Random seed."""
+    seeds: int | None = None
+    """Train this many seeds at once, starting from --seed."""
+    run_dir: Path | None = None
+    """Where the run is written; runs/ENV_ALGORITHM_TIME by default."""
+    overwrite: bool = False
+    """Replace a run that is there already."""
+    eval_episodes: int = 128
+    """Episodes of the evaluation at the end, for each seed."""
+    log_every: int | None = None
+    """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        config, hparams = self.config.config, self.hparams.hparams
+        envs.check_name(config.env)
+        timesteps = config.num_updates * config.batch_size
+        if timesteps != config.total_timesteps:
+            _say(
+                f"{config.total_timesteps:,} steps are not a whole number of updates of "
+                f"{config.batch_size:,}: {timesteps:,} will run."
+            )
+        time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        run_dir = self.run_dir or Path("runs") / f"{config.env}_{config.algorithm}_{time}"
+        RunDirectory.check(run_dir, overwrite=self.overwrite)
+        _enable_compilation_cache()
+
+        from ppo_jax.runs.run import summarize, train
+
+        result = train(
+            config,
+            hparams,
+            seed=self.seed,
+            num_seeds=self.seeds,
+            run_dir=run_dir,
+            overwrite=self.overwrite,
+            eval_episodes=self.eval_episodes,
+            log_every=self.log_every,
+        )
+        total = result.timesteps * len(result.seeds)
+        print(
+            f"trained {config.env} with {config.algorithm}: {total:,} steps in "
+            f"{result.run_seconds:.1f} s ({total / max(result.run_seconds, 1e-9):,.0f} steps/s), "
+            f"compiled in {result.compile_seconds:.1f} s"
+        )
+        if result.evaluation is None:
+            print(f"stopped by Ctrl-C; the policy so far is in {run_dir}")
+            return 130
+        _print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
+        print(f"run: {run_dir}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluate the policy of a run over complete episodes."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory that `ppo-jax train` wrote."""
+    episodes: int = 128
+    """Episodes, for each of the run's seeds."""
+    seed: int = 0
+    """Random seed of the evaluation."""
+    sample: bool = False
+    """Sample actions instead of taking the most likely ones."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        if self.episodes < 1:
+            raise ConfigError(f"episodes must be at least 1; got {self.episodes}.")
+        RunDirectory.open(self.run_dir)
+        _enable_compilation_cache()
+        from ppo_jax.runs.run import evaluate_run
+
+        result = evaluate_run(
+            self.run_dir, seed=self.seed, num_episodes=self.episodes, greedy=not self.sample
+        )
+        _print_evaluation(result)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Envs:
+    """List the environments that can be trained."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("environment", "preset", box=None)
+        for name in envs.names():
+            table.add_row(name, _preset_summary(name))
+        Console().print(table)
+        return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 2 for a setting that breaks a rule."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--version" in argv:
+        print(f"ppo-jax {ppo_jax.__version__}")
+        return 0
+    try:
+        command = tyro.cli(
+            _commands(argv),
+            prog="ppo-jax",
+            description="Policy-gradient training, compiled end to end with JAX.",
+            args=argv or ["--help"],
+        )
+        return command.run()
+    except ConfigError as error:
+        _say(f"ppo-jax: error: {error}")
+        return 2
+
+
+def _commands(argv: list[str]) -> Any:
+    """The union of all commands; `train` has the preset of the environment in `argv`."""
+    env = next((word for word in argv if word in envs.names()), "CartPole-v1")
+    config, hparams = presets.preset(env)
+    default = Train(config=_ConfigFlags(**vars(config)), hparams=_HParamFlags(**vars(hparams)))
+    subcommand = tyro.conf.subcommand
+    return (
+        Annotated[Train, subcommand("train", default=default)]
+        | Annotated[Eval, subcommand("eval")]
+        | Annotated[Envs, subcommand("envs")]
+    )
+
+
+def _enable_compilation_cache() -> None:
+    """Keeps compiled programs between commands, in the user's cache directory."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = Path.home() / ".cache" / "ppo_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    per_seed = result["seeds"]
+    acting = "greedy" if result["greedy"] else "sampled"
+    for row in per_seed:
+        print(
+            f"evaluation of seed {row['seed']}: return {row['eval/return']:.1f} "
+            f"± {row['eval/return_std']:.1f} (least {row['eval/return_min']:.1f}), "
+            f"length {row['eval/length']:.1f}, over {result['episodes']} {acting} episodes"
+        )
+    if len(per_seed) > 1:
+        print(f"mean return over {len(per_seed)} seeds: {result['eval/return']:.1f}")
+
+
+def _preset_summary(name: str) -> str:
+    if name not in presets.names():
+        return "-"
+    config, _ = presets.preset(name)
+    return f"{config.total_timesteps:,} steps, {config.num_envs} environments"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What a training is: `Config` (static, hashable) and `HParams` (float scalars, always traced).
+
+Neither needs JAX, so that a command line can explain or refuse a setting at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Value = int | float | bool | str
+Activation = Literal["tanh", "relu", "elu", "gelu", "silu"]
+LearningRateSchedule = Literal["linear", "cosine", "constant"]
+AdvantageNormalization = Literal["minibatch", "batch", "none"]
+
+
+class ConfigError(ValueError):
+    """A setting breaks a rule. The message holds the rule, the values and the remedy."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not in a table: lists the nearest and all known ones.
+
+    >>> print(unknown_name("animal", "cot", ["cat", "dog"]))
+    unknown animal 'cot'. Did you mean cat? Known: cat, dog.
+    """
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    return ConfigError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What changes shapes or control flow in a training: one `Config`, one compilation.
+
+    Frozen, hashable, and checked when made. Numbers that do not change shapes are in
+    `HParams`, which is traced.
+
+    Raises:
+      ConfigError: a field breaks a rule; raised before anything is traced.
+
+    >>> Config(num_envs=4, num_steps=128, num_minibatches=3)
+    Traceback (most recent call last):
+    ...
+    ppo_jax.config.ConfigError: num_envs * num_steps must be divisible by num_minibatches; \
+got 4 * 128 and 3. Try 2 or 4.
+    """
+
+    env: str = "CartPole-v1"
+    """Name of the environment (`ppo-jax envs` lists them)."""
+    env_kwargs: tuple[tuple[str, Value], ...] = ()
+    """Arguments of the environment's constructor, as name value pairs (a dict in Python)."""
+    env_params: tuple[tuple[str, Value], ...] = ()
+    """Changes to the environment's default parameters, as name value pairs (a dict in Python)."""
+    algorithm: str = "ppo"
+    """Name of the algorithm: a row of `ppo_jax.algorithms.ALGORITHMS`."""
+    total_timesteps: int = 1_000_000
+    """Environment steps to train for, over all environments; whole updates only, rounded down."""
+    num_envs: int = 64
+    """N: environments that are stepped together."""
+    num_steps: int = 128
+    """T: steps of each environment between two updates."""
+    num_epochs: int = 4
+    """Passes over the data of one rollout."""
+    num_minibatches: int = 4
+    """Gradient steps per epoch; each uses num_envs * num_steps / num_minibatches samples."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of actor and critic."""
+    activation: Activation = "tanh"
+    """Activation after each hidden layer."""
+    shared_torso: bool = False
+    """Actor and critic share their hidden layers."""
+    optimizer: str = "adam"
+    """Name of an optax optimiser."""
+    optimizer_kwargs: tuple[tuple[str, Value], ...] = ()
+    """Arguments of the optimiser besides the learning rate; Adam's eps is 1e-5 unless given."""
+    lr_schedule: LearningRateSchedule = "linear"
+    """How the learning rate falls to zero over the training, or "constant"."""
+    normalize_advantage: AdvantageNormalization = "minibatch"
+    """Where advantages are standardised to mean 0 and deviation 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for name in ("total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"):
+            _require_positive_integer(name, getattr(self, name))
+        for size in self.hidden_sizes:
+            _require_positive_integer("every entry of hidden_sizes", size)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise unknown_name(name, str(getattr(self, name)), choices)
+        if self.batch_size % self.num_minibatches:
+            raise ConfigError(
+                "num_envs * num_steps must be divisible by num_minibatches; got "
+                f"{self.num_envs} * {self.num_steps} and {self.num_minibatches}. "
+                f"Try {_nearest_divisors(self.batch_size, self.num_minibatches)}."
+            )
+        if self.total_timesteps < self.batch_size:
+            raise ConfigError(
+                "total_timesteps must be at least one update, num_envs * num_steps; got "
+                f"{self.total_timesteps} and {self.num_envs} * {self.num_steps} = "
+                f"{self.batch_size}. Raise total_timesteps or lower num_envs or num_steps."
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Environment steps in one update, num_envs * num_steps."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that fit into total_timesteps.
+
+        >>> Config(num_envs=4, num_steps=128, total_timesteps=500_000).num_updates
+        976
+        """
+        return self.total_timesteps // self.batch_size
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with some fields changed; an unknown field is a `ConfigError`."""
+        return _replace(self, changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class HParams:
+    """Hyperparameters that are traced: any of them can be an array under `vmap`.
+
+    `None`, the default, leaves a value to the algorithm's row in `ALGORITHMS`; for `target_kl`,
+    `value_clip_eps` and `max_grad_norm` the row may say None as well, and then that part of the
+    update does not exist. Only the values that are set are leaves of the pytree, so
+    `jax.vmap(run, in_axes=(None, 0))(key, HParams(learning_rate=rates))` is a sweep.
+    Setting a value that the algorithm does not use is an error.
+
+    Raises:
+      ConfigError: a concrete value is NaN or outside its range.
+
+    >>> HParams(learning_rate=-1e-3)
+    Traceback (most recent call last):
+    ...
+    ppo_jax.config.ConfigError: learning_rate must be in [0, 3.40282e+38]; got -0.001.
+    """
+
+    learning_rate: Any = None
+    """Step size of the optimiser before annealing."""
+    gamma: Any = None
+    """Discount γ per environment step, in [0, 1]."""
+    gae_lambda: Any = None
+    """λ of GAE, in [0, 1]: 0 is the TD error, 1 the discounted return minus the value."""
+    clip_eps: Any = None
+    """ε of the clipped surrogate: the ratio is clipped to [1 − ε, 1 + ε]."""
+    value_clip_eps: Any = None
+    """Clip range of a new value around the rollout's; in units of the value. None: no clipping."""
+    ent_coef: Any = None
+    """Weight of the entropy bonus."""
+    vf_coef: Any = None
+    """Weight of the value loss, which is half the mean squared error."""
+    max_grad_norm: Any = None
+    """Largest global norm of a gradient, over actor and critic together."""
+    target_kl: Any = None
+    """Stop an update's remaining minibatches once the approximate KL passes this. None: never."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in HPARAM_RANGES.items():
+            value = _concrete(getattr(self, name))
+            if value is None:
+                continue
+            if not np.all((value >= low) & (value <= high)):  # NaN fails both
+                raise ConfigError(
+                    f"{name} must be in [{low:g}, {high:g}]; got {getattr(self, name)}."
+                )
+
+    def replace(self, **changes: Any) -> "HParams":
+        """A copy with some values changed; an unknown name is a `ConfigError`."""
+        return _replace(self, changes)
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+HPARAM_RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (0.0, _LARGEST),
+    "gamma": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
+    "clip_eps": (0.0, math.inf),
+    "value_clip_eps": (0.0, math.inf),
+    "ent_coef": (0.0, _LARGEST),
+    "vf_coef": (0.0, _LARGEST),
+    "max_grad_norm": (0.0, math.inf),
+    "target_kl": (0.0, math.inf),
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": get_args(Activation),
+    "lr_schedule": get_args(LearningRateSchedule),
+    "normalize_advantage": get_args(AdvantageNormalization),
+}
+
+
+def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(instance)]
+    for name in changes:
+        if name not in known:
+            raise unknown_name(f"{type(instance).__name__} field", name, known)
+    return dataclasses.replace(instance, **changes)
+
+
+def _pairs(name: str, value: Any) -> tuple[tuple[str, Value], ...]:
+    """A mapping, or pairs, as a sorted tuple of pairs: hashable, and equal when equal."""
+    try:
+        return tuple(sorted(dict(value).items()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must map names to values; got {value!r}.") from error
+
+
+def _require_positive_integer(name: str, value: Any) -> None:
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < 1:
+        raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
+
+
+def _nearest_divisors(number: int, near: int) -> str:
+    below = max(d for d in range(1, near + 1) if number % d == 0)
+    above = next((d for d in range(near, number + 1) if number % d == 0), below)
+    return f"{below} or {above}" if below != above else f"{below}"
+
+
+def _concrete(value: Any) -> np.ndarray | None:
+    """The numbers in `value`; None where there are none yet (unset, or a tracer)."""
+    if value is None:
+        return None
+    if isinstance(value, (bool, str)):
+        raise ConfigError(f"a hyperparameter must be a number; got {value!r}.")
+    if isinstance(value, (int, float, np.ndarray, np.generic)):
+        return np.asarray(value)
+    jax = sys.modules.get("jax")  # an array of JAX's can only exist once it is imported
+    if jax is not None and isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+        return np.asarray(value)
+    return None

@@ -1,0 +1,99 @@
+"""Environments by name: `make`, `register`, `names`.
+
+gymnax's names are written down here because importing gymnax takes 8 s, too long for a list
+or for the report of a misspelt name; a test compares them with its registry.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ppo_jax.config import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from ppo_jax.envs.environment import Environment
+
+GYMNAX_NAMES = (
+    "CartPole-v1",
+    "Acrobot-v1",
+    "MountainCar-v0",
+    "MountainCarContinuous-v0",
+    "Pendulum-v1",
+    "Asterix-MinAtar",
+    "Breakout-MinAtar",
+    "Freeway-MinAtar",
+    "Seaquest-MinAtar",
+    "SpaceInvaders-MinAtar",
+    "Catch-bsuite",
+    "DeepSea-bsuite",
+    "DiscountingChain-bsuite",
+    "MemoryChain-bsuite",
+    "MNISTBandit-bsuite",
+    "SimpleBandit-bsuite",
+    "UmbrellaChain-bsuite",
+    "BernoulliBandit-misc",
+    "FourRooms-misc",
+    "FrozenLake-misc",
+    "GaussianBandit-misc",
+    "MetaMaze-misc",
+    "PointRobot-misc",
+    "Pong-misc",
+    "Reacher-misc",
+    "Swimmer-misc",
+)
+
+_registered: dict[str, Callable[..., Any]] = {}
+
+
+def names() -> tuple[str, ...]:
+    """All names that `make` takes.
+
+    >>> "CartPole-v1" in names()
+    True
+    """
+    return (*GYMNAX_NAMES, *_registered)
+
+
+def check_name(name: str) -> None:
+    """Raises a `ConfigError` that lists the nearest names if there is no such environment."""
+    if name not in names():
+        raise unknown_name("environment", name, names())
+
+
+def register(name: str, factory: Callable[..., Any]) -> None:
+    """Makes `factory(**env_kwargs)` available under `name`.
+
+    Args:
+      name: a name that is not taken.
+      factory: returns an `Environment`, or any object with gymnax 1.x's interface.
+    """
+    if name in names():
+        raise ConfigError(f"an environment's name must be new; {name!r} is taken. Choose another.")
+    _registered[name] = factory
+
+
+def make(name: str, **kwargs: Any) -> "Environment":
+    """Builds the environment of that name.
+
+    Raises:
+      ConfigError: unknown name, or spaces that no policy can handle.
+    """
+    check_name(name)
+    from ppo_jax.envs import gymnax_adapter
+    from ppo_jax.envs.environment import Environment
+
+    if name in GYMNAX_NAMES:
+        return gymnax_adapter.make(name, **kwargs)
+    env = _registered[name](**kwargs)
+    return env if isinstance(env, Environment) else gymnax_adapter.adapt(name, env)
+
+
+def override_params(name: str, params: Any, changes: dict[str, Any]) -> Any:
+    """`params`, a dataclass, with some fields changed; an unknown field is a `ConfigError`."""
+    if not changes:
+        return params
+    known = [f.name for f in dataclasses.fields(params)] if dataclasses.is_dataclass(params) else []
+    for field in changes:
+        if field not in known:
+            raise unknown_name(f"parameter of {name}", field, known)
+    return dataclasses.replace(params, **changes)

@@ -1,0 +1,42 @@
+"""The protocol that every environment follows inside ppo_jax, whatever suite it comes from."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from ppo_jax.envs.spaces import Box, Space
+
+
+class Step(NamedTuple):
+    """What one step returns, in gymnax 1.x's order, after an automatic reset."""
+
+    obs: jax.Array
+    """The next observation to act on: after an episode's end, the first of the next."""
+    state: Any
+    reward: jax.Array
+    """float32 scalar."""
+    terminated: jax.Array
+    """bool: the episode reached a terminal state; what follows is worth nothing."""
+    truncated: jax.Array
+    """bool: a time limit cut the episode; what would have followed keeps its value."""
+    info: dict[str, Any]
+    """`info["final_observation"]` is the true successor, before any reset."""
+
+
+class Environment(NamedTuple):
+    """An environment as pure functions of one environment (`vmap` makes many).
+
+    `reset(key, params) -> (obs, state)`;
+    `step(key, state, action, params) -> Step`, which resets by itself at an episode's end.
+    Observations have the dtype of `observation_space`, rewards are float32, and actions are
+    clipped to the bounds of a box before they reach the suite's code.
+    """
+
+    name: str
+    reset: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+    step: Callable[[jax.Array, Any, jax.Array, Any], Step]
+    params: Any
+    """Default parameters: a pytree of scalars, traced."""
+    observation_space: Box
+    action_space: Space

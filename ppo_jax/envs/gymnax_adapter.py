@@ -1,0 +1,81 @@
+"""gymnax environments under our protocol. The only module that imports gymnax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.config import ConfigError
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import Box, Discrete, Space
+
+
+def make(name: str, **kwargs: Any) -> Environment:
+    """The environment of that name in gymnax's registry."""
+    import gymnax  # 8 s of CPU: plotting libraries come with it
+
+    env, _ = gymnax.make(name, **kwargs)
+    return adapt(name, env)
+
+
+def adapt(name: str, env: Any) -> Environment:
+    """Any object with gymnax 1.x's interface as an `Environment`.
+
+    Four of gymnax's environments return rewards or observations of another dtype than their
+    spaces say (Catch, UmbrellaChain, FourRooms, BernoulliBandit); they are cast here.
+
+    Raises:
+      ConfigError: a space that no policy can handle yet.
+    """
+    params = env.default_params
+    observation_space = _observation_space(name, env.observation_space(params))
+    action_space = _action_space(name, env.action_space(params))
+
+    def cast_obs(obs: jax.Array) -> jax.Array:
+        return jnp.asarray(obs, observation_space.dtype)
+
+    def reset(key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+        obs, state = env.reset(key, params)
+        return cast_obs(obs), state
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        if isinstance(action_space, Box):
+            space = env.action_space(params)  # its bounds may depend on traced parameters
+            action = jnp.clip(action, space.low, space.high).astype(action_space.dtype)
+        obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
+        info = {**info, "final_observation": cast_obs(info["final_observation"])}
+        reward = jnp.asarray(reward, jnp.float32)
+        return Step(cast_obs(obs), state, reward, terminated, truncated, info)
+
+    return Environment(
+        name=name,
+        reset=reset,
+        step=step,
+        params=params,
+        observation_space=observation_space,
+        action_space=action_space,
+    )
+
+
+def _box(space: Any) -> Box:
+    return Box(tuple(space.shape), jnp.dtype(space.dtype).name)
+
+
+def _observation_space(name: str, space: Any) -> Box:
+    if hasattr(space, "n") or not hasattr(space, "shape"):
+        raise ConfigError(
+            f"observations must be arrays (a Box space); {name} has {space}. "
+            "Encode them as an array in the environment, for example one-hot."
+        )
+    return _box(space)
+
+
+def _action_space(name: str, space: Any) -> Space:
+    if hasattr(space, "n"):
+        return Discrete(int(space.n))
+    if hasattr(space, "low") and jnp.issubdtype(space.dtype, jnp.floating):
+        return _box(space)
+    raise ConfigError(
+        f"actions must be Discrete or a floating-point Box; {name} has {space}. "
+        "Choose another environment, or flatten its actions into one of these spaces."
+    )

@@ -1,0 +1,63 @@
+"""Optimisers by name, with a traced learning rate, and the schedules that anneal it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ppo_jax.config import Config, unknown_name
+
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "constant": jnp.ones_like,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+}
+"""Progress of the training in [0, 1) → factor of the learning rate."""
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adabelief": {},
+    "adagrad": {},
+    # Adam's eps of 1e-5, not optax's 1e-8, is PPO's since OpenAI Baselines: Huang et al. 2022,
+    # "The 37 implementation details of PPO", detail 3.
+    "adam": {"eps": 1e-5},
+    "adamax": {},
+    "adamw": {"eps": 1e-5},
+    "lion": {},
+    "nadam": {"eps": 1e-5},
+    "radam": {"eps": 1e-5},
+    "rmsprop": {"decay": 0.99, "eps": 1e-5},  # A2C's, from the same source
+    "sgd": {},
+}
+"""Names of optax optimisers and the arguments with which we differ from optax's defaults."""
+
+Optimizer = Callable[[Any, Any], optax.GradientTransformation]
+"""`(learning_rate, max_grad_norm) -> transformation`; both may be traced, the norm also None."""
+
+
+def make_optimizer(config: Config) -> Optimizer:
+    """The optimiser that `config` names, behind a clip of the gradient's global norm.
+
+    Raises:
+      ConfigError: unknown optimiser, or an argument that it does not take.
+    """
+    if config.optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", config.optimizer, OPTIMIZERS)
+    factory = getattr(optax, config.optimizer)
+    known = [name for name in inspect.signature(factory).parameters if name != "learning_rate"]
+    for name, _ in config.optimizer_kwargs:
+        if name not in known:
+            raise unknown_name(f"argument of optax.{config.optimizer}", name, known)
+    kwargs = {**OPTIMIZERS[config.optimizer], **dict(config.optimizer_kwargs)}
+
+    def optimizer(learning_rate: Any, max_grad_norm: Any) -> optax.GradientTransformation:
+        descend = factory(learning_rate, **kwargs)
+        if max_grad_norm is None:
+            return optax.flatten(descend)
+        # All of these are elementwise but for the norm: one flat vector means one kernel
+        # where a tree means one for each leaf.
+        return optax.flatten(optax.chain(optax.clip_by_global_norm(max_grad_norm), descend))
+
+    return optimizer

@@ -1,0 +1,1 @@
+"""What acts: action distributions, networks, and the policy as a value."""

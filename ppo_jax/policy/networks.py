@@ -1,0 +1,88 @@
+"""The networks: observations in, parameters of an action distribution and values out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.policy.distributions import Head
+from ppo_jax.policy.initializers import orthogonal
+
+_HIDDEN_GAIN = np.sqrt(2.0)
+# A small gain makes the first policy nearly uniform, or centred: Andrychowicz et al. 2021
+# (arXiv:2006.05990), section 3.2.
+_ACTOR_GAIN = 0.01
+_CRITIC_GAIN = 1.0
+
+
+class MLP(nn.Module):
+    """Dense layers, each followed by an activation; orthogonal initialisation."""
+
+    hidden_sizes: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., F]` to `[..., hidden_sizes[-1]]`."""
+        for size in self.hidden_sizes:
+            x = self.activation(_dense(size, _HIDDEN_GAIN)(x))
+        return x
+
+
+class ActorCritic(nn.Module):
+    """An actor and a critic over observations of any batch shape.
+
+    Each has hidden layers of its own unless `shared_torso`. The two are methods because a
+    rollout needs only the actor: values come from one batched call afterwards.
+    """
+
+    head: Head
+    obs_ndim: int
+    hidden_sizes: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array]
+    shared_torso: bool
+
+    def setup(self) -> None:
+        """Makes the layers; flax calls this."""
+        self.actor_torso = MLP(self.hidden_sizes, self.activation)
+        self.actor_out = _dense(self.head.num_outputs, _ACTOR_GAIN)
+        if not self.shared_torso:
+            self.critic_torso = MLP(self.hidden_sizes, self.activation)
+        self.critic_out = _dense(1, _CRITIC_GAIN)
+        if self.head.log_std_shape is not None:
+            zeros = nn.initializers.zeros_init()
+            self.log_std = self.param("log_std", zeros, self.head.log_std_shape)
+
+    def __call__(self, obs: jax.Array) -> tuple[Any, jax.Array]:
+        """Distribution parameters `[..., *]` and values `[...]`."""
+        x = self._flat(obs)
+        features = self.actor_torso(x)
+        return self._parametrize(features), self._value(features if self.shared_torso else x)
+
+    def actor(self, obs: jax.Array) -> Any:
+        """Distribution parameters `[..., *]`."""
+        return self._parametrize(self.actor_torso(self._flat(obs)))
+
+    def critic(self, obs: jax.Array) -> jax.Array:
+        """Values `[...]`."""
+        x = self._flat(obs)
+        return self._value(self.actor_torso(x) if self.shared_torso else x)
+
+    def _flat(self, obs: jax.Array) -> jax.Array:
+        batch_shape = obs.shape[: obs.ndim - self.obs_ndim]
+        return obs.reshape(*batch_shape, -1).astype(jnp.float32)
+
+    def _parametrize(self, features: jax.Array) -> Any:
+        log_std = None if self.head.log_std_shape is None else self.log_std
+        return self.head.parametrize(self.actor_out(features), log_std)
+
+    def _value(self, x: jax.Array) -> jax.Array:
+        features = x if self.shared_torso else self.critic_torso(x)
+        return self.critic_out(features).squeeze(-1)
+
+
+def _dense(size: int, gain: float) -> nn.Dense:
+    return nn.Dense(size, kernel_init=orthogonal(gain))

@@ -1,0 +1,85 @@
+"""The first stage: act in the environments for T steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.envs.environment import Environment
+from ppo_jax.policy.policy import Policy, head_of
+from ppo_jax.types import EpisodeStats, RolloutState, Trajectory, strongly_typed
+
+
+def reset(env: Environment, env_params: Any, key: jax.Array, *, num_envs: int) -> RolloutState:
+    """N environments at the start of an episode."""
+    keys = jax.random.split(key, num_envs)
+    obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
+    return RolloutState(
+        env_state=strongly_typed(env_state),
+        obs=obs,
+        episode_return=jnp.zeros(num_envs, jnp.float32),
+        episode_length=jnp.zeros(num_envs, jnp.int32),
+    )
+
+
+def rollout(
+    env: Environment,
+    env_params: Any,
+    policy: Policy,
+    state: RolloutState,
+    key: jax.Array,
+    *,
+    num_steps: int,
+) -> tuple[RolloutState, Trajectory, EpisodeStats]:
+    """Acts for `num_steps` in every environment.
+
+    The loop holds what the next action needs and no more: noise and keys are drawn before it,
+    log-probabilities and values are computed after it, in one batch each.
+    """
+    head = head_of(policy.spec)
+    num_envs = state.episode_return.shape[0]
+    noise_key, env_key = jax.random.split(key)
+    noise = head.noise(noise_key, (num_steps, num_envs))
+    step_keys = jax.random.split(env_key, (num_steps, num_envs))
+    env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
+
+    def act(
+        carry: tuple[RolloutState, EpisodeStats], inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[RolloutState, EpisodeStats], Trajectory]:
+        state, ended = carry
+        noise_t, keys_t = inputs
+        action_params = policy.action_params(state.obs)
+        action = head.sample(action_params, noise_t)
+        step = env_step(keys_t, state.env_state, action, env_params)
+        transition = Trajectory(
+            obs=state.obs,
+            action=action,
+            action_params=action_params,
+            reward=step.reward,
+            terminated=step.terminated,
+            truncated=step.truncated,
+            final_obs=step.info["final_observation"],
+        )
+        done = jnp.logical_or(step.terminated, step.truncated)
+        episode_return = state.episode_return + step.reward
+        episode_length = state.episode_length + 1
+        ended = EpisodeStats(  # [N] each: sums over environments wait until after the loop
+            return_sum=ended.return_sum + jnp.where(done, episode_return, 0.0),
+            length_sum=ended.length_sum + jnp.where(done, episode_length, 0),
+            episodes=ended.episodes + done,
+        )
+        state = RolloutState(
+            env_state=step.state,
+            obs=step.obs,
+            episode_return=jnp.where(done, 0.0, episode_return),
+            episode_length=jnp.where(done, 0, episode_length),
+        )
+        return (state, ended), transition
+
+    none_ended = EpisodeStats(
+        return_sum=jnp.zeros(num_envs, jnp.float32),
+        length_sum=jnp.zeros(num_envs, jnp.int32),
+        episodes=jnp.zeros(num_envs, jnp.int32),
+    )
+    (state, ended), trajectory = jax.lax.scan(act, (state, none_ended), (noise, step_keys))
+    return state, trajectory, jax.tree.map(jnp.sum, ended)

@@ -1,0 +1,269 @@
+"""A training that a person watches: compiled updates in chunks, everything else between them."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.algorithms import complete
+from ppo_jax.config import Config, ConfigError, HParams
+from ppo_jax.envs.environment import Environment
+from ppo_jax.evaluation import Evaluation, evaluate
+from ppo_jax.policy.policy import Policy
+from ppo_jax.runs.directory import RunDirectory
+from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.metrics_log import MetricsLog, window_means
+from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.trainer import Trainer, make_trainer
+from ppo_jax.types import Metrics, TrainState
+
+_CHUNK_SECONDS = 1.0
+_MAX_CHUNK = 1024  # updates; bounds the buffer of metrics on the device
+_LOGGED_ROWS = 1000  # at most about this many rows per seed, unless log_every is given
+_EVALUATION_STREAM = 0xE7A1  # folded into a seed's key, away from training's splits
+
+
+class Run(NamedTuple):
+    """What a training leaves. With `num_seeds`, every array has a leading axis of seeds."""
+
+    state: TrainState
+    policy: Policy
+    evaluation: Evaluation | None
+    """None after Ctrl-C."""
+    seeds: tuple[int, ...]
+    timesteps: int
+    """Environment steps done, by each seed."""
+    compile_seconds: float
+    run_seconds: float
+    """Training alone: without compilation and evaluation."""
+    run_dir: Path | None
+
+
+def train(
+    config: Config,
+    hparams: HParams | None = None,
+    *,
+    seed: int = 0,
+    num_seeds: int | None = None,
+    run_dir: str | Path | None = None,
+    overwrite: bool = False,
+    eval_episodes: int = 128,
+    log_every: int | None = None,
+    progress: bool = True,
+) -> Run:
+    """Trains with a progress bar, writes the run to disk if asked, and evaluates the result.
+
+    The numbers are those of `jax.jit(trainer.run)(jax.random.key(seed), hparams)`, bit for
+    bit: only the chunks in which updates are dispatched differ. Ctrl-C stops between two
+    chunks and keeps what was learnt so far.
+
+    Args:
+      config: what to train.
+      hparams: hyperparameters, scalars; None for the algorithm's defaults.
+      seed: training starts from `jax.random.key(seed)`.
+      num_seeds: train this many consecutive seeds at once, under `vmap`.
+      run_dir: directory for `config.json`, `metrics.jsonl`, `policy.msgpack` and
+        `evaluation.json`; None writes nothing.
+      overwrite: replace a run that is there already.
+      eval_episodes: episodes of the greedy evaluation at the end, for each seed.
+      log_every: updates per row of `metrics.jsonl`; by default about 1000 rows in all.
+      progress: show a progress bar on standard error.
+
+    Returns:
+      A `Run`.
+
+    Raises:
+      ConfigError: a setting breaks a rule, or `run_dir` holds files; before anything is traced.
+    """
+    counts = {"num_seeds": num_seeds, "eval_episodes": eval_episodes, "log_every": log_every}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1; got {count}.")
+    hparams = complete(hparams, config.algorithm)
+    trainer = make_trainer(config)
+    seeds = tuple(range(seed, seed + (num_seeds or 1)))
+    directory = None
+    if run_dir is not None:
+        directory = RunDirectory.create(run_dir, overwrite=overwrite)
+        directory.write_config(config, hparams, seeds=seed if num_seeds is None else seeds)
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
+    if num_seeds is None:
+        keys = keys[0]
+    log_every = log_every or max(1, config.num_updates // _LOGGED_ROWS)
+    log = MetricsLog(seeds, config.batch_size, log_every)
+    timesteps_per_update = config.batch_size * len(seeds)
+
+    with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+        started = time.perf_counter()
+        state, advance = _compile(trainer, config, keys, hparams)
+        compiled = time.perf_counter()
+        bar.start(config.num_updates * timesteps_per_update)
+        updates, count = 0, 1
+        while updates < config.num_updates and not interrupt.requested:
+            count = min(count, config.num_updates - updates)
+            chunk_started = time.perf_counter()
+            state, metrics = advance(state, count)
+            seconds = time.perf_counter() - chunk_started
+            updates += count
+            rate = count * timesteps_per_update / seconds
+            ending = updates == config.num_updates or interrupt.requested
+            rows = log.add(metrics, flush=ending)
+            if directory is not None:
+                directory.append_metrics({**row, "time/steps_per_second": rate} for row in rows)
+            bar.advance(
+                count * timesteps_per_update,
+                steps_per_second=rate,
+                episode_return=_mean_return(metrics),
+            )
+            # At most double, so that one slow or fast chunk does not mislead.
+            count = max(1, min(2 * count, int(count * _CHUNK_SECONDS / seconds), _MAX_CHUNK))
+        finished = time.perf_counter()
+
+    policy = trainer.policy(state)
+    if directory is not None:
+        directory.write_policy(policy)
+    evaluation = None
+    if updates == config.num_updates:
+        eval_keys = _evaluation_keys(keys)
+        evaluation = evaluate_seeds(policy, trainer.env, eval_keys, eval_episodes)
+        if directory is not None:
+            directory.write_evaluation(summarize(evaluation, seeds, greedy=True))
+    return Run(
+        state=state,
+        policy=policy,
+        evaluation=evaluation,
+        seeds=seeds,
+        timesteps=updates * config.batch_size,
+        compile_seconds=compiled - started,
+        run_seconds=finished - compiled,
+        run_dir=None if directory is None else directory.path,
+    )
+
+
+def load(run_dir: str | Path, *, seed: int | None = None) -> Policy:
+    """The policy of a run, as a value that acts.
+
+    Args:
+      run_dir: what `train` wrote.
+      seed: which policy of a run of several seeds; None is the only seed or the first.
+
+    Raises:
+      ConfigError: no run is there, it has no policy yet, or not that seed.
+    """
+    directory = RunDirectory.open(run_dir)
+    _, _, seeds = directory.read_config()
+    policy = directory.read_policy()
+    if isinstance(seeds, int):
+        if seed not in (None, seeds):
+            raise ConfigError(f"seed must be one of the run's; got {seed}. It has {seeds}.")
+        return policy
+    if seed is not None and seed not in seeds:
+        raise ConfigError(f"seed must be one of the run's; got {seed}. It has {seeds}.")
+    index = 0 if seed is None else seeds.index(seed)
+    return jax.tree.map(lambda x: x[index], policy)
+
+
+def evaluate_run(
+    run_dir: str | Path, *, seed: int = 0, num_episodes: int = 128, greedy: bool = True
+) -> dict[str, Any]:
+    """Evaluates every policy of a run again; returns what `summarize` makes of it."""
+    directory = RunDirectory.open(run_dir)
+    config, _, seeds = directory.read_config()
+    policy = directory.read_policy()
+    env = make_trainer(config).env
+    key = jax.random.key(seed)
+    keys = key if isinstance(seeds, int) else jax.random.split(key, len(seeds))
+    evaluation = evaluate_seeds(policy, env, _evaluation_keys(keys), num_episodes, greedy=greedy)
+    return summarize(evaluation, [seeds] if isinstance(seeds, int) else seeds, greedy=greedy)
+
+
+def evaluate_seeds(
+    policy: Policy, env: Environment, keys: jax.Array, num_episodes: int, *, greedy: bool = True
+) -> Evaluation:
+    """`evaluate` for one policy, or for a stack of them if there is a stack of keys."""
+
+    def one(policy: Policy, key: jax.Array) -> Evaluation:
+        return evaluate(policy, env, env.params, key, num_episodes, greedy=greedy)
+
+    return jax.jit(jax.vmap(one) if keys.ndim else one)(policy, keys)
+
+
+def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> dict[str, Any]:
+    """An evaluation in numbers that a file can hold."""
+    returns = np.atleast_2d(evaluation.returns)
+    lengths = np.atleast_2d(evaluation.lengths)
+    finished = np.atleast_2d(evaluation.finished)
+    return {
+        "eval/return": returns.mean(),
+        "episodes": returns.shape[1],
+        "greedy": greedy,
+        "seeds": [
+            {
+                "seed": seed,
+                "eval/return": returns[i].mean(),
+                "eval/return_std": returns[i].std(),
+                "eval/return_min": returns[i].min(),
+                "eval/length": lengths[i].mean(),
+                "eval/finished": finished[i].mean(),
+            }
+            for i, seed in enumerate(seeds)
+        ],
+    }
+
+
+Advance = Callable[[TrainState, int], tuple[TrainState, Mapping[str, np.ndarray]]]
+
+
+def _compile(
+    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams
+) -> tuple[TrainState, Advance]:
+    """The first state, and `(state, count) -> (state, metrics [count, seeds])`.
+
+    The number of updates is traced, so that chunks of any length share one compilation.
+    """
+    hparams = jax.tree.map(jnp.float32, hparams)
+    capacity = min(config.num_updates, _MAX_CHUNK)
+    init, step = trainer.init, trainer.step
+    if keys.ndim:
+        init, step = jax.vmap(init, in_axes=(0, None)), jax.vmap(step, in_axes=(0, None))
+
+    def advance(
+        state: TrainState, hparams: HParams, count: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        def update(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = step(carry[0], hparams)
+            rows = jax.tree.map(lambda rows, row: rows.at[i].set(row), carry[1], metrics)
+            return state, rows
+
+        _, shapes = jax.eval_shape(step, state, hparams)
+        rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, count, update, (state, rows))
+
+    state = jax.jit(init)(keys, hparams)
+    program = jax.jit(advance, donate_argnums=0).lower(state, hparams, np.int32(1)).compile()
+
+    def advance_on_host(
+        state: TrainState, count: int
+    ) -> tuple[TrainState, Mapping[str, np.ndarray]]:
+        state, metrics = program(state, hparams, np.int32(count))
+        return state, {
+            key: np.asarray(value)[:count].reshape(count, -1) for key, value in metrics.items()
+        }
+
+    return state, advance_on_host
+
+
+def _evaluation_keys(keys: jax.Array) -> jax.Array:
+    def fold_in(key: jax.Array) -> jax.Array:
+        return jax.random.fold_in(key, _EVALUATION_STREAM)
+
+    return jax.vmap(fold_in)(keys) if keys.ndim else fold_in(keys)
+
+
+def _mean_return(metrics: Mapping[str, np.ndarray]) -> float:
+    returns = window_means(metrics)["episode/return"]
+    return float(np.nanmean(returns)) if np.isfinite(returns).any() else float("nan")

@@ -1,0 +1,99 @@
+"""The records that flow from stage to stage, and the state that lives between updates.
+
+Axes: T time, N environments, B minibatch, A action dimension, S population. Time-major.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ppo_jax.config import HParams
+
+Metrics = dict[str, jax.Array]
+"""Scalars that a person wants to see; keys are "train/…" and "episode/…"."""
+
+
+class EpisodeStats(NamedTuple):
+    """Episodes that ended during one rollout."""
+
+    return_sum: jax.Array  # []
+    length_sum: jax.Array  # []
+    episodes: jax.Array  # []
+
+
+class RolloutState(struct.PyTreeNode):
+    """Where the environments stand between two rollouts."""
+
+    env_state: Any  # [N, ...]
+    obs: jax.Array  # [N, ...]
+    episode_return: jax.Array  # [N], of the episodes under way
+    episode_length: jax.Array  # [N]
+
+
+class Trajectory(NamedTuple):
+    """What one rollout saw and did; every leaf is [T, N, ...]."""
+
+    obs: jax.Array  # [T, N, ...]
+    action: jax.Array  # [T, N, ...], as sampled: not clipped to a box's bounds
+    action_params: Any  # [T, N, ...], parameters of the distribution that was sampled from
+    reward: jax.Array  # [T, N]
+    terminated: jax.Array  # [T, N]
+    truncated: jax.Array  # [T, N]
+    final_obs: jax.Array  # [T, N, ...], the true successor of obs, before any reset
+
+
+class Batch(NamedTuple):
+    """What an update learns from: per sample [T, N], or [B] within a minibatch."""
+
+    obs: jax.Array  # [B, ...]
+    action: jax.Array  # [B, ...]
+    action_params: Any  # [B, ...], of the policy that acted
+    log_prob: jax.Array  # [B], of the policy that acted
+    value: jax.Array  # [B], of the critic before the update
+    advantages: jax.Array  # [B]
+    targets: jax.Array  # [B], what the critic should learn
+
+
+class Learner(struct.PyTreeNode):
+    """What an update changes."""
+
+    params: Any
+    opt_state: Any
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything the next update needs, so that saving it and resuming is exact."""
+
+    learner: Learner
+    rollout: RolloutState
+    env_params: Any
+    key: jax.Array
+    update: jax.Array  # [], updates done
+
+
+def strongly_typed(tree: Any) -> Any:
+    """The same tree with arrays for leaves, none of them weakly typed.
+
+    Python's numbers (gymnax counts time from 0) are weakly typed; an update makes them strong,
+    and the next call of a jitted function would compile a second time.
+    """
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def _flatten(hparams: HParams) -> tuple[list[tuple[jax.tree_util.GetAttrKey, Any]], None]:
+    names = (field.name for field in dataclasses.fields(HParams))
+    return [(jax.tree_util.GetAttrKey(name), getattr(hparams, name)) for name in names], None
+
+
+def _unflatten(_: None, values: Any) -> HParams:
+    # Past __post_init__: a tree's leaves may be axes, gradients or tracers, not settings.
+    hparams = object.__new__(HParams)
+    for field, value in zip(dataclasses.fields(HParams), values, strict=True):
+        object.__setattr__(hparams, field.name, value)
+    return hparams
+
+
+jax.tree_util.register_pytree_with_keys(HParams, _flatten, _unflatten)

@@ -1,0 +1,10 @@
+"""Settings of the test session: strict ranks, and a cache of compiled programs."""
+
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+cache = Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from ppo_jax.cli import main
+
+SMALL = ["--num-envs", "4", "--num-steps", "16", "--hidden-sizes", "8", "--eval-episodes", "3"]
+
+
+def test_train_then_eval(tmp_path, capsys):
+    path = str(tmp_path / "run")
+    arguments = ["--total-timesteps", "200", "--run-dir", path, "--learning-rate", "3e-4"]
+    assert main(["train", "CartPole-v1", *SMALL, *arguments, "--seeds", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "200 steps are not a whole number of updates of 64: 192 will run." in err
+    assert "evaluation of seed 1: return" in out
+    assert "over 3 greedy episodes" in out
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["config"]["num_envs"] == 4
+    assert record["hparams"]["learning_rate"] == 3e-4
+    assert record["hparams"]["value_clip_eps"] == 0.2  # the preset's, not overridden
+
+    assert main(["eval", path, "--episodes", "2", "--sample"]) == 0
+    assert "over 2 sampled episodes" in capsys.readouterr().out
+
+    assert main(["train", "CartPole-v1", *SMALL, *arguments]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
+
+
+def test_envs_lists_what_can_be_trained(capsys):
+    assert main(["envs"]) == 0
+    out = capsys.readouterr().out
+    assert "CartPole-v1" in out
+    assert "500,000 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "CartPol-v1"], "unknown environment 'CartPol-v1'. Did you mean CartPole-v1?"),
+        (["train", "CartPole-v1", "--num-minibatches", "3"], "Try 2 or 4."),
+        (["train", "CartPole-v1", "--gamma", "nan"], "gamma must be in [0, 1]; got nan."),
+        (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be a positive integer"),
+        (["eval", "/nowhere"], "a run's directory must hold config.json; /nowhere does not."),
+        (["eval", "/nowhere", "--episodes", "0"], "episodes must be at least 1; got 0."),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "CartPole-v1", "--num-envz", "3"])
+    assert exit_info.value.code == 2
+    assert "--num-envs" in capsys.readouterr().err
+
+
+def test_every_setting_is_an_explained_flag(capsys):
+    import dataclasses
+
+    from ppo_jax.config import Config, HParams
+
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for cls in (Config, HParams):
+        for field in dataclasses.fields(cls):
+            if field.name != "env":
+                flag = f"--{field.name.replace('_', '-')}"
+                assert f"{flag} " in out or f"{flag}, --no-" in out, flag

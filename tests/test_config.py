@@ -1,0 +1,108 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppo_jax
+from ppo_jax import Config, ConfigError, HParams, make_trainer
+from ppo_jax.algorithms import ALGORITHMS, complete
+from ppo_jax.config import HPARAM_RANGES
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_envs": 4, "num_minibatches": 3}, r"divisible.*got 4 \* 128 and 3\. Try 2 or 4\."),
+        ({"num_envs": 0}, "num_envs must be a positive integer; got 0"),
+        ({"num_steps": -1}, "num_steps must be a positive integer; got -1"),
+        ({"num_epochs": 1.5}, "num_epochs must be a positive integer; got 1.5"),
+        ({"num_envs": True}, "num_envs must be a positive integer; got True"),
+        ({"total_timesteps": 100}, r"at least one update.*got 100 and 64 \* 128 = 8192"),
+        ({"hidden_sizes": (64, 0)}, "hidden_sizes must be a positive integer; got 0"),
+        ({"activation": "tan"}, "unknown activation 'tan'. Did you mean tanh"),
+        ({"lr_schedule": "liner"}, "unknown lr_schedule 'liner'. Did you mean linear"),
+        ({"env_kwargs": 3}, "env_kwargs must map names to values; got 3"),
+    ],
+)
+def test_a_config_that_breaks_a_rule_says_so(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"env": "CartPol-v1"}, "unknown environment 'CartPol-v1'. Did you mean CartPole-v1"),
+        ({"algorithm": "pop"}, "unknown algorithm 'pop'. Did you mean ppo"),
+        ({"optimizer": "adm"}, "unknown optimizer 'adm'. Did you mean adam"),
+        ({"optimizer_kwargs": {"epz": 1.0}}, "unknown argument of optax.adam 'epz'"),
+        ({"env_params": {"gravty": 1.0}}, "unknown parameter of CartPole-v1 'gravty'.*gravity"),
+        ({"env": "FrozenLake-misc"}, "observations must be arrays.*FrozenLake-misc has Discrete"),
+    ],
+)
+def test_a_name_that_is_unknown_is_said_before_anything_is_traced(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(Config(**fields))
+
+
+@pytest.mark.parametrize("name", HPARAM_RANGES)
+@pytest.mark.parametrize(
+    "value", [-0.1, math.nan, np.array([0.1, -0.1]), jnp.array(math.nan), "0.1", True]
+)
+def test_a_hyperparameter_outside_its_range_is_refused(name, value):
+    with pytest.raises(ConfigError, match="must be"):
+        HParams(**{name: value})
+
+
+def test_gamma_and_lambda_end_at_one():
+    for name in ("gamma", "gae_lambda"):
+        with pytest.raises(ConfigError, match=name):
+            HParams(**{name: 1.01})
+
+
+def test_every_hyperparameter_has_a_range_and_a_user():
+    fields = set(vars(HParams()))
+    assert set(HPARAM_RANGES) == fields
+    assert set().union(*(row.hparams for row in ALGORITHMS.values())) == fields
+
+
+def test_replace_refuses_an_unknown_field():
+    with pytest.raises(ConfigError, match="unknown Config field 'num_env'. Did you mean num_envs"):
+        Config().replace(num_env=3)
+    with pytest.raises(ConfigError, match="unknown HParams field 'gama'. Did you mean gamma"):
+        HParams().replace(gama=0.9)
+
+
+def test_a_hyperparameter_that_the_algorithm_does_not_use_is_refused(monkeypatch):
+    row = ALGORITHMS["ppo"]
+    without = {name: value for name, value in row.hparams.items() if name != "clip_eps"}
+    monkeypatch.setitem(ALGORITHMS, "unclipped", row._replace(hparams=without))
+    with pytest.raises(ConfigError, match="clip_eps is set and unclipped uses learning_rate"):
+        complete(HParams(clip_eps=0.1), "unclipped")
+
+
+def test_config_is_hashable_and_equal_by_value():
+    one = Config(env_params={"gravity": 9.0, "length": 1.0}, hidden_sizes=[32, 32])
+    two = Config(env_params={"length": 1.0, "gravity": 9.0}, hidden_sizes=(32, 32))
+    assert one == two
+    assert hash(one) == hash(two)
+
+
+def test_only_hyperparameters_that_are_set_are_leaves():
+    hparams = HParams(learning_rate=jnp.array([1.0, 2.0]), gamma=0.9)
+    assert len(jax.tree.leaves(hparams)) == 2
+    doubled = jax.vmap(lambda h: h.learning_rate * 2, in_axes=(HParams(learning_rate=0),))(
+        HParams(learning_rate=jnp.array([1.0, 2.0]))
+    )
+    np.testing.assert_array_equal(doubled, [2.0, 4.0])
+    negated = jax.tree.map(lambda x: -x, HParams(gamma=0.9))  # a gradient may be negative
+    assert negated.gamma == -0.9
+
+
+def test_public_names_exist():
+    for name in ppo_jax.__all__:
+        assert getattr(ppo_jax, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = ppo_jax.nothing

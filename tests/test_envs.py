@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import Config, ConfigError, envs, make_trainer
+from ppo_jax.envs.spaces import Box, Discrete
+from tests.probes import PROBES, probe_name
+
+UNTRAINABLE = {
+    "FrozenLake-misc": "integer observations",
+    "MNISTBandit-bsuite": "downloads its data when made",
+}
+
+
+def test_the_list_of_names_is_gymnaxs():
+    import gymnax
+
+    assert set(envs.GYMNAX_NAMES) == set(gymnax.registered_envs)
+
+
+def test_a_name_can_be_registered_once():
+    name = probe_name("constant-value")
+    assert name in envs.names()
+    with pytest.raises(ConfigError, match="is taken"):
+        envs.register(name, PROBES["constant-value"])
+    with pytest.raises(ConfigError, match="is taken"):
+        envs.register("CartPole-v1", PROBES["constant-value"])
+
+
+def test_an_object_with_gymnaxs_interface_can_be_registered():
+    import gymnax
+
+    class Mine(gymnax.environments.classic_control.cartpole.CartPole):
+        pass
+
+    if "Mine-v0" not in envs.names():
+        envs.register("Mine-v0", Mine)
+    env = envs.make("Mine-v0")
+    assert env.observation_space == Box((4,))
+    assert env.action_space == Discrete(2)
+
+
+@pytest.mark.parametrize(
+    "name", ["Catch-bsuite", "UmbrellaChain-bsuite", "FourRooms-misc", "BernoulliBandit-misc"]
+)
+def test_dtypes_are_those_of_the_spaces(name):
+    """These four return other dtypes than their spaces say."""
+    env = envs.make(name)
+    key = jax.random.key(0)
+    obs, state = env.reset(key, env.params)
+    step = env.step(key, state, jnp.int32(0), env.params)
+    assert obs.dtype == step.obs.dtype == env.observation_space.dtype
+    assert step.info["final_observation"].dtype == env.observation_space.dtype
+    assert step.reward.dtype == jnp.float32
+
+
+def test_actions_are_clipped_to_bounds_that_depend_on_parameters():
+    """Pendulum's torque is bounded by its parameters, and reward pays 0.001 torque²."""
+    env = envs.make("Pendulum-v1")
+    key = jax.random.key(0)
+    _, state = env.reset(key, env.params)
+
+    def reward(action, max_torque):
+        params = env.params.replace(max_torque=max_torque)
+        return env.step(key, state, jnp.array([action]), params).reward
+
+    reward = jax.jit(reward)
+    assert reward(100.0, 2.0) == reward(2.0, 2.0)
+    assert reward(100.0, 3.0) == reward(3.0, 3.0)
+    assert reward(100.0, 3.0) < reward(100.0, 2.0)
+
+
+def test_a_time_limit_truncates_and_shows_the_last_observation():
+    env = envs.make("Pendulum-v1")
+    params = env.params.replace(max_steps_in_episode=3)
+    _, state = env.reset(jax.random.key(0), params)
+    for i in range(3):
+        step = jax.jit(env.step)(jax.random.key(i), state, jnp.zeros(1), params)
+        state = step.state
+    assert step.truncated
+    assert not step.terminated
+    assert not np.allclose(step.info["final_observation"], step.obs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(envs.GYMNAX_NAMES) - set(UNTRAINABLE)))
+def test_every_environment_can_be_trained(name):
+    config = Config(env=name, num_envs=2, num_steps=4, hidden_sizes=(8,), total_timesteps=16)
+    _, metrics = jax.jit(make_trainer(config).run)(jax.random.key(0))
+    assert jnp.isfinite(metrics["train/policy_loss"]).all()

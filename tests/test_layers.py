@@ -1,0 +1,109 @@
+"""The import graph: imports run downwards only, and importing has no effects."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ppo_jax"
+
+# From the bottom up; a module may import from its own layer's package and from layers below.
+LAYERS = [
+    ["config", "types", "presets"],
+    ["advantages", "objectives", "shuffle"],
+    ["envs", "policy"],
+    ["optimizers", "rollout", "update", "algorithms"],
+    ["trainer", "evaluation"],
+    ["runs"],
+    ["cli", "__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules():
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def layer(dotted):
+    parts = dotted.split(".")
+    return LEVEL.get(parts[1]) if parts[0] == "ppo_jax" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downwards(path):
+    own = LEVEL[path.relative_to(PACKAGE).with_suffix("").parts[0]]
+    upwards = [name for name in imports(path) if (layer(name) or 0) > own]
+    assert not upwards
+
+
+@pytest.mark.parametrize(
+    ("package", "home"),
+    [("gymnax", "envs/gymnax_adapter.py"), ("distrax", "policy/distributions.py")],
+)
+def test_slow_packages_are_imported_in_one_module(package, home):
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in modules()
+        if any(name.split(".")[0] == package for name in imports(path))
+    }
+    assert users == {home}
+
+
+SLOW = ["jax", "gymnax", "distrax", "flax"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["envs"],
+        ["train", "--help"],
+        ["train", "CartPol-v1"],
+        ["train", "CartPole-v1", "--gamma", "2"],
+        ["train", "CartPole-v1", "--num-envz", "2"],
+        ["train", "CartPole-v1", "--run-dir", "."],
+        ["eval", "/nowhere"],
+    ],
+)
+def test_help_and_errors_need_no_slow_package(arguments):
+    code = (
+        "import sys\nfrom ppo_jax.cli import main\n"
+        f"try:\n    main({arguments})\nexcept SystemExit: pass\n"
+        f"loaded = [name for name in {SLOW} if name in sys.modules]\n"
+        "assert not loaded, loaded\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_everything_starts_no_backend():
+    names = [
+        ".".join(("ppo_jax", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in modules()
+        if path.name != "__main__.py"
+    ]
+    code = (
+        "import importlib, os\nbefore = dict(os.environ)\n"
+        f"for name in {names}: importlib.import_module(name.removesuffix('.__init__'))\n"
+        "import jax._src.xla_bridge as bridge\n"
+        "assert not bridge.backends_are_initialized()\n"
+        "assert dict(os.environ) == before\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,56 @@
+"""Learning runs over several seeds, judged by evaluation."""
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax import Config, HParams, evaluate, make_trainer, preset
+
+
+def evaluate_seeds(config, hparams, num_seeds, episodes=64):
+    """Mean evaluation return of each seed, `[num_seeds]`."""
+    trainer = make_trainer(config)
+
+    def one(key):
+        train_key, eval_key = jax.random.split(key)
+        state, _ = trainer.run(train_key, hparams)
+        policy = trainer.policy(state)
+        result = evaluate(policy, trainer.env, trainer.env.params, eval_key, episodes)
+        return result.returns.mean()
+
+    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), num_seeds)))
+
+
+def test_ppo_solves_cartpole_with_purejaxrls_settings():
+    config = Config(
+        env="CartPole-v1",
+        num_envs=4,
+        num_steps=128,
+        total_timesteps=500_000,
+        num_epochs=4,
+        num_minibatches=4,
+        lr_schedule="linear",
+    )
+    hparams = HParams(
+        learning_rate=2.5e-4,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_eps=0.2,
+        value_clip_eps=0.2,
+        ent_coef=0.01,
+        vf_coef=0.5,
+        max_grad_norm=0.5,
+    )
+    returns = evaluate_seeds(config, hparams, num_seeds=10)
+    assert returns.mean() >= 475, returns
+    assert returns.min() >= 400, returns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("env", "bar"), [("CartPole-v1", 475.0), ("Acrobot-v1", -85.0), ("Pendulum-v1", -180.0)]
+)
+def test_presets_solve_their_environments(env, bar):
+    config, hparams = preset(env)
+    returns = evaluate_seeds(config, hparams, num_seeds=5, episodes=128)
+    assert returns.mean() >= bar, returns

@@ -1,0 +1,117 @@
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from ppo_jax.config import Config
+from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.policy.distributions import GaussianParams, make_head
+from ppo_jax.policy.initializers import orthogonal
+from ppo_jax.policy.policy import Policy, PolicySpec, load_policy, network_of, save_policy
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (4, 64), (64, 2), (64, 1), (300, 64), (1, 1)])
+def test_orthogonal_matrices_are_orthogonal(shape):
+    keys = jax.random.split(jax.random.key(0), 50)
+    x = np.asarray(jax.vmap(lambda key: orthogonal(2.0)(key, shape))(keys)) / 2.0
+    assert x.shape == (50, *shape)
+    if shape[0] < shape[1]:
+        x = x.transpose(0, 2, 1)
+    gram = x.transpose(0, 2, 1) @ x
+    np.testing.assert_allclose(gram, np.tile(np.eye(min(shape)), (50, 1, 1)), atol=1e-5)
+
+
+def test_orthogonal_matrices_have_no_preferred_direction():
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    x = np.asarray(jax.vmap(lambda key: orthogonal(1.0)(key, (3, 3)))(keys))
+    np.testing.assert_allclose(x.mean(0), np.zeros((3, 3)), atol=0.02)
+    np.testing.assert_allclose((x**2).mean(0), np.full((3, 3), 1 / 3), atol=0.01)
+    # The first entry of a uniform unit vector in three dimensions is uniform on [-1, 1].
+    assert scipy.stats.kstest(x[:, 0, 0], scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+def test_categorical_head():
+    head = make_head(Discrete(3))
+    probabilities = np.array([0.2, 0.5, 0.3])
+    logits = jnp.log(probabilities) + 1.0
+    noise = head.noise(jax.random.key(0), (100_000,))
+    actions = head.sample(jnp.tile(logits[None], (100_000, 1)), noise)
+    frequencies = np.bincount(actions, minlength=3) / 100_000
+    np.testing.assert_allclose(frequencies, probabilities, atol=0.01)
+    assert head.mode(logits) == 1
+    distribution = head.distribution(jnp.tile(logits[None], (3, 1)))
+    log_prob = distribution.log_prob(jnp.arange(3))
+    np.testing.assert_allclose(log_prob, np.log(probabilities), rtol=1e-5)
+    entropy = scipy.stats.entropy(probabilities)
+    np.testing.assert_allclose(distribution.entropy(), entropy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3)])
+def test_gaussian_head(shape):
+    head = make_head(Box(shape))
+    size = int(np.prod(shape))
+    outputs = jnp.linspace(-1.0, 1.0, 5 * size).reshape(5, size)
+    params = head.parametrize(outputs, jnp.full(shape, 0.3))
+    assert head.num_outputs == size
+    assert params.mean.shape == (5, *shape)
+    action = head.sample(params, head.noise(jax.random.key(0), (5,)))
+    scale = np.exp(0.3)
+    oracle = scipy.stats.norm(params.mean, scale)
+    axes = tuple(range(1, 1 + len(shape)))
+    distribution = head.distribution(params)
+    np.testing.assert_allclose(
+        distribution.log_prob(action), oracle.logpdf(action).sum(axes), rtol=1e-4
+    )
+    np.testing.assert_allclose(distribution.entropy(), oracle.entropy().sum(axes), rtol=1e-5)
+    np.testing.assert_array_equal(head.mode(params), params.mean)
+    many = GaussianParams(jnp.zeros((50_000, *shape)), jnp.full((50_000, *shape), 0.3))
+    samples = np.asarray(head.sample(many, head.noise(jax.random.key(1), (50_000,))))
+    np.testing.assert_allclose(samples.std(0), np.full(shape, scale), rtol=0.03)
+
+
+def make_policy(space, shared_torso=False):
+    spec = PolicySpec(Box((2, 3), "uint8"), space, (8, 8), "relu", shared_torso)
+    params = network_of(spec).init(jax.random.key(0), jnp.zeros((1, 2, 3), jnp.uint8))
+    return Policy(params=params, spec=spec)
+
+
+@pytest.mark.parametrize("space", [Discrete(4), Box((2,))])
+@pytest.mark.parametrize("shared_torso", [False, True])
+def test_a_policy_survives_saving(tmp_path, space, shared_torso):
+    policy = make_policy(space, shared_torso)
+    save_policy(policy, tmp_path / "policy.msgpack")
+    loaded = load_policy(tmp_path / "policy.msgpack")
+    assert loaded.spec == policy.spec
+    assert isinstance(hash(loaded.spec), int)
+    obs = jnp.arange(6, dtype=jnp.uint8).reshape(2, 3)
+    np.testing.assert_array_equal(loaded(obs), policy(obs))
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(loaded(obs, key), policy(obs, key))
+    np.testing.assert_array_equal(loaded.value(obs), policy.value(obs))
+
+
+@pytest.mark.parametrize("shared_torso", [False, True])
+def test_actor_and_critic_alone_agree_with_both_together(shared_torso):
+    policy = make_policy(Discrete(4), shared_torso)
+    obs = jnp.arange(24, dtype=jnp.uint8).reshape(4, 2, 3)
+    logits, value = network_of(policy.spec).apply(policy.params, obs)
+    np.testing.assert_allclose(policy.action_params(obs), logits, rtol=1e-5)
+    np.testing.assert_allclose(policy.value(obs), value, rtol=1e-5)
+    torsos = {name for name in policy.params["params"] if name.endswith("torso")}
+    assert torsos == ({"actor_torso"} if shared_torso else {"actor_torso", "critic_torso"})
+
+
+def test_the_first_policy_is_nearly_uniform():
+    policy = make_policy(Discrete(4))
+    logits = policy.action_params(jnp.full((2, 3), 9, jnp.uint8))
+    assert jnp.max(jnp.abs(logits)) < 0.5
+
+
+def test_activations_of_the_config_exist_in_flax():
+    import flax.linen as nn
+
+    for name in get_args(Config.__annotations__["activation"]):
+        assert callable(getattr(nn, name))

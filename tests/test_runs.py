@@ -1,0 +1,196 @@
+import json
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppo_jax
+from ppo_jax import Config, ConfigError, HParams, make_trainer
+from ppo_jax.runs.directory import RunDirectory
+from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.metrics_log import MetricsLog
+from ppo_jax.runs.run import evaluate_run
+
+CONFIG = Config(num_envs=4, num_steps=16, hidden_sizes=(8,), total_timesteps=64 * 11)
+HPARAMS = HParams(learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return ppo_jax.train(
+        CONFIG,
+        HPARAMS,
+        seed=3,
+        run_dir=tmp_path_factory.mktemp("runs") / "one",
+        eval_episodes=5,
+        log_every=2,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory):
+    return ppo_jax.train(
+        CONFIG,
+        HPARAMS,
+        seed=3,
+        num_seeds=2,
+        run_dir=tmp_path_factory.mktemp("runs") / "two",
+        eval_episodes=5,
+        progress=False,
+    )
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_watched_run_has_the_numbers_of_trainer_run_bit_for_bit(run):
+    trainer = make_trainer(CONFIG)
+    state, metrics = jax.jit(trainer.run)(jax.random.key(3), HPARAMS)
+    for ours, whole in zip(
+        jax.tree.leaves(run.state.learner), jax.tree.leaves(state.learner), strict=True
+    ):
+        np.testing.assert_array_equal(ours, whole)
+    rows = rows_of(run)
+    assert [row["update"] for row in rows] == [2, 4, 6, 8, 10, 11]
+    assert [row["timesteps"] for row in rows] == [128, 256, 384, 512, 640, 704]
+    assert rows[1]["train/entropy"] == pytest.approx(float(metrics["train/entropy"][2:4].mean()))
+    assert rows[-1]["train/entropy"] == pytest.approx(float(metrics["train/entropy"][10]))
+    episodes = sum(row["episode/count"] for row in rows)
+    assert episodes == metrics["episode/count"].sum()
+    assert run.timesteps == 704
+
+
+def test_what_a_run_writes_can_be_read(run):
+    config, hparams, seeds = RunDirectory.open(run.run_dir).read_config()
+    assert config == CONFIG
+    assert seeds == 3
+    assert hparams.learning_rate == 1e-3
+    assert hparams.gamma == 0.99  # the algorithm's defaults are written down too
+    policy = ppo_jax.load(run.run_dir)
+    obs = jnp.array([[0.1, 0.2, 0.3, 0.4], [-0.1, -0.2, -0.3, -0.4]])
+    np.testing.assert_array_equal(policy.action_params(obs), run.policy.action_params(obs))
+    record = json.loads((run.run_dir / "evaluation.json").read_text())
+    assert record["episodes"] == 5
+    assert record["eval/return"] == pytest.approx(float(run.evaluation.returns.mean()))
+    again = evaluate_run(run.run_dir, seed=3, num_episodes=5)
+    assert again["eval/return"] == pytest.approx(record["eval/return"])
+
+
+def test_seeds_run_at_once_and_are_kept_apart(run, population):
+    assert population.seeds == (3, 4)
+    assert population.evaluation.returns.shape == (2, 5)
+    np.testing.assert_allclose(
+        np.concatenate([x[0].ravel() for x in jax.tree.leaves(population.policy)]),
+        np.concatenate([x.ravel() for x in jax.tree.leaves(run.policy)]),
+        atol=1e-4,
+    )
+    rows = rows_of(population)
+    assert [(row["update"], row["seed"]) for row in rows[:4]] == [(1, 3), (1, 4), (2, 3), (2, 4)]
+    for seed, index in ((None, 0), (3, 0), (4, 1)):
+        policy = ppo_jax.load(population.run_dir, seed=seed)
+        for ours, theirs in zip(
+            jax.tree.leaves(policy), jax.tree.leaves(population.policy), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs[index])
+    with pytest.raises(ConfigError, match="got 9. It has"):
+        ppo_jax.load(population.run_dir, seed=9)
+    result = evaluate_run(population.run_dir, num_episodes=4)
+    assert [row["seed"] for row in result["seeds"]] == [3, 4]
+
+
+def test_a_run_is_never_overwritten_unasked(run):
+    before = {path.name: path.read_bytes() for path in run.run_dir.iterdir()}
+    with pytest.raises(ConfigError, match="must be new or empty.*--overwrite"):
+        ppo_jax.train(CONFIG, run_dir=run.run_dir, progress=False)
+    assert {path.name: path.read_bytes() for path in run.run_dir.iterdir()} == before
+
+
+def test_overwriting_replaces_a_runs_files_and_no_others(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.jsonl").write_text("old")
+    directory = RunDirectory.create(tmp_path, overwrite=True)
+    directory.append_metrics([{"a": np.float32(1.5), "b": float("nan")}])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1.5, "b": null}\n'
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_cannot_start_leaves_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="unknown environment"):
+        ppo_jax.train(Config(env="CartPol-v1"), run_dir=tmp_path / "x", progress=False)
+    assert not (tmp_path / "x").exists()
+    for bad in ({"num_seeds": 0}, {"eval_episodes": 0}, {"log_every": 0}):
+        with pytest.raises(ConfigError, match="must be at least 1; got 0"):
+            ppo_jax.train(CONFIG, run_dir=tmp_path / "x", progress=False, **bad)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_no_run_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"must hold config\.json"):
+        ppo_jax.load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        RunDirectory.create(tmp_path / "file", overwrite=True)
+
+
+def test_ctrl_c_stops_between_chunks_and_keeps_what_was_learnt(tmp_path):
+    config = CONFIG.replace(total_timesteps=64 * 1_000_000)
+    path = tmp_path / "stopped"
+
+    def press_when_training():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if (path / "metrics.jsonl").exists():
+                signal.raise_signal(signal.SIGINT)
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=press_when_training)
+    thread.start()
+    run = ppo_jax.train(config, run_dir=path, progress=False, log_every=1)
+    thread.join()
+    assert run.evaluation is None
+    assert 0 < run.timesteps < config.total_timesteps
+    assert rows_of(run)[-1]["timesteps"] == run.timesteps
+    assert ppo_jax.load(path)(jnp.zeros(4)) in (0, 1)
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with deferred_interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_metrics_rows_are_means_over_windows_weighted_by_episodes():
+    log = MetricsLog(seeds=[7], batch_size=10, log_every=2)
+    nan = float("nan")
+
+    def metrics(loss, returns, count):
+        return {
+            "train/policy_loss": np.array(loss)[:, None],
+            "episode/return": np.array(returns)[:, None],
+            "episode/count": np.array(count)[:, None],
+        }
+
+    assert log.add(metrics([1.0], [nan], [0]), flush=False) == []
+    (row,) = log.add(metrics([3.0, 5.0], [4.0, 8.0], [2, 6]), flush=False)
+    assert row["update"] == 2
+    assert row["timesteps"] == 20
+    assert row["seed"] == 7
+    assert row["train/policy_loss"] == 2.0
+    assert row["episode/return"] == 4.0
+    assert row["episode/count"] == 2
+    (row,) = log.add(metrics([7.0], [0.0], [2]), flush=True)
+    assert row["train/policy_loss"] == 6.0
+    assert row["episode/return"] == (8.0 * 6 + 0.0 * 2) / 8
+    (row,) = log.add(metrics([1.0], [nan], [0]), flush=True)
+    assert np.isnan(row["episode/return"])

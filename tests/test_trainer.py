@@ -1,0 +1,287 @@
+"""The contracts of `Trainer`, for every algorithm."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import Config, HParams, make_train, make_trainer
+from ppo_jax.algorithms import ALGORITHMS, complete
+from ppo_jax.rollout import rollout
+
+UPDATES = 6
+
+
+def small(algorithm, **changes):
+    fields = {
+        "algorithm": algorithm,
+        "num_envs": 4,
+        "num_steps": 16,
+        "num_epochs": 2,
+        "num_minibatches": 2,
+        "hidden_sizes": (16,),
+        "total_timesteps": UPDATES * 64,
+    }
+    return Config(**{**fields, **changes})
+
+
+class Case:
+    """One algorithm with its compiled functions, shared between tests."""
+
+    def __init__(self, algorithm):
+        self.algorithm = algorithm
+        self.config = small(algorithm)
+        self.trainer = make_trainer(self.config)
+        self.hparams = jax.tree.map(jnp.float32, complete(None, algorithm))
+        self.init = jax.jit(self.trainer.init)
+        self.step = jax.jit(self.trainer.step)
+        self.run = jax.jit(self.trainer.run)
+        self.run_seeds = jax.jit(jax.vmap(self.trainer.run, in_axes=(0, None)))
+
+
+@pytest.fixture(scope="module", params=sorted(ALGORITHMS))
+def case(request):
+    return Case(request.param)
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+def test_metrics_are_scalars_of_finite_numbers(case):
+    _, metrics = case.run(jax.random.key(0), case.hparams)
+    for name, value in metrics.items():
+        assert value.shape == (UPDATES,), name
+        if not name.startswith("episode/"):
+            assert jnp.isfinite(value).all(), name
+
+
+def test_vmapped_seeds_equal_a_loop_of_single_runs(case):
+    keys = jax.random.split(jax.random.key(0), 3)
+    states, _ = case.run_seeds(keys, case.hparams)
+    for i, key in enumerate(keys):
+        alone, _ = case.run(key, case.hparams)
+        for x, y in zip(
+            jax.tree.leaves(states.learner.params),
+            jax.tree.leaves(alone.learner.params),
+            strict=True,
+        ):
+            np.testing.assert_allclose(x[i], y, atol=2e-5)
+
+
+def test_changing_one_seed_changes_no_other_lane(case):
+    keys = jax.random.split(jax.random.key(0), 3)
+    before = case.run_seeds(keys, case.hparams)
+    after = case.run_seeds(keys.at[1].set(jax.random.key(99)), case.hparams)
+    for i in (0, 2):
+        assert_same_bits(*(jax.tree.map(lambda x, i=i: x[i], run) for run in (before, after)))
+    one = functools.partial(jax.tree.map, lambda x: x[1])
+    with pytest.raises(AssertionError):
+        assert_same_bits(one(before[0].learner), one(after[0].learner))
+
+
+def test_run_equals_single_steps_bit_for_bit(case):
+    whole, metrics = case.run(jax.random.key(0), case.hparams)
+    state = case.init(jax.random.key(0), case.hparams)
+    rows = []
+    for _ in range(UPDATES):
+        state, row = case.step(state, case.hparams)
+        rows.append(row)
+    assert_same_bits(whole, state)
+    assert_same_bits(metrics, jax.tree.map(lambda *x: jnp.stack(x), *rows))
+    by_default, _ = jax.jit(case.trainer.run)(jax.random.key(0))
+    assert_same_bits(whole, by_default)
+
+
+def test_new_keys_and_hyperparameters_do_not_recompile(case):
+    """Nothing is traced again, neither for new values nor for the state that a step returns."""
+    traces = []
+
+    def counted(function):
+        def call(*args):
+            traces.append(function)
+            return function(*args)
+
+        return jax.jit(call)
+
+    run, step = counted(case.trainer.run), counted(case.trainer.step)
+    state = case.init(jax.random.key(0), case.hparams)
+    for seed in range(3):
+        run(jax.random.key(seed), case.hparams.replace(learning_rate=0.1 * seed))
+        state, _ = step(state, case.hparams.replace(gamma=0.1 * seed))
+    assert traces == [case.trainer.run, case.trainer.step]
+
+
+def test_hyperparameters_are_a_vmap_away(case):
+    rates = jnp.array([0.0, 1e-3, 1e-2])
+    sweep = jax.jit(jax.vmap(case.trainer.run, in_axes=(None, 0)))
+    states, _ = sweep(jax.random.key(0), HParams(learning_rate=rates))
+    start = case.init(jax.random.key(0), case.hparams).learner.params
+    moved = [
+        sum(
+            float(jnp.abs(x[i] - y).sum())
+            for x, y in zip(
+                jax.tree.leaves(states.learner.params), jax.tree.leaves(start), strict=True
+            )
+        )
+        for i in range(3)
+    ]
+    assert moved[0] == 0.0
+    assert 0.0 < moved[1] < moved[2]
+
+
+def test_memory_does_not_grow_with_total_timesteps(case):
+    """Beyond the metrics' own scalars."""
+
+    def temporaries_and_outputs(updates):
+        config = small(case.algorithm, total_timesteps=updates * 64)
+        compiled = jax.jit(make_train(config)).lower(jax.random.key(0)).compile()
+        analysis = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes, analysis.output_size_in_bytes
+
+    short, long = temporaries_and_outputs(10), temporaries_and_outputs(10_000)
+    num_metrics = len(case.run(jax.random.key(0), case.hparams)[1])
+    scalars = 4 * num_metrics * (10_000 - 10)
+    assert long[1] - short[1] == scalars
+    assert long[0] - short[0] <= scalars
+
+
+def test_legacy_keys_work_too(case):
+    trainer = case.trainer
+    jax.eval_shape(trainer.run, jax.random.PRNGKey(0))
+
+
+def test_the_policy_that_acts_is_the_policy_that_learns():
+    """Log-probabilities of the rollout, recomputed for the first minibatch: the ratio is 1."""
+    for env in ("CartPole-v1", "Pendulum-v1"):
+        trainer = make_trainer(small("ppo", env=env, num_minibatches=1, num_epochs=1))
+        state = trainer.init(jax.random.key(0))
+        _, metrics = jax.jit(trainer.step)(state)
+        assert metrics["train/approx_kl"] == pytest.approx(0.0, abs=1e-10)
+        assert metrics["train/clip_fraction"] == 0.0
+
+
+def test_rollouts_go_on_where_the_last_one_stopped():
+    trainer = make_trainer(small("ppo"))
+    state = trainer.init(jax.random.key(0))
+    policy = trainer.policy(state)
+    roll = functools.partial(rollout, trainer.env, state.env_params, policy, num_steps=50)
+    after, trajectory, ended = jax.jit(roll)(state.rollout, jax.random.key(1))
+    done = trajectory.terminated | trajectory.truncated
+    # Within an episode the successor is the next observation; at its end it is not.
+    np.testing.assert_array_equal(
+        trajectory.final_obs[:-1][~done[:-1]], trajectory.obs[1:][~done[:-1]]
+    )
+    assert done.any()
+    assert (trajectory.final_obs[:-1][done[:-1]] != trajectory.obs[1:][done[:-1]]).any()
+    np.testing.assert_array_equal(after.obs[~done[-1]], trajectory.final_obs[-1][~done[-1]])
+    # Statistics: every step belongs to an episode that ended or that is under way.
+    assert ended.episodes == done.sum()
+    assert ended.length_sum + after.episode_length.sum() == 50 * 4
+    assert ended.return_sum + after.episode_return.sum() == pytest.approx(50 * 4)
+    assert after.episode_length[done[-1]].sum() == 0
+
+
+def test_env_params_are_a_vmap_away():
+    trainer = make_trainer(small("ppo"))
+    limits = jnp.array([5, 7])
+    params = jax.tree.map(lambda x: jnp.full(2, x), trainer.env.params)
+    params = params.replace(max_steps_in_episode=limits)
+    _, metrics = jax.jit(jax.vmap(trainer.run, in_axes=(None, None, 0)))(
+        jax.random.key(0), None, params
+    )
+    np.testing.assert_allclose(np.nanmax(metrics["episode/length"], axis=1), limits)
+
+
+def test_env_params_of_the_config_are_used():
+    trainer = make_trainer(small("ppo", env_params={"max_steps_in_episode": 5}))
+    _, metrics = jax.jit(trainer.run)(jax.random.key(0))
+    np.testing.assert_allclose(metrics["episode/length"][1:], 5.0)
+
+
+def test_target_kl_stops_an_update_under_vmap():
+    trainer = make_trainer(small("ppo", num_epochs=4, num_minibatches=4, lr_schedule="constant"))
+    state = trainer.init(jax.random.key(0))
+    step = jax.jit(jax.vmap(trainer.step, in_axes=(None, 0)))
+    limits = jnp.array([0.0, 0.01, jnp.inf])
+    hparams = HParams(learning_rate=jnp.full(3, 0.02), target_kl=limits)
+    states, metrics = step(state, hparams)
+    steps = metrics["train/gradient_steps"]
+    assert steps[2] == 16
+    assert steps[0] < steps[1] < 16
+    # An early stop leaves the state of the last step that was taken, optimiser included.
+    unlimited, _ = step(state, hparams.replace(target_kl=None))
+    for i, same in ((2, True), (1, False)):
+        pairs = zip(
+            jax.tree.leaves(states.learner), jax.tree.leaves(unlimited.learner), strict=True
+        )
+        assert all(np.allclose(x[i], y[i], atol=1e-6) for x, y in pairs) == same
+
+
+def test_value_clipping_and_gradient_norm_change_the_update():
+    trainer = make_trainer(small("ppo"))
+    state = trainer.init(jax.random.key(0))
+    step = jax.jit(trainer.step)
+
+    def params_after(**hparams):
+        learner = step(state, HParams(learning_rate=1e-2, **hparams))[0].learner
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(learner.params)])
+
+    base = params_after()
+    assert not np.allclose(params_after(value_clip_eps=1e-3), base)
+    np.testing.assert_allclose(params_after(value_clip_eps=jnp.inf), base, atol=1e-6)
+    assert not np.allclose(params_after(max_grad_norm=1e-6), base)
+
+
+@pytest.mark.parametrize("where", ["minibatch", "batch", "none"])
+def test_advantages_are_standardised_where_the_config_says(where):
+    """Scaling every reward changes a policy's loss only where nothing is standardised."""
+    config = small("ppo", normalize_advantage=where, num_minibatches=1, num_epochs=1)
+    trainer = make_trainer(config)
+    state = trainer.init(jax.random.key(0))
+    _, metrics = jax.jit(trainer.step)(state, HParams(gae_lambda=1.0))
+    # With ratio 1 the loss is minus the mean advantage: zero once standardised.
+    is_zero = abs(float(metrics["train/policy_loss"])) < 1e-5
+    assert is_zero == (where != "none")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [1.0, 0.5 + 0.5 / np.sqrt(2), 0.5, 0.5 - 0.5 / np.sqrt(2)]),
+    ],
+)
+def test_learning_rate_schedules(schedule, expected):
+    config = small("ppo", lr_schedule=schedule, total_timesteps=4 * 64)
+    _, metrics = jax.jit(make_train(config))(jax.random.key(0), HParams(learning_rate=0.5))
+    np.testing.assert_allclose(metrics["train/learning_rate"], 0.5 * np.array(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "lion"])
+def test_optimizers_by_name(name):
+    config = small("ppo", optimizer=name, total_timesteps=64)
+    state, _ = jax.jit(make_train(config))(jax.random.key(0))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.learner.params))
+
+
+def test_adams_eps_is_1e5_unless_given():
+    import optax
+
+    from ppo_jax.optimizers import make_optimizer
+
+    gradient = {"w": jnp.array([3e-6, 1.0])}
+
+    def first_step(tx):
+        return tx.update(gradient, tx.init(gradient), gradient)[0]["w"]
+
+    ours = make_optimizer(Config())(0.1, None)
+    np.testing.assert_allclose(first_step(ours), first_step(optax.adam(0.1, eps=1e-5)), rtol=1e-6)
+    given = make_optimizer(Config(optimizer_kwargs={"eps": 1e-8}))(0.1, None)
+    np.testing.assert_allclose(first_step(given), first_step(optax.adam(0.1)), rtol=1e-6)
