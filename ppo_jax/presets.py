@@ -11,10 +11,10 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"num_envs": 8, "num_steps": 128, "total_timesteps": 500_000},
     "Acrobot-v1": {"num_envs": 16, "num_steps": 128, "total_timesteps": 500_000},
     "Pendulum-v1": {
-        "num_envs": 32,
-        "num_steps": 64,
+        "num_envs": 8,
+        "num_steps": 128,
         "num_epochs": 10,
-        "num_minibatches": 8,
+        "num_minibatches": 16,
         "total_timesteps": 800_000,
     },
     "MountainCar-v0": {
@@ -29,7 +29,12 @@ _HPARAMS: dict[str, dict[str, float]] = {
     # Clipping the value keeps its gradient from crowding the actor's out of the joint norm.
     "CartPole-v1": {"value_clip_eps": 0.2},
     "Acrobot-v1": {"learning_rate": 3e-3, "gae_lambda": 0.9, "ent_coef": 0.0},
-    "Pendulum-v1": {"learning_rate": 1e-3, "gamma": 0.95, "ent_coef": 0.0},
+    "Pendulum-v1": {
+        "learning_rate": 1e-3,
+        "gamma": 0.95,
+        "ent_coef": 0.0,
+        "max_grad_norm": 10.0,
+    },
     "MountainCar-v0": {"learning_rate": 3e-3, "gae_lambda": 0.98, "ent_coef": 0.03},
 }
 
