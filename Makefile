@@ -25,7 +25,7 @@ train: $(STAMP)  ## train PPO on CartPole-v1 and evaluate it
 	@$(BIN)/ppo-jax train CartPole-v1
 
 test: $(DEV_STAMP)  ## run the tests and doctests
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
 test-slow: $(DEV_STAMP)  ## run the learning runs of minutes
 	@$(BIN)/python -m pytest -q -m slow

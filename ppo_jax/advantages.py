@@ -82,3 +82,83 @@ def gae(
         backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=16
     )
     return advantages
+
+
+def n_step(
+    reward: jax.Array,
+    value: jax.Array,
+    next_value: jax.Array,
+    terminated: jax.Array,
+    truncated: jax.Array,
+    *,
+    gamma: Scalar,
+    steps: int,
+) -> jax.Array:
+    """n-step advantage Σ_{k<n} γ^k δ_{t+k} = Σ_{k<n} γ^k r_{t+k} + γ^n V(s_{t+n}) − V(s_t).
+
+    Mnih et al. 2016 (arXiv:1602.01783), section 4. The sum ends early where an episode or the
+    rollout does, with the value of the true successor.
+
+    Args:
+      reward: r_t, `[T, N]`.
+      value: V(s_t), `[T, N]`.
+      next_value: V(s'_t) of the true successor, `[T, N]`.
+      terminated: bool, `[T, N]`.
+      truncated: bool, `[T, N]`.
+      gamma: discount γ.
+      steps: n, static; 1 is the TD error.
+
+    Returns:
+      Advantages, `[T, N]`.
+    """
+    chex.assert_rank(reward, 2)
+    chex.assert_equal_shape([reward, value, next_value, terminated, truncated])
+    delta = td_error(reward, value, next_value, terminated, gamma=gamma)
+    decay = gamma * (1.0 - jnp.logical_or(terminated, truncated))
+
+    def one_more(_: int, advantages: jax.Array) -> jax.Array:
+        later = jnp.concatenate([advantages[1:], jnp.zeros_like(advantages[:1])])
+        return delta + decay * later
+
+    return jax.lax.fori_loop(0, min(steps, reward.shape[0]) - 1, one_more, delta)
+
+
+def first_episode(done: jax.Array) -> jax.Array:
+    """Whether each step belongs to the first episode of its column, if that one ends, `[T, N]`.
+
+    An episode that the rollout's end cuts is no sample of a whole trajectory: its column is
+    False throughout.
+
+    >>> first_episode(jnp.array([[0, 0], [1, 0], [0, 0]], bool)).tolist()
+    [[True, False], [True, False], [False, False]]
+    """
+    chex.assert_rank(done, 2)
+    ended_before = jnp.cumsum(done, axis=0) - done > 0
+    return jnp.logical_and(~ended_before, jnp.any(done, axis=0)[None])
+
+
+def trajectory_return(reward: jax.Array, mask: jax.Array, *, gamma: Scalar) -> jax.Array:
+    """R(τ) = Σ_t γ^t r_t over the steps of `mask`, the same at every step of it, `[T, N]`.
+
+    Williams 1992, "Simple statistical gradient-following algorithms", section 5.
+    """
+    chex.assert_equal_shape([reward, mask])
+    discounted = _discounts(reward.shape[0], gamma) * reward * mask
+    return mask * jnp.sum(discounted, axis=0, keepdims=True)
+
+
+def reward_to_go(reward: jax.Array, mask: jax.Array, *, gamma: Scalar) -> jax.Array:
+    """Σ_{k≥t} γ^k r_k over the steps of `mask`, `[T, N]`.
+
+    What is left of R(τ) at step t once rewards that came before the action, whose product with
+    ∇log π has mean zero, are dropped. Rewards are discounted from the episode's start, not
+    from t: so the estimator stays one of the gradient of E[Σ γ^t r_t].
+    """
+    chex.assert_equal_shape([reward, mask])
+    discounted = _discounts(reward.shape[0], gamma) * reward * mask
+    return mask * jnp.flip(jnp.cumsum(jnp.flip(discounted, axis=0), axis=0), axis=0)
+
+
+def _discounts(steps: int, gamma: Scalar) -> jax.Array:
+    """γ^t, `[T, 1]`."""
+    return jnp.power(jnp.asarray(gamma, jnp.float32), jnp.arange(steps))[:, None]

@@ -1,18 +1,36 @@
-"""The algorithms, each a row of one table."""
+"""The algorithms, from the policy gradient to PPO and beyond: each a row of one table."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ppo_jax import advantages, objectives
-from ppo_jax.config import ConfigError, HParams, unknown_name
-from ppo_jax.types import Trajectory
-from ppo_jax.update import Objective, PolicyTerms
+from ppo_jax.config import ALGORITHM_SETTINGS, Config, ConfigError, HParams, unknown_name
+from ppo_jax.importance import effective_sample_size, trajectory_log_weights
+from ppo_jax.losses import Objective, PolicyTerms
+from ppo_jax.types import Batch, Metrics, Trajectory
+from ppo_jax.update import MakeUpdateRule, gradient_rule, minibatch_rule, trust_region_rule
 
-Estimator = Callable[[Trajectory, jax.Array, jax.Array, HParams], tuple[jax.Array, jax.Array]]
-"""`(trajectory, value, next_value, hparams) -> (advantages, value targets)`, all `[T, N]`."""
+
+class Values(NamedTuple):
+    """The critic's opinion of a trajectory, before the update."""
+
+    value: jax.Array  # [T, N], V(s_t)
+    next_value: jax.Array  # [T, N], V(s'_t) of the true successor
+
+
+class Estimates(NamedTuple):
+    """What the policy and the critic learn from a trajectory."""
+
+    advantages: jax.Array  # [T, N]
+    targets: jax.Array | None  # [T, N]; None without a critic
+    mask: jax.Array | None  # [T, N], samples that count; None where all do
+
+
+Estimator = Callable[[Config, Trajectory, Values | None, HParams], Estimates]
 
 
 class Algorithm(NamedTuple):
@@ -21,50 +39,281 @@ class Algorithm(NamedTuple):
     title: str
     source: str
     """The paper and its section."""
+    settings: Mapping[str, Any]
+    """The algorithm settings of `Config` that it uses, with their defaults."""
     hparams: Mapping[str, float | None]
     """The hyperparameters that it uses, with their defaults."""
     estimate: Estimator
     objective: Objective
+    update: MakeUpdateRule
+    has_critic: bool = True
+    whole_episodes: bool = False
+    """Every rollout starts from a reset, and the first episode of each environment counts."""
+    adapts_kl_coef: bool = False
+    report: Callable[[jax.Array, Batch], Metrics] | None = None
+    """`(log_ratio [T, N] after the update, batch) -> metrics`."""
 
 
-def _gae(
-    trajectory: Trajectory, value: jax.Array, next_value: jax.Array, hparams: HParams
-) -> tuple[jax.Array, jax.Array]:
-    estimates = advantages.gae(
+def _whole_return(
+    config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
+) -> Estimates:
+    mask = _first_episode(trajectory)
+    returns = advantages.trajectory_return(trajectory.reward, mask, gamma=hparams.gamma)
+    return Estimates(returns, None, mask)
+
+
+def _reward_to_go(
+    config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
+) -> Estimates:
+    mask = _first_episode(trajectory)
+    returns = advantages.reward_to_go(trajectory.reward, mask, gamma=hparams.gamma)
+    return Estimates(returns, None, mask)
+
+
+def _return_minus_baseline(
+    config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
+) -> Estimates:
+    """γ^t (G_t − b(s_t)); G_t is bootstrapped where a time limit cut the episode."""
+    assert values is not None
+    mask = _first_episode(trajectory)
+    centred = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=1.0)
+    steps = jnp.arange(trajectory.reward.shape[0])[:, None]
+    discounted = jnp.power(hparams.gamma, steps) * centred
+    return Estimates(discounted, centred + values.value, mask)
+
+
+def _advantage(
+    config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
+) -> Estimates:
+    """GAE, or n-step where the config says; targets from the same or from the TD error."""
+    assert values is not None
+    if config.n_step is not None:
+        estimates = advantages.n_step(
+            trajectory.reward,
+            values.value,
+            values.next_value,
+            trajectory.terminated,
+            trajectory.truncated,
+            gamma=hparams.gamma,
+            steps=config.n_step,
+        )
+    else:
+        estimates = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=hparams.gae_lambda)
+    error = estimates
+    if config.value_target == "td":
+        error = advantages.td_error(
+            trajectory.reward,
+            values.value,
+            values.next_value,
+            trajectory.terminated,
+            gamma=hparams.gamma,
+        )
+    return Estimates(estimates, error + values.value, None)
+
+
+def _gae(trajectory: Trajectory, values: Values, *, gamma: Any, gae_lambda: Any) -> jax.Array:
+    return advantages.gae(
         trajectory.reward,
-        value,
-        next_value,
+        values.value,
+        values.next_value,
         trajectory.terminated,
         trajectory.truncated,
-        gamma=hparams.gamma,
-        gae_lambda=hparams.gae_lambda,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
     )
-    return estimates, estimates + value
+
+
+def _first_episode(trajectory: Trajectory) -> jax.Array:
+    return advantages.first_episode(jnp.logical_or(trajectory.terminated, trajectory.truncated))
+
+
+def _policy_gradient(terms: PolicyTerms, hparams: HParams) -> jax.Array:
+    return objectives.policy_gradient(terms.log_prob, terms.advantages)
+
+
+def _surrogate(terms: PolicyTerms, hparams: HParams) -> jax.Array:
+    return objectives.surrogate(terms.ratio, terms.advantages)
+
+
+def _kl_penalized(terms: PolicyTerms, hparams: HParams) -> jax.Array:
+    assert terms.kl is not None
+    return objectives.kl_penalized(terms.ratio, terms.advantages, terms.kl, kl_coef=hparams.kl_coef)
 
 
 def _clipped_surrogate(terms: PolicyTerms, hparams: HParams) -> jax.Array:
-    return objectives.clipped_surrogate(terms.ratio, terms.advantages, clip_eps=hparams.clip_eps)
+    return objectives.clipped_surrogate(
+        terms.ratio, terms.advantages, clip_eps=hparams.clip_eps, dual_clip=hparams.dual_clip
+    )
 
+
+def _simple_policy(terms: PolicyTerms, hparams: HParams) -> jax.Array:
+    return objectives.simple_policy(terms.ratio, terms.advantages, clip_eps=hparams.clip_eps)
+
+
+def _discovered_policy(terms: PolicyTerms, hparams: HParams) -> jax.Array:
+    return objectives.discovered_policy(
+        terms.log_ratio, terms.advantages, alpha=hparams.dpo_alpha, beta=hparams.dpo_beta
+    )
+
+
+def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Metrics:
+    """How far the weights have spread: per step, and per piece of trajectory (their product)."""
+    log_weights, is_last = trajectory_log_weights(log_ratio, batch.done)
+    weights = jnp.exp(log_weights)
+    return {
+        "train/effective_sample_size": effective_sample_size(log_ratio) / log_ratio.size,
+        "train/weight_variance": jnp.var(jnp.exp(log_ratio)),
+        "train/trajectory_effective_sample_size": effective_sample_size(log_weights, is_last)
+        / jnp.sum(is_last),
+        "train/trajectory_weight_variance": objectives.masked_variance(weights, is_last),
+    }
+
+
+_EPOCHS = {"num_epochs": 4, "num_minibatches": 4}
+_ADVANTAGES = {"normalize_advantage": "minibatch", "value_target": "gae"}
+_ACTOR_CRITIC: dict[str, float | None] = {
+    "learning_rate": 2.5e-4,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "value_clip_eps": None,
+    "ent_coef": 0.01,
+    "vf_coef": 0.5,
+    "max_grad_norm": 0.5,
+}
+_PROXIMAL: dict[str, float | None] = {**_ACTOR_CRITIC, "target_kl": None}
+_REINFORCE: dict[str, float | None] = {
+    "learning_rate": 1e-3,
+    "gamma": 1.0,
+    "ent_coef": 0.0,
+    "max_grad_norm": None,
+}
+_PPO = "Schulman et al. 2017, arXiv:1707.06347"
+_WILLIAMS = "Williams 1992, Machine Learning 8"
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(
-        title="Proximal policy optimisation, clipped surrogate",
-        source="Schulman et al. 2017, arXiv:1707.06347, section 3",
+    "reinforce": Algorithm(
+        title="Policy gradient with the whole trajectory's return",
+        source=f"{_WILLIAMS}, section 5",
+        settings={"normalize_advantage": "none"},
+        hparams=_REINFORCE,
+        estimate=_whole_return,
+        objective=_policy_gradient,
+        update=gradient_rule,
+        has_critic=False,
+        whole_episodes=True,
+    ),
+    "reinforce_to_go": Algorithm(
+        title="Policy gradient with the reward to go",
+        source="Sutton et al. 2000, NIPS 12, theorem 1",
+        settings={"normalize_advantage": "none"},
+        hparams=_REINFORCE,
+        estimate=_reward_to_go,
+        objective=_policy_gradient,
+        update=gradient_rule,
+        has_critic=False,
+        whole_episodes=True,
+    ),
+    "reinforce_baseline": Algorithm(
+        title="Policy gradient with the return minus a learned baseline",
+        source=f"{_WILLIAMS}, section 4",
+        settings={**_EPOCHS, "normalize_advantage": "none"},
+        hparams={**_REINFORCE, "critic_learning_rate": 1e-3, "value_clip_eps": None},
+        estimate=_return_minus_baseline,
+        objective=_policy_gradient,
+        update=gradient_rule,
+        whole_episodes=True,
+    ),
+    "actor_critic": Algorithm(
+        title="Advantage actor-critic (A2C): TD error, n-step or GAE; one pass over the data",
+        source="Mnih et al. 2016, arXiv:1602.01783, section 4, synchronous",
+        settings={"normalize_advantage": "none", "value_target": "gae", "n_step": None},
+        hparams={**_ACTOR_CRITIC, "learning_rate": 7e-4, "gae_lambda": 0.0},
+        estimate=_advantage,
+        objective=_policy_gradient,
+        update=minibatch_rule,
+    ),
+    "off_policy_pg": Algorithm(
+        title="Importance-sampled policy gradient: several epochs, unclipped",
+        source="Schulman et al. 2015, arXiv:1502.05477, equation 14 without its constraint",
+        settings={**_EPOCHS, **_ADVANTAGES},
+        hparams=_PROXIMAL,
+        estimate=_advantage,
+        objective=_surrogate,
+        update=minibatch_rule,
+        report=_importance_weights,
+    ),
+    "trpo": Algorithm(
+        title="Trust region policy optimisation",
+        source="Schulman et al. 2015, arXiv:1502.05477, section 6 and appendix C",
+        settings={
+            **_EPOCHS,
+            **_ADVANTAGES,
+            "normalize_advantage": "batch",
+            "cg_iterations": 10,
+            "line_search_steps": 10,
+        },
         hparams={
-            "learning_rate": 2.5e-4,
             "gamma": 0.99,
             "gae_lambda": 0.95,
-            "clip_eps": 0.2,
+            "max_kl": 0.01,
+            "cg_damping": 0.1,
+            "critic_learning_rate": 1e-3,
             "value_clip_eps": None,
-            "ent_coef": 0.01,
-            "vf_coef": 0.5,
-            "max_grad_norm": 0.5,
-            "target_kl": None,
+            "ent_coef": 0.0,
+            "max_grad_norm": None,
         },
-        estimate=_gae,
+        estimate=_advantage,
+        objective=_surrogate,
+        update=trust_region_rule,
+    ),
+    "ppo_penalty": Algorithm(
+        title="Proximal policy optimisation with a fixed KL penalty",
+        source=f"{_PPO}, section 4",
+        settings={**_EPOCHS, **_ADVANTAGES},
+        hparams={**_PROXIMAL, "kl_coef": 1.0},
+        estimate=_advantage,
+        objective=_kl_penalized,
+        update=minibatch_rule,
+    ),
+    "ppo_adaptive": Algorithm(
+        title="Proximal policy optimisation with an adaptive KL penalty",
+        source=f"{_PPO}, section 4",
+        settings={**_EPOCHS, **_ADVANTAGES},
+        hparams={**_PROXIMAL, "kl_coef": 1.0, "d_targ": 0.01},
+        estimate=_advantage,
+        objective=_kl_penalized,
+        update=minibatch_rule,
+        adapts_kl_coef=True,
+    ),
+    "ppo": Algorithm(
+        title="Proximal policy optimisation with the clipped surrogate",
+        source=f"{_PPO}, section 3",
+        settings={**_EPOCHS, **_ADVANTAGES},
+        hparams={**_PROXIMAL, "clip_eps": 0.2, "dual_clip": None},
+        estimate=_advantage,
         objective=_clipped_surrogate,
+        update=minibatch_rule,
+    ),
+    "spo": Algorithm(
+        title="Simple policy optimisation: a squared penalty on the ratio",
+        source="Xie et al. 2025, arXiv:2401.16025",
+        settings={**_EPOCHS, **_ADVANTAGES},
+        hparams={**_PROXIMAL, "clip_eps": 0.2},
+        estimate=_advantage,
+        objective=_simple_policy,
+        update=minibatch_rule,
+    ),
+    "dpo": Algorithm(
+        title="Discovered policy optimisation: a learned drift, in closed form",
+        source="Lu et al. 2022, arXiv:2210.05639, section 5",
+        settings={**_EPOCHS, **_ADVANTAGES},
+        hparams={**_PROXIMAL, "dpo_alpha": 2.0, "dpo_beta": 0.6},
+        estimate=_advantage,
+        objective=_discovered_policy,
+        update=minibatch_rule,
     ),
 }
+"""Name → algorithm, in the order of the story that docs/algorithms.md tells."""
 
 
 def get_algorithm(name: str) -> Algorithm:
@@ -74,22 +323,46 @@ def get_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def complete(hparams: HParams | None, algorithm_name: str) -> HParams:
+def complete_config(config: Config) -> Config:
+    """`config` with the algorithm's settings where it leaves them open.
+
+    Raises:
+      ConfigError: a setting is given that the algorithm does not use.
+
+    >>> complete_config(Config(algorithm="ppo")).num_epochs
+    4
+    """
+    used = get_algorithm(config.algorithm).settings
+    for name in ALGORITHM_SETTINGS:
+        if name not in used and getattr(config, name) is not None:
+            raise ConfigError(
+                f"a setting must be one that the algorithm uses; {name} is given and "
+                f"{config.algorithm} uses {', '.join(used)}. Leave {name} out."
+            )
+    missing = {name: value for name, value in used.items() if getattr(config, name) is None}
+    return config.replace(**missing)
+
+
+def complete(hparams: HParams | None, config: Config) -> HParams:
     """`hparams` with the algorithm's defaults where it leaves a value open.
 
     Raises:
-      ConfigError: a value is set that the algorithm does not use.
+      ConfigError: a value is given that the algorithm does not use.
 
-    >>> complete(HParams(clip_eps=0.1), "ppo").gamma
+    >>> complete(HParams(clip_eps=0.1), Config()).gamma
     0.99
     """
-    used = get_algorithm(algorithm_name).hparams
+    used = dict(get_algorithm(config.algorithm).hparams)
+    if config.lr_schedule == "kl_adaptive":
+        used["desired_kl"] = 0.01
+    if config.n_step is not None:
+        used.pop("gae_lambda", None)
     hparams = HParams() if hparams is None else hparams
     for field in dataclasses.fields(HParams):
         if field.name not in used and getattr(hparams, field.name) is not None:
             raise ConfigError(
                 f"a hyperparameter must be one that the algorithm uses; {field.name} is set and "
-                f"{algorithm_name} uses {', '.join(used)}. Leave {field.name} out."
+                f"{config.algorithm} uses {', '.join(used)}. Leave {field.name} out."
             )
     missing = {name: value for name, value in used.items() if getattr(hparams, name) is None}
     return hparams.replace(**missing)

@@ -14,8 +14,9 @@ import numpy as np
 
 Value = int | float | bool | str
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu"]
-LearningRateSchedule = Literal["linear", "cosine", "constant"]
+LearningRateSchedule = Literal["linear", "cosine", "constant", "kl_adaptive"]
 AdvantageNormalization = Literal["minibatch", "batch", "none"]
+ValueTarget = Literal["gae", "td"]
 
 
 class ConfigError(ValueError):
@@ -65,9 +66,9 @@ got 4 * 128 and 3. Try 2 or 4.
     """N: environments that are stepped together."""
     num_steps: int = 128
     """T: steps of each environment between two updates."""
-    num_epochs: int = 4
-    """Passes over the data of one rollout."""
-    num_minibatches: int = 4
+    num_epochs: int | None = None
+    """Passes over the data of one rollout. None, here and below: the algorithm's."""
+    num_minibatches: int | None = None
     """Gradient steps per epoch; each uses num_envs * num_steps / num_minibatches samples."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of actor and critic."""
@@ -80,22 +81,36 @@ got 4 * 128 and 3. Try 2 or 4.
     optimizer_kwargs: tuple[tuple[str, Value], ...] = ()
     """Arguments of the optimiser besides the learning rate; Adam's eps is 1e-5 unless given."""
     lr_schedule: LearningRateSchedule = "linear"
-    """How the learning rate falls to zero over the training, or "constant"."""
-    normalize_advantage: AdvantageNormalization = "minibatch"
+    """How the learning rate falls to zero over the training; or "constant"; or "kl_adaptive",
+    which steers it so that an update moves the policy by a KL of about desired_kl."""
+    normalize_advantage: AdvantageNormalization | None = None
     """Where advantages are standardised to mean 0 and deviation 1."""
+    value_target: ValueTarget | None = None
+    """What the critic learns: "gae", advantage + V(s), or "td", r + γ V(s')."""
+    n_step: int | None = None
+    """Actor-critic only: advantages from returns of this many steps instead of GAE."""
+    cg_iterations: int | None = None
+    """TRPO only: iterations of conjugate gradient."""
+    line_search_steps: int | None = None
+    """TRPO only: halvings of the step before it is given up."""
+    exact_kl: bool = False
+    """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 
     def __post_init__(self) -> None:
         for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
-        for name in ("total_timesteps", "num_envs", "num_steps", "num_epochs", "num_minibatches"):
+        for name in ("total_timesteps", "num_envs", "num_steps"):
             _require_positive_integer(name, getattr(self, name))
+        for name in ALGORITHM_SETTINGS:
+            if name not in _CHOICES and getattr(self, name) is not None:
+                _require_positive_integer(name, getattr(self, name))
         for size in self.hidden_sizes:
             _require_positive_integer("every entry of hidden_sizes", size)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) is not None and getattr(self, name) not in choices:
                 raise unknown_name(name, str(getattr(self, name)), choices)
-        if self.batch_size % self.num_minibatches:
+        if self.num_minibatches is not None and self.batch_size % self.num_minibatches:
             raise ConfigError(
                 "num_envs * num_steps must be divisible by num_minibatches; got "
                 f"{self.num_envs} * {self.num_steps} and {self.num_minibatches}. "
@@ -160,10 +175,28 @@ class HParams:
     """Weight of the entropy bonus."""
     vf_coef: Any = None
     """Weight of the value loss, which is half the mean squared error."""
+    critic_learning_rate: Any = None
+    """Step size of the critic where it is fitted apart from the policy."""
     max_grad_norm: Any = None
     """Largest global norm of a gradient, over actor and critic together."""
     target_kl: Any = None
     """Stop an update's remaining minibatches once the approximate KL passes this. None: never."""
+    dual_clip: Any = None
+    """PPO: lower bound of the objective, in advantages, where they are negative. None: none."""
+    kl_coef: Any = None
+    """β, weight of the KL penalty; where it is adapted, its first value."""
+    d_targ: Any = None
+    """KL per update to which an adaptive β is steered."""
+    max_kl: Any = None
+    """δ, TRPO's bound on the mean KL of an update."""
+    cg_damping: Any = None
+    """TRPO: multiple of the identity added to the Fisher matrix."""
+    dpo_alpha: Any = None
+    """α of discovered policy optimisation's drift where the advantage is positive."""
+    dpo_beta: Any = None
+    """β of discovered policy optimisation's drift where the advantage is negative."""
+    desired_kl: Any = None
+    """KL per update to which lr_schedule="kl_adaptive" steers the learning rate."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in HPARAM_RANGES.items():
@@ -190,15 +223,36 @@ HPARAM_RANGES: dict[str, tuple[float, float]] = {
     "value_clip_eps": (0.0, math.inf),
     "ent_coef": (0.0, _LARGEST),
     "vf_coef": (0.0, _LARGEST),
+    "critic_learning_rate": (0.0, _LARGEST),
     "max_grad_norm": (0.0, math.inf),
     "target_kl": (0.0, math.inf),
+    "dual_clip": (1.0, math.inf),
+    "kl_coef": (0.0, _LARGEST),
+    "d_targ": (0.0, _LARGEST),
+    "max_kl": (0.0, _LARGEST),
+    "cg_damping": (0.0, _LARGEST),
+    "dpo_alpha": (1e-6, _LARGEST),
+    "dpo_beta": (1e-6, _LARGEST),
+    "desired_kl": (0.0, _LARGEST),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
     "lr_schedule": get_args(LearningRateSchedule),
     "normalize_advantage": get_args(AdvantageNormalization),
+    "value_target": get_args(ValueTarget),
 }
+
+ALGORITHM_SETTINGS = (
+    "num_epochs",
+    "num_minibatches",
+    "normalize_advantage",
+    "value_target",
+    "n_step",
+    "cg_iterations",
+    "line_search_steps",
+)
+"""Fields of `Config` that belong to some algorithms: None leaves them to its row."""
 
 
 def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:

@@ -7,15 +7,60 @@ import jax.numpy as jnp
 Scalar = float | jax.Array
 
 
-def clipped_surrogate(ratio: jax.Array, advantages: jax.Array, *, clip_eps: Scalar) -> jax.Array:
+def policy_gradient(log_prob: jax.Array, advantages: jax.Array) -> jax.Array:
+    """Log π_θ(a|s) Ψ, whose gradient is that of the policy gradient theorem, `[B]`.
+
+    Schulman et al. 2016 (arXiv:1506.02438), equation 1; Ψ is a return or an advantage.
+    """
+    chex.assert_equal_shape([log_prob, advantages])
+    return log_prob * advantages
+
+
+def surrogate(ratio: jax.Array, advantages: jax.Array) -> jax.Array:
+    """R Â with r = π_θ(a|s) / π_θold(a|s), `[B]`.
+
+    Its gradient is the importance-sampled one, E_{θold}[r Â ∇log π_θ]; Schulman et al. 2015
+    (arXiv:1502.05477), equation 14.
+    """
+    chex.assert_equal_shape([ratio, advantages])
+    return ratio * advantages
+
+
+def kl_penalized(
+    ratio: jax.Array, advantages: jax.Array, kl: jax.Array, *, kl_coef: Scalar
+) -> jax.Array:
+    """R Â − β KL(π_θold ‖ π_θ), `[B]`; Schulman et al. 2017 (arXiv:1707.06347), equation 8."""
+    chex.assert_equal_shape([ratio, advantages, kl])
+    return ratio * advantages - kl_coef * kl
+
+
+def adapt_kl_coef(kl_coef: jax.Array, kl: jax.Array, *, d_targ: Scalar) -> jax.Array:
+    """β after an update that moved the policy by `kl`: half below d/1.5, double above 1.5 d.
+
+    Schulman et al. 2017 (arXiv:1707.06347), section 4. Kept in [1e-6, 1e6], so that a long
+    run at one side leaves it able to return; the paper sets no bounds.
+    """
+    factor = jnp.where(kl < d_targ / 1.5, 0.5, jnp.where(kl > 1.5 * d_targ, 2.0, 1.0))
+    return jnp.clip(kl_coef * factor, 1e-6, 1e6)
+
+
+def clipped_surrogate(
+    ratio: jax.Array,
+    advantages: jax.Array,
+    *,
+    clip_eps: Scalar,
+    dual_clip: Scalar | None = None,
+) -> jax.Array:
     """PPO's objective, to be maximised: min(r Â, clip(r, 1 − ε, 1 + ε) Â).
 
-    Schulman et al. 2017 (arXiv:1707.06347), equation 7.
+    Schulman et al. 2017 (arXiv:1707.06347), equation 7. With `dual_clip` c > 1 it is at
+    least c Â where Â < 0; Ye et al. 2020 (arXiv:1912.09729), equation 5.
 
     Args:
       ratio: r = π_θ(a|s) / π_θold(a|s), `[B]`.
       advantages: Â, `[B]`.
       clip_eps: ε.
+      dual_clip: c, or None for no second clip.
 
     Returns:
       `[B]`.
@@ -25,7 +70,40 @@ def clipped_surrogate(ratio: jax.Array, advantages: jax.Array, *, clip_eps: Scal
     """
     chex.assert_equal_shape([ratio, advantages])
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
-    return jnp.minimum(ratio * advantages, clipped_ratio * advantages)
+    objective = jnp.minimum(ratio * advantages, clipped_ratio * advantages)
+    if dual_clip is None:
+        return objective
+    return jnp.where(advantages < 0, jnp.maximum(objective, dual_clip * advantages), objective)
+
+
+def simple_policy(ratio: jax.Array, advantages: jax.Array, *, clip_eps: Scalar) -> jax.Array:
+    """R Â − |Â| (r − 1)² / (2 ε), whose optimum has r = 1 ± ε, `[B]`.
+
+    Simple Policy Optimization, Xie et al. 2025 (arXiv:2401.16025).
+    """
+    chex.assert_equal_shape([ratio, advantages])
+    return ratio * advantages - jnp.abs(advantages) * jnp.square(ratio - 1.0) / (2.0 * clip_eps)
+
+
+def discovered_policy(
+    log_ratio: jax.Array, advantages: jax.Array, *, alpha: Scalar, beta: Scalar
+) -> jax.Array:
+    """R Â − drift(r, Â), `[B]`.
+
+    Discovered Policy Optimisation, Lu et al. 2022 (arXiv:2210.05639), section 5: with
+    u = (r − 1) Â the drift is relu(u − α tanh(u / α)) where Â ≥ 0; with u = Â log r it is
+    relu(u − β tanh(u / β)) where Â < 0.
+    """
+    chex.assert_equal_shape([log_ratio, advantages])
+    ratio = jnp.exp(log_ratio)
+    gain = (ratio - 1.0) * advantages
+    loss = log_ratio * advantages
+    drift = jnp.where(
+        advantages >= 0,
+        jax.nn.relu(gain - alpha * jnp.tanh(gain / alpha)),
+        jax.nn.relu(loss - beta * jnp.tanh(loss / beta)),
+    )
+    return ratio * advantages - drift
 
 
 def value_loss(value: jax.Array, targets: jax.Array) -> jax.Array:
@@ -56,17 +134,32 @@ def approx_kl(log_ratio: jax.Array) -> jax.Array:
     return jnp.expm1(log_ratio) - log_ratio
 
 
-def standardize(x: jax.Array) -> jax.Array:
-    """`x` shifted and scaled to mean 0 and standard deviation 1 over all its elements."""
-    return (x - jnp.mean(x)) / (jnp.std(x) + 1e-8)
+def masked_mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Mean over the elements where `mask` is True, or over all if it is None; 0 over none."""
+    if mask is None:
+        return jnp.mean(x)
+    chex.assert_equal_shape([x, mask])
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def explained_variance(prediction: jax.Array, targets: jax.Array) -> jax.Array:
+def masked_variance(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Mean squared distance from the mean, over the elements where `mask` is True."""
+    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+def standardize(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """`x` shifted and scaled to mean 0 and standard deviation 1 over the elements of `mask`."""
+    return (x - masked_mean(x, mask)) / (jnp.sqrt(masked_variance(x, mask)) + 1e-8)
+
+
+def explained_variance(
+    prediction: jax.Array, targets: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     """1 − Var(targets − prediction) / Var(targets): 1 is perfect, 0 no better than a constant.
 
     NaN where the targets do not vary.
     """
     chex.assert_equal_shape([prediction, targets])
-    variance = jnp.var(targets)
-    residual = jnp.var(targets - prediction)
+    variance = masked_variance(targets, mask)
+    residual = masked_variance(targets - prediction, mask)
     return jnp.where(variance > 0, 1.0 - residual / jnp.where(variance > 0, variance, 1.0), jnp.nan)

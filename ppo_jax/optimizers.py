@@ -12,6 +12,7 @@ from ppo_jax.config import Config, unknown_name
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant": jnp.ones_like,
+    "kl_adaptive": jnp.ones_like,  # a factor in the learner's state does it
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
 }
@@ -32,6 +33,18 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
 }
 """Names of optax optimisers and the arguments with which we differ from optax's defaults."""
+
+
+def adapt_lr_factor(factor: jax.Array, kl: jax.Array, *, desired_kl: Any) -> jax.Array:
+    """The learning rate's factor after an update that moved the policy by `kl`.
+
+    A third off above twice the desired KL, half as much again below half of it, as in the
+    public code of Rudin et al. 2022 (arXiv:2109.11978), which adapts after each minibatch.
+    Kept in [0.01, 100].
+    """
+    change = jnp.where(kl > 2.0 * desired_kl, 1 / 1.5, jnp.where(kl < desired_kl / 2.0, 1.5, 1.0))
+    return jnp.clip(factor * change, 0.01, 100.0)
+
 
 Optimizer = Callable[[Any, Any], optax.GradientTransformation]
 """`(learning_rate, max_grad_norm) -> transformation`; both may be traced, the norm also None."""

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax import envs, objectives
-from ppo_jax.algorithms import complete, get_algorithm
-from ppo_jax.config import Config, HParams
+from ppo_jax.algorithms import Values, complete, complete_config, get_algorithm
+from ppo_jax.config import Config, ConfigError, HParams
 from ppo_jax.envs.environment import Environment
-from ppo_jax.optimizers import SCHEDULES, make_optimizer
+from ppo_jax.losses import make_losses
+from ppo_jax.optimizers import SCHEDULES, adapt_lr_factor, make_optimizer
 from ppo_jax.policy.policy import Policy, head_of, make_spec, network_of
 from ppo_jax.rollout import reset, rollout
 from ppo_jax.types import (
@@ -18,11 +19,11 @@ from ppo_jax.types import (
     EpisodeStats,
     Learner,
     Metrics,
+    RolloutState,
     TrainState,
     Trajectory,
     strongly_typed,
 )
-from ppo_jax.update import make_loss, make_update
 
 
 class Trainer(NamedTuple):
@@ -64,23 +65,39 @@ def make_trainer(config: Config) -> Trainer:
     1
     """
     algorithm = get_algorithm(config.algorithm)
+    config = complete_config(config)
+    complete(None, config)
     optimizer = make_optimizer(config)
     env = envs.make(config.env, **dict(config.env_kwargs))
     env = env._replace(params=envs.override_params(env.name, env.params, dict(config.env_params)))
-    spec = make_spec(config, env)
+    if algorithm.whole_episodes:
+        _require_whole_episodes(config, env)
+    spec = make_spec(config, env, has_critic=algorithm.has_critic)
     network, head = network_of(spec), head_of(spec)
-    update = make_update(config, make_loss(config, spec, algorithm.objective), optimizer)
+    losses = make_losses(config, spec, algorithm.objective, per_episode=algorithm.whole_episodes)
+    rule = algorithm.update(config, losses, optimizer)
+    if rule.fits_critic_apart and config.shared_torso:
+        raise ConfigError(
+            f"shared_torso must be off where the critic is fitted apart from the policy; "
+            f"{config.algorithm} does so. Leave shared_torso out."
+        )
     schedule = SCHEDULES[config.lr_schedule]
+    adapts_lr = config.lr_schedule == "kl_adaptive"
 
     def init(key: jax.Array, hparams: HParams | None = None, env_params: Any = None) -> TrainState:
-        hparams = _opaque(complete(hparams, config.algorithm))
+        hparams = _opaque(complete(hparams, config))
         env_params = _opaque(env.params if env_params is None else env_params)
         network_key, reset_key, key = jax.random.split(key, 3)
         rollout_state = reset(env, env_params, reset_key, num_envs=config.num_envs)
         params = network.init(network_key, rollout_state.obs)
-        tx = optimizer(hparams.learning_rate, hparams.max_grad_norm)
+        learner = Learner(
+            params=params,
+            opt_state=rule.init(params, hparams),
+            kl_coef=jnp.asarray(0.0 if hparams.kl_coef is None else hparams.kl_coef, jnp.float32),
+            lr_factor=jnp.ones(()),
+        )
         return TrainState(
-            learner=Learner(params=params, opt_state=tx.init(params)),
+            learner=learner,
             rollout=rollout_state,
             env_params=env_params,
             key=key,
@@ -88,44 +105,74 @@ def make_trainer(config: Config) -> Trainer:
         )
 
     def step(state: TrainState, hparams: HParams | None = None) -> tuple[TrainState, Metrics]:
-        hparams = _opaque(complete(hparams, config.algorithm))
+        hparams = _opaque(complete(hparams, config))
+        if algorithm.adapts_kl_coef:
+            hparams = hparams.replace(kl_coef=state.learner.kl_coef)
         rollout_key, update_key, next_key = jax.random.split(state.key, 3)
-        rollout_state, trajectory, ended = rollout(
-            env,
-            state.env_params,
-            policy(state),
-            state.rollout,
-            rollout_key,
-            num_steps=config.num_steps,
-        )
-        batch = learnable(policy(state), trajectory, hparams)
-        learning_rate = hparams.learning_rate * schedule(state.update / config.num_updates)
-        learner, metrics = update(state.learner, batch, update_key, hparams, learning_rate)
-        metrics["train/explained_variance"] = objectives.explained_variance(
-            batch.value, batch.targets
-        )
-        metrics["train/learning_rate"] = learning_rate
+        rollout_state, batch, ended = collect(state, rollout_key, hparams)
+        anneal = schedule(state.update / config.num_updates) * state.learner.lr_factor
+        learner, metrics = rule.update(state.learner, batch, update_key, hparams, anneal)
+        if algorithm.adapts_kl_coef or adapts_lr:
+            learner, adapted = adapt(learner, losses.kl(learner.params, batch), hparams)
+            metrics |= adapted
+        if algorithm.report is not None:
+            metrics |= algorithm.report(losses.log_ratio(learner.params, batch), batch)
+        if batch.value is not None and batch.targets is not None:
+            metrics["train/explained_variance"] = objectives.explained_variance(
+                batch.value, batch.targets, batch.mask
+            )
+        for name in ("learning_rate", "critic_learning_rate"):
+            if getattr(hparams, name) is not None:
+                metrics[f"train/{name}"] = getattr(hparams, name) * anneal
         state = state.replace(
             learner=learner, rollout=rollout_state, key=next_key, update=state.update + 1
         )
         return state, metrics | _episode_metrics(ended)
 
-    def learnable(policy: Policy, trajectory: Trajectory, hparams: HParams) -> Batch:
-        value = policy.value(trajectory.obs)
-        next_value = policy.value(trajectory.final_obs)
-        advantages, targets = algorithm.estimate(trajectory, value, next_value, hparams)
+    def collect(
+        state: TrainState, key: jax.Array, hparams: HParams
+    ) -> tuple[RolloutState, Batch, EpisodeStats]:
+        rollout_state = state.rollout
+        if algorithm.whole_episodes:
+            reset_key, key = jax.random.split(key)
+            rollout_state = reset(env, state.env_params, reset_key, num_envs=config.num_envs)
+        acting = policy(state)
+        rollout_state, trajectory, ended = rollout(
+            env, state.env_params, acting, rollout_state, key, num_steps=config.num_steps
+        )
+        values = None
+        if algorithm.has_critic:
+            values = Values(acting.value(trajectory.obs), acting.value(trajectory.final_obs))
+        estimates = algorithm.estimate(config, trajectory, values, hparams)
+        advantages = estimates.advantages
         if config.normalize_advantage == "batch":
-            advantages = objectives.standardize(advantages)
+            advantages = objectives.standardize(advantages, estimates.mask)
+        if estimates.mask is not None:
+            ended = _first_episodes(trajectory, estimates.mask)
         distribution = head.distribution(trajectory.action_params)
-        return Batch(
+        batch = Batch(
             obs=trajectory.obs,
             action=trajectory.action,
             action_params=trajectory.action_params,
             log_prob=distribution.log_prob(trajectory.action),
-            value=value,
             advantages=advantages,
-            targets=targets,
+            value=None if values is None else values.value,
+            targets=estimates.targets,
+            mask=estimates.mask,
+            done=jnp.logical_or(trajectory.terminated, trajectory.truncated),
         )
+        return rollout_state, batch, ended
+
+    def adapt(learner: Learner, kl: jax.Array, hparams: HParams) -> tuple[Learner, Metrics]:
+        metrics = {"train/update_kl": kl}
+        if algorithm.adapts_kl_coef:
+            metrics["train/kl_coef"] = learner.kl_coef
+            kl_coef = objectives.adapt_kl_coef(learner.kl_coef, kl, d_targ=hparams.d_targ)
+            learner = learner.replace(kl_coef=kl_coef)
+        if adapts_lr:
+            lr_factor = adapt_lr_factor(learner.lr_factor, kl, desired_kl=hparams.desired_kl)
+            learner = learner.replace(lr_factor=lr_factor)
+        return learner, metrics
 
     def run(
         key: jax.Array, hparams: HParams | None = None, env_params: Any = None
@@ -148,6 +195,26 @@ def make_train(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
     (2,)
     """
     return make_trainer(config).run
+
+
+def _require_whole_episodes(config: Config, env: Environment) -> None:
+    """An episode that the rollout cuts is no sample, so the rollout must hold the longest."""
+    longest = getattr(env.params, "max_steps_in_episode", None)
+    if longest is not None and config.num_steps < longest:
+        raise ConfigError(
+            f"{config.algorithm} needs whole episodes: num_steps must be at least the longest, "
+            f"max_steps_in_episode; got {config.num_steps} and {longest:g}. "
+            f"Set num_steps to {longest:g}, or lower max_steps_in_episode in env_params."
+        )
+
+
+def _first_episodes(trajectory: Trajectory, mask: jax.Array) -> EpisodeStats:
+    """Statistics of the episodes that count: later ones in a rollout are cut short."""
+    return EpisodeStats(
+        return_sum=jnp.sum(trajectory.reward * mask),
+        length_sum=jnp.sum(mask),
+        episodes=jnp.sum(mask[0]),
+    )
 
 
 def _opaque(tree: Any) -> Any:

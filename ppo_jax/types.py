@@ -52,9 +52,11 @@ class Batch(NamedTuple):
     action: jax.Array  # [B, ...]
     action_params: Any  # [B, ...], of the policy that acted
     log_prob: jax.Array  # [B], of the policy that acted
-    value: jax.Array  # [B], of the critic before the update
     advantages: jax.Array  # [B]
-    targets: jax.Array  # [B], what the critic should learn
+    value: jax.Array | None  # [B], of the critic before the update; None without a critic
+    targets: jax.Array | None  # [B], what the critic should learn; None without a critic
+    mask: jax.Array | None  # [B], samples that count; None where all do
+    done: jax.Array  # [B], an episode ended here
 
 
 class Learner(struct.PyTreeNode):
@@ -62,6 +64,8 @@ class Learner(struct.PyTreeNode):
 
     params: Any
     opt_state: Any
+    kl_coef: jax.Array  # [], β where it is adapted
+    lr_factor: jax.Array  # [], of the learning rate where it is adapted
 
 
 class TrainState(struct.PyTreeNode):

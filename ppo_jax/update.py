@@ -1,120 +1,229 @@
-"""The second stage: learn from a batch by epochs of minibatch gradient steps."""
+"""The second stage: three rules by which a learner changes after a rollout."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
-from ppo_jax import objectives
 from ppo_jax.config import Config, HParams
+from ppo_jax.losses import Losses, LossFn
+from ppo_jax.natural_gradient import conjugate_gradient, fisher_vector_product, line_search
 from ppo_jax.optimizers import Optimizer
-from ppo_jax.policy.policy import PolicySpec, head_of, network_of
+from ppo_jax.policy.networks import merge_params, split_params
 from ppo_jax.shuffle import shuffled
 from ppo_jax.types import Batch, Learner, Metrics
 
 
-class PolicyTerms(NamedTuple):
-    """What an objective may look at, per sample of the policy that acted; all `[B]`."""
+class UpdateRule(NamedTuple):
+    """How a learner changes."""
 
-    ratio: jax.Array  # π_θ(a|s) / π_θold(a|s)
-    advantages: jax.Array
-
-
-Objective = Callable[[PolicyTerms, HParams], jax.Array]
-"""Per-sample objective of the policy `[B]`, to be maximised."""
-
-LossFn = Callable[[Any, Batch, HParams], tuple[jax.Array, Metrics]]
-
-UpdateFn = Callable[[Learner, Batch, jax.Array, HParams, jax.Array], tuple[Learner, Metrics]]
-"""`(learner, batch [T, N], key, hparams, learning_rate) -> (learner, metrics)`."""
+    init: Callable[[Any, HParams], Any]
+    """`(params, hparams) -> opt_state`."""
+    update: Callable[[Learner, Batch, jax.Array, HParams, jax.Array], tuple[Learner, Metrics]]
+    """`(learner, batch [T, N], key, hparams, anneal) -> (learner, metrics)`; `anneal` is the
+    schedule's factor of every learning rate."""
+    fits_critic_apart: bool
 
 
-def make_loss(config: Config, spec: PolicySpec, objective: Objective) -> LossFn:
-    """The loss of one minibatch: −objective + vf_coef · value loss − ent_coef · entropy."""
-    network, head = network_of(spec), head_of(spec)
+MakeUpdateRule = Callable[[Config, Losses, Optimizer], UpdateRule]
 
-    def loss_fn(params: Any, batch: Batch, hparams: HParams) -> tuple[jax.Array, Metrics]:
-        advantages = batch.advantages
-        if config.normalize_advantage == "minibatch":
-            advantages = objectives.standardize(advantages)
-        action_params, value = network.apply(params, batch.obs)
-        distribution = head.distribution(action_params)
-        log_ratio = distribution.log_prob(batch.action) - batch.log_prob
-        ratio = jnp.exp(log_ratio)
-        policy_loss = -jnp.mean(objective(PolicyTerms(ratio, advantages), hparams))
-        value_loss = jnp.mean(_value_loss(value, batch, hparams))
-        entropy = jnp.mean(distribution.entropy())
-        loss = policy_loss + hparams.vf_coef * value_loss - hparams.ent_coef * entropy
-        metrics = {
-            "train/policy_loss": policy_loss,
-            "train/value_loss": value_loss,
-            "train/entropy": entropy,
-            "train/approx_kl": jnp.mean(objectives.approx_kl(log_ratio)),
-        }
-        if hparams.clip_eps is not None:
-            metrics["train/clip_fraction"] = jnp.mean(jnp.abs(ratio - 1.0) > hparams.clip_eps)
-        return loss, metrics
-
-    return loss_fn
+Carry = TypeVar("Carry")
 
 
-def make_update(config: Config, loss_fn: LossFn, optimizer: Optimizer) -> UpdateFn:
-    """Epochs of minibatch gradient steps, each epoch in a new random order.
+def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
+    """Epochs of minibatch gradient steps on actor and critic together.
 
     With `target_kl`, the first minibatch whose approximate KL exceeds it and all after it are
     computed but not applied, so that the trip count stays fixed under `vmap`; metrics are the
     means over the minibatches that were applied.
     """
-    num_minibatches, batch_size = config.num_minibatches, config.batch_size
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def init(params: Any, hparams: HParams) -> Any:
+        return optimizer(hparams.learning_rate, hparams.max_grad_norm).init(params)
 
     def update(
-        learner: Learner,
-        batch: Batch,
-        key: jax.Array,
-        hparams: HParams,
-        learning_rate: jax.Array,
+        learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
     ) -> tuple[Learner, Metrics]:
-        tx = optimizer(learning_rate, hparams.max_grad_norm)
-        batch = jax.tree.map(lambda x: x.reshape(batch_size, *x.shape[2:]), batch)
+        tx = optimizer(hparams.learning_rate * anneal, hparams.max_grad_norm)
 
-        def minibatch(
-            carry: tuple[Learner, jax.Array], indices: jax.Array
-        ) -> tuple[tuple[Learner, jax.Array], tuple[Metrics, jax.Array]]:
-            learner, active = carry
-            samples = jax.tree.map(lambda x: x[indices], batch)
-            (_, metrics), grads = grad_fn(learner.params, samples, hparams)
-            updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
-            params = optax.apply_updates(learner.params, updates)
-            stepped = Learner(params=params, opt_state=opt_state)
+        def gradient_step(
+            carry: tuple[Any, Any, jax.Array], samples: Batch
+        ) -> tuple[tuple[Any, Any, jax.Array], tuple[Metrics, jax.Array]]:
+            params, opt_state, active = carry
+            stepped = _gradient_step(losses.joint, tx, params, opt_state, samples, hparams)
+            new_params, new_opt_state, metrics = stepped
             if hparams.target_kl is not None:
                 active &= metrics["train/approx_kl"] <= hparams.target_kl
-                stepped = jax.tree.map(partial(jnp.where, active), stepped, learner)
-            return (stepped, active), (metrics, active)
+                keep = partial(jnp.where, active)
+                new_params = jax.tree.map(keep, new_params, params)
+                new_opt_state = jax.tree.map(keep, new_opt_state, opt_state)
+            return (new_params, new_opt_state, active), (metrics, active)
 
-        def epoch(
-            carry: tuple[Learner, jax.Array], key: jax.Array
-        ) -> tuple[tuple[Learner, jax.Array], tuple[Metrics, jax.Array]]:
-            order = shuffled(key, jnp.arange(batch_size), size=batch_size)
-            return jax.lax.scan(minibatch, carry, order.reshape(num_minibatches, -1))
-
-        start = (learner, jnp.array(True))
-        epoch_keys = jax.random.split(key, config.num_epochs)
-        (learner, _), (metrics, applied) = jax.lax.scan(epoch, start, epoch_keys)
+        start = (learner.params, learner.opt_state, jnp.array(True))
+        (params, opt_state, _), (metrics, applied) = _epochs(
+            config, gradient_step, start, batch, key
+        )
         metrics = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
         if hparams.target_kl is not None:
             metrics["train/gradient_steps"] = jnp.sum(applied)
-        return learner, metrics
+        return learner.replace(params=params, opt_state=opt_state), metrics
 
-    return update
+    return UpdateRule(init, update, fits_critic_apart=False)
 
 
-def _value_loss(value: jax.Array, batch: Batch, hparams: HParams) -> jax.Array:
-    if hparams.value_clip_eps is None:
-        return objectives.value_loss(value, batch.targets)
-    return objectives.clipped_value_loss(
-        value, batch.value, batch.targets, value_clip_eps=hparams.value_clip_eps
-    )
+def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
+    """One gradient step of the policy on the whole batch, then epochs of the critic alone."""
+
+    def init(params: Any, hparams: HParams) -> Any:
+        actor, critic = split_params(params)
+        tx = optimizer(hparams.learning_rate, hparams.max_grad_norm)
+        has_critic = hparams.critic_learning_rate is not None
+        return {"actor": tx.init(actor), "critic": tx.init(critic) if has_critic else None}
+
+    def update(
+        learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
+    ) -> tuple[Learner, Metrics]:
+        actor, critic = split_params(learner.params)
+        actor_state, critic_state = learner.opt_state["actor"], learner.opt_state["critic"]
+        tx = optimizer(hparams.learning_rate * anneal, hparams.max_grad_norm)
+        actor, actor_state, metrics = _gradient_step(
+            losses.policy, tx, actor, actor_state, batch, hparams
+        )
+        if hparams.critic_learning_rate is not None:
+            critic, critic_state, critic_metrics = _fit_critic(
+                config, losses, optimizer, (critic, critic_state), batch, key, hparams, anneal
+            )
+            metrics |= critic_metrics
+        opt_state = {"actor": actor_state, "critic": critic_state}
+        return learner.replace(params=merge_params(actor, critic), opt_state=opt_state), metrics
+
+    return UpdateRule(init, update, fits_critic_apart=True)
+
+
+def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
+    """Maximises the surrogate subject to a mean KL of at most `max_kl`; then fits the critic.
+
+    Schulman et al. 2015 (arXiv:1502.05477), section 6 and appendix C: a natural gradient step
+    by conjugate gradients, as long as the bound allows in the quadratic model, shortened until
+    the surrogate improves within the true bound. Matrix products are in full precision, which
+    conjugate gradients need, whatever the global setting.
+    """
+    assert config.cg_iterations is not None
+    assert config.line_search_steps is not None
+    cg_iterations, line_search_steps = config.cg_iterations, config.line_search_steps
+
+    def init(params: Any, hparams: HParams) -> Any:
+        _, critic = split_params(params)
+        return optimizer(hparams.critic_learning_rate, hparams.max_grad_norm).init(critic)
+
+    def update(
+        learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
+    ) -> tuple[Learner, Metrics]:
+        actor, critic = split_params(learner.params)
+        flat, unravel = ravel_pytree(actor)
+
+        def loss(flat: jax.Array) -> tuple[jax.Array, Metrics]:
+            return losses.policy(unravel(flat), batch, hparams)
+
+        def objective(flat: jax.Array) -> jax.Array:
+            return -loss(flat)[0]
+
+        def mean_kl(flat: jax.Array) -> jax.Array:
+            return losses.kl(unravel(flat), batch)
+
+        with jax.default_matmul_precision("highest"):
+            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(flat)
+            step = _natural_step(
+                mean_kl, flat, -gradient, hparams=hparams, cg_iterations=cg_iterations
+            )
+            found = line_search(
+                objective, mean_kl, flat, step, max_kl=hparams.max_kl, num_steps=line_search_steps
+            )
+        metrics |= {
+            "train/kl": found.kl,
+            "train/step_fraction": found.fraction,
+            "train/surrogate_improvement": found.improvement,
+        }
+        critic, opt_state, critic_metrics = _fit_critic(
+            config, losses, optimizer, (critic, learner.opt_state), batch, key, hparams, anneal
+        )
+        params = merge_params(unravel(found.params), critic)
+        return learner.replace(params=params, opt_state=opt_state), metrics | critic_metrics
+
+    return UpdateRule(init, update, fits_critic_apart=True)
+
+
+def _natural_step(
+    mean_kl: Callable[[jax.Array], jax.Array],
+    params: jax.Array,
+    gradient: jax.Array,
+    *,
+    hparams: HParams,
+    cg_iterations: int,
+) -> jax.Array:
+    """√(2 δ / gᵀF⁻¹g) F⁻¹g: the step along the natural gradient to the edge of the bound."""
+    product = fisher_vector_product(mean_kl, params, damping=hparams.cg_damping)
+    direction = conjugate_gradient(product, gradient, iterations=cg_iterations)
+    curvature = jnp.vdot(direction, product(direction))
+    # A zero gradient has no direction: no step, rather than 0 / 0.
+    scale = jnp.sqrt(2.0 * hparams.max_kl / jnp.where(curvature > 0, curvature, 1.0))
+    return jnp.where(curvature > 0, scale, 0.0) * direction
+
+
+def _gradient_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    params: Any,
+    opt_state: Any,
+    samples: Batch,
+    hparams: HParams,
+) -> tuple[Any, Any, Metrics]:
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, samples, hparams)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def _fit_critic(
+    config: Config,
+    losses: Losses,
+    optimizer: Optimizer,
+    critic: tuple[Any, Any],
+    batch: Batch,
+    key: jax.Array,
+    hparams: HParams,
+    anneal: jax.Array,
+) -> tuple[Any, Any, Metrics]:
+    """Epochs of minibatch steps on the value loss alone."""
+    tx = optimizer(hparams.critic_learning_rate * anneal, hparams.max_grad_norm)
+
+    def gradient_step(carry: tuple[Any, Any], samples: Batch) -> tuple[tuple[Any, Any], Metrics]:
+        *stepped, metrics = _gradient_step(losses.value, tx, *carry, samples, hparams)
+        return (stepped[0], stepped[1]), metrics
+
+    (params, opt_state), metrics = _epochs(config, gradient_step, critic, batch, key)
+    return params, opt_state, jax.tree.map(jnp.mean, metrics)
+
+
+def _epochs(
+    config: Config,
+    gradient_step: Callable[[Carry, Batch], tuple[Carry, Any]],
+    carry: Carry,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Carry, Any]:
+    """Passes every sample of `batch` `[T, N]` once an epoch, in a new random order each."""
+    batch_size, num_minibatches = config.batch_size, config.num_minibatches or 1
+    batch = jax.tree.map(lambda x: x.reshape(batch_size, *x.shape[2:]), batch)
+
+    def minibatch(carry: Carry, indices: jax.Array) -> tuple[Carry, Any]:
+        return gradient_step(carry, jax.tree.map(lambda x: x[indices], batch))
+
+    def epoch(carry: Carry, key: jax.Array) -> tuple[Carry, Any]:
+        order = shuffled(key, jnp.arange(batch_size), size=batch_size)
+        return jax.lax.scan(minibatch, carry, order.reshape(num_minibatches, -1))
+
+    return jax.lax.scan(epoch, carry, jax.random.split(key, config.num_epochs or 1))

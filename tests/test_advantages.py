@@ -94,3 +94,47 @@ def test_gae_refuses_shapes_that_would_broadcast(data):
         advantages.gae(
             reward, value[:1], next_value, terminated, truncated, gamma=GAMMA, gae_lambda=LAMBDA
         )
+
+
+def test_n_step_of_one_is_the_td_error_and_of_all_is_gae_with_lambda_1(data):
+    one = advantages.n_step(*data, gamma=GAMMA, steps=1)
+    np.testing.assert_allclose(
+        one, advantages.gae(*data, gamma=GAMMA, gae_lambda=0.0), rtol=1e-5, atol=1e-6
+    )
+    whole = advantages.n_step(*data, gamma=GAMMA, steps=T + 5)
+    np.testing.assert_allclose(
+        whole, advantages.gae(*data, gamma=GAMMA, gae_lambda=1.0), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_n_step_is_the_discounted_rewards_and_the_value_after_them(data):
+    reward, value, next_value, terminated, truncated = data
+    ours = np.asarray(advantages.n_step(*data, gamma=GAMMA, steps=3))
+    for n in range(N):
+        for t in range(T):
+            total, discount = 0.0, 1.0
+            for k in range(t, min(t + 3, T)):
+                total += discount * reward[k, n]
+                discount *= GAMMA
+                if terminated[k, n] or truncated[k, n]:
+                    break
+            total += discount * (0.0 if terminated[k, n] else next_value[k, n])
+            assert ours[t, n] == pytest.approx(total - value[t, n], abs=1e-4)
+
+
+def test_returns_of_first_episodes(data):
+    reward, _, _, terminated, truncated = data
+    done = terminated | truncated
+    mask = np.asarray(advantages.first_episode(jnp.asarray(done)))
+    whole = np.asarray(advantages.trajectory_return(reward, mask, gamma=GAMMA))
+    to_go = np.asarray(advantages.reward_to_go(reward, mask, gamma=GAMMA))
+    for n in range(N):
+        length = int(np.argmax(done[:, n])) + 1 if done[:, n].any() else 0
+        assert mask[:, n].sum() == length
+        assert mask[:length, n].all()
+        discounted = GAMMA ** np.arange(T) * reward[:, n]
+        np.testing.assert_allclose(whole[:length, n], discounted[:length].sum(), rtol=1e-4)
+        for t in range(length):
+            assert to_go[t, n] == pytest.approx(discounted[t:length].sum(), abs=1e-4)
+        assert not whole[length:, n].any()
+        assert not to_go[length:, n].any()

@@ -8,7 +8,7 @@ import pytest
 import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, complete
-from ppo_jax.config import HPARAM_RANGES
+from ppo_jax.config import ALGORITHM_SETTINGS, HPARAM_RANGES
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,17 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
     ("fields", "message"),
     [
         ({"env": "CartPol-v1"}, "unknown environment 'CartPol-v1'. Did you mean CartPole-v1"),
-        ({"algorithm": "pop"}, "unknown algorithm 'pop'. Did you mean ppo"),
+        ({"algorithm": "pop"}, "unknown algorithm 'pop'. Did you mean .*ppo"),
+        ({"algorithm": "reinforce", "num_epochs": 2}, "num_epochs is given and reinforce uses"),
+        ({"cg_iterations": 2}, "cg_iterations is given and ppo uses num_epochs"),
+        (
+            {"algorithm": "reinforce_to_go"},
+            "whole episodes: num_steps must be.*got 128 and 500. Set num_steps to 500",
+        ),
+        (
+            {"algorithm": "trpo", "shared_torso": True},
+            "shared_torso must be off.*trpo does so",
+        ),
         ({"optimizer": "adm"}, "unknown optimizer 'adm'. Did you mean adam"),
         ({"optimizer_kwargs": {"epz": 1.0}}, "unknown argument of optax.adam 'epz'"),
         ({"env_params": {"gravty": 1.0}}, "unknown parameter of CartPole-v1 'gravty'.*gravity"),
@@ -65,7 +75,10 @@ def test_gamma_and_lambda_end_at_one():
 def test_every_hyperparameter_has_a_range_and_a_user():
     fields = set(vars(HParams()))
     assert set(HPARAM_RANGES) == fields
-    assert set().union(*(row.hparams for row in ALGORITHMS.values())) == fields
+    used = set().union(*(row.hparams for row in ALGORITHMS.values()))
+    assert used | {"desired_kl"} == fields  # that one belongs to a schedule
+    settings = set().union(*(row.settings for row in ALGORITHMS.values()))
+    assert settings == set(ALGORITHM_SETTINGS)
 
 
 def test_replace_refuses_an_unknown_field():
@@ -80,7 +93,7 @@ def test_a_hyperparameter_that_the_algorithm_does_not_use_is_refused(monkeypatch
     without = {name: value for name, value in row.hparams.items() if name != "clip_eps"}
     monkeypatch.setitem(ALGORITHMS, "unclipped", row._replace(hparams=without))
     with pytest.raises(ConfigError, match="clip_eps is set and unclipped uses learning_rate"):
-        complete(HParams(clip_eps=0.1), "unclipped")
+        complete(HParams(clip_eps=0.1), Config(algorithm="unclipped"))
 
 
 def test_config_is_hashable_and_equal_by_value():

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "ppo_jax"
 # From the bottom up; a module may import from its own layer's package and from layers below.
 LAYERS = [
     ["config", "types", "presets"],
-    ["advantages", "objectives", "shuffle"],
+    ["advantages", "importance", "natural_gradient", "objectives", "shuffle"],
     ["envs", "policy"],
-    ["optimizers", "rollout", "update", "algorithms"],
+    ["optimizers", "rollout", "losses", "update", "algorithms"],
     ["trainer", "evaluation"],
     ["runs"],
     ["cli", "__main__"],

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from ppo_jax import objectives
-from ppo_jax.algorithms import ALGORITHMS, complete
+from ppo_jax.algorithms import ALGORITHMS, complete, complete_config
 from ppo_jax.config import Config, HParams
 from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.losses import make_losses
 from ppo_jax.policy.policy import PolicySpec, network_of
 from ppo_jax.types import Batch
-from ppo_jax.update import make_loss
 
 B = 32
 
@@ -70,6 +70,8 @@ def case(request):
         value=value + 0.3 * jax.random.normal(keys[5], (B,)),
         advantages=jax.random.normal(keys[6], (B,)) + 0.5,
         targets=value + jax.random.normal(keys[7], (B,)),
+        mask=None,
+        done=jnp.zeros(B, bool),
     )
     return spec, params, batch
 
@@ -129,9 +131,12 @@ def ppo_loss_from_the_paper(params, batch, eps, value_eps, c1, c2, has_log_std):
 def test_loss_and_gradient_of_a_minibatch_are_the_papers(case, value_clip_eps):
     spec, params, batch = case
     hparams = complete(
-        HParams(clip_eps=0.15, vf_coef=0.7, ent_coef=0.03, value_clip_eps=value_clip_eps), "ppo"
+        HParams(clip_eps=0.15, vf_coef=0.7, ent_coef=0.03, value_clip_eps=value_clip_eps),
+        Config(),
     )
-    loss_fn = make_loss(Config(), spec, ALGORITHMS["ppo"].objective)
+    loss_fn = make_losses(
+        complete_config(Config()), spec, ALGORITHMS["ppo"].objective, per_episode=False
+    ).joint
     (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, hparams)
 
     has_log_std = isinstance(spec.action_space, Box)
@@ -145,3 +150,54 @@ def test_loss_and_gradient_of_a_minibatch_are_the_papers(case, value_clip_eps):
     ):
         np.testing.assert_allclose(ours, oracle, rtol=1e-3, atol=1e-6)
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_dual_clip_bounds_the_objective_from_below():
+    ratio, advantages = jnp.array([5.0, 5.0, 1.0]), jnp.array([-1.0, 1.0, -1.0])
+    plain = objectives.clipped_surrogate(ratio, advantages, clip_eps=0.2)
+    dual = objectives.clipped_surrogate(ratio, advantages, clip_eps=0.2, dual_clip=3.0)
+    np.testing.assert_allclose(plain, [-5.0, 1.2, -1.0], rtol=1e-6)
+    np.testing.assert_allclose(dual, [-3.0, 1.2, -1.0], rtol=1e-6)
+
+
+def test_simple_policy_is_best_where_the_ratio_has_moved_by_epsilon():
+    ratios = jnp.linspace(0.5, 1.5, 1001)
+    for advantage, best in ((2.0, 1.2), (-2.0, 0.8)):
+        value = objectives.simple_policy(ratios, jnp.full(1001, advantage), clip_eps=0.2)
+        assert ratios[jnp.argmax(value)] == pytest.approx(best, abs=1e-3)
+
+
+def test_discovered_policy_drifts_only_against_going_too_far():
+    def slope(log_ratio, advantage):
+        objective = jax.grad(
+            lambda x: objectives.discovered_policy(
+                x[None], jnp.array([advantage]), alpha=2.0, beta=0.6
+            )[0]
+        )
+        return float(objective(jnp.float32(log_ratio)))
+
+    assert slope(0.0, 1.0) == pytest.approx(1.0)  # the policy gradient at the old policy
+    assert slope(0.0, -1.0) == pytest.approx(-1.0)
+    assert slope(-0.5, 1.0) == pytest.approx(np.exp(-0.5), rel=1e-5)  # no drift when coming back
+    assert 0.0 < slope(1.5, 1.0) < np.exp(1.5)
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.001, 0.5), (0.008, 1.0), (0.012, 1.0), (0.1, 2.0)])
+def test_kl_coef_is_halved_and_doubled_as_in_the_paper(kl, factor):
+    coefficients, targets = jnp.array([0.5, 3.0]), jnp.array([0.01, 0.01])
+    adapt = jax.vmap(lambda beta, d: objectives.adapt_kl_coef(beta, jnp.float32(kl), d_targ=d))
+    np.testing.assert_allclose(adapt(coefficients, targets), factor * coefficients)
+
+
+def test_kl_coef_keeps_within_reach():
+    beta = jnp.float32(1.0)
+    for _ in range(100):
+        beta = objectives.adapt_kl_coef(beta, jnp.float32(0.0), d_targ=0.01)
+    assert beta == pytest.approx(1e-6)
+
+
+def test_masked_means_ignore_what_is_masked():
+    x, mask = jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])
+    assert objectives.masked_mean(x, mask) == 2.0
+    assert objectives.masked_variance(x, mask) == 1.0
+    assert objectives.masked_mean(x, jnp.zeros(3, bool)) == 0.0

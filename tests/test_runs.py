@@ -15,6 +15,8 @@ from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
 from ppo_jax.runs.run import evaluate_run
 
+pytestmark = pytest.mark.xdist_group("runs")
+
 CONFIG = Config(num_envs=4, num_steps=16, hidden_sizes=(8,), total_timesteps=64 * 11)
 HPARAMS = HParams(learning_rate=1e-3)
 

@@ -44,23 +44,28 @@ class ActorCritic(nn.Module):
     hidden_sizes: tuple[int, ...]
     activation: Callable[[jax.Array], jax.Array]
     shared_torso: bool
+    has_critic: bool = True
 
     def setup(self) -> None:
         """Makes the layers; flax calls this."""
         self.actor_torso = MLP(self.hidden_sizes, self.activation)
         self.actor_out = _dense(self.head.num_outputs, _ACTOR_GAIN)
-        if not self.shared_torso:
-            self.critic_torso = MLP(self.hidden_sizes, self.activation)
-        self.critic_out = _dense(1, _CRITIC_GAIN)
+        if self.has_critic:
+            if not self.shared_torso:
+                self.critic_torso = MLP(self.hidden_sizes, self.activation)
+            self.critic_out = _dense(1, _CRITIC_GAIN)
         if self.head.log_std_shape is not None:
             zeros = nn.initializers.zeros_init()
             self.log_std = self.param("log_std", zeros, self.head.log_std_shape)
 
-    def __call__(self, obs: jax.Array) -> tuple[Any, jax.Array]:
-        """Distribution parameters `[..., *]` and values `[...]`."""
+    def __call__(self, obs: jax.Array) -> tuple[Any, jax.Array | None]:
+        """Distribution parameters `[..., *]` and values `[...]`, None without a critic."""
         x = self._flat(obs)
         features = self.actor_torso(x)
-        return self._parametrize(features), self._value(features if self.shared_torso else x)
+        action_params = self._parametrize(features)
+        if not self.has_critic:
+            return action_params, None
+        return action_params, self._value(features if self.shared_torso else x)
 
     def actor(self, obs: jax.Array) -> Any:
         """Distribution parameters `[..., *]`."""
@@ -82,6 +87,19 @@ class ActorCritic(nn.Module):
     def _value(self, x: jax.Array) -> jax.Array:
         features = x if self.shared_torso else self.critic_torso(x)
         return self.critic_out(features).squeeze(-1)
+
+
+def split_params(params: Any) -> tuple[Any, Any]:
+    """Parameters of the actor and of the critic, where they share none."""
+    modules = params["params"]
+    critic = {name: value for name, value in modules.items() if name.startswith("critic_")}
+    actor = {name: value for name, value in modules.items() if name not in critic}
+    return {"params": actor}, {"params": critic}
+
+
+def merge_params(actor: Any, critic: Any) -> Any:
+    """The inverse of `split_params`."""
+    return {"params": {**actor["params"], **critic["params"]}}
 
 
 def _dense(size: int, gain: float) -> nn.Dense:

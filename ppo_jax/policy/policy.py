@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import serialization, struct
 
-from ppo_jax.config import Config
+from ppo_jax.config import Config, ConfigError
 from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.spaces import Box, Discrete, Space
 from ppo_jax.policy.distributions import Head, make_head
@@ -25,6 +25,7 @@ class PolicySpec(NamedTuple):
     hidden_sizes: tuple[int, ...]
     activation: str
     shared_torso: bool
+    has_critic: bool = True
 
 
 class Policy(struct.PyTreeNode):
@@ -53,11 +54,13 @@ class Policy(struct.PyTreeNode):
         return network_of(self.spec).apply(self.params, obs, method="actor")
 
     def value(self, obs: jax.Array) -> jax.Array:
-        """The critic's V(s), `[...]`."""
+        """The critic's V(s), `[...]`; a `ConfigError` if the algorithm has no critic."""
+        if not self.spec.has_critic:
+            raise ConfigError("value needs a critic; this policy was trained without one.")
         return network_of(self.spec).apply(self.params, obs, method="critic")
 
 
-def make_spec(config: Config, env: Environment) -> PolicySpec:
+def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> PolicySpec:
     """The spec of the policies that `config` trains in `env`."""
     return PolicySpec(
         observation_space=env.observation_space,
@@ -65,6 +68,7 @@ def make_spec(config: Config, env: Environment) -> PolicySpec:
         hidden_sizes=config.hidden_sizes,
         activation=config.activation,
         shared_torso=config.shared_torso,
+        has_critic=has_critic,
     )
 
 
@@ -83,6 +87,7 @@ def network_of(spec: PolicySpec) -> ActorCritic:
         hidden_sizes=spec.hidden_sizes,
         activation=getattr(nn, spec.activation),
         shared_torso=spec.shared_torso,
+        has_critic=spec.has_critic,
     )
 
 

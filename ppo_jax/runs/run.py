@@ -83,7 +83,7 @@ def train(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{name} must be at least 1; got {count}.")
-    hparams = complete(hparams, config.algorithm)
+    hparams = complete(hparams, config)
     trainer = make_trainer(config)
     seeds = tuple(range(seed, seed + (num_seeds or 1)))
     directory = None

@@ -1,0 +1,296 @@
+"""Every estimator's mean gradient is the exact one, found by enumerating all trajectories."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import Config, envs, make_trainer
+from ppo_jax.algorithms import ALGORITHMS, Values, complete, complete_config
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.losses import make_losses
+from ppo_jax.policy.policy import Policy, head_of, make_spec, network_of
+from ppo_jax.rollout import reset, rollout
+from ppo_jax.types import Batch
+
+STATES, ACTIONS, HORIZON = 4, 2, 3
+_RNG = np.random.default_rng(0)
+START = _RNG.dirichlet(np.ones(STATES))
+TRANSITIONS = _RNG.dirichlet(np.ones(STATES), size=(STATES, ACTIONS))
+REWARDS = _RNG.normal(size=(STATES, ACTIONS)) + 1.0
+ENDS = 3  # entering this state ends the episode; so does the horizon, as a terminal state
+
+
+def tabular_env():
+    def observe(state, time):
+        return jnp.concatenate([jax.nn.one_hot(state, STATES), jax.nn.one_hot(time, HORIZON + 1)])
+
+    def draw(key, probabilities):
+        return jax.random.categorical(key, jnp.log(jnp.asarray(probabilities, jnp.float32)))
+
+    def env_reset(key, params):
+        state = draw(key, START)
+        return observe(state, 0), (state, jnp.int32(0))
+
+    def env_step(key, env_state, action, params):
+        state, time = env_state
+        step_key, reset_key = jax.random.split(key)
+        successor = draw(step_key, jnp.asarray(TRANSITIONS)[state, action])
+        reward = jnp.asarray(REWARDS, jnp.float32)[state, action]
+        terminated = (successor == ENDS) | (time + 1 >= HORIZON)
+        final_obs = observe(successor, time + 1)
+        obs_reset, state_reset = env_reset(reset_key, params)
+        obs = jnp.where(terminated, obs_reset, final_obs)
+        next_state = jax.tree.map(
+            lambda a, b: jnp.where(terminated, a, b), state_reset, (successor, time + 1)
+        )
+        info = {"final_observation": final_obs}
+        return Step(obs, next_state, reward, terminated, jnp.array(False), info)
+
+    return Environment(
+        "tabular", env_reset, env_step, (), Box((STATES + HORIZON + 1,)), Discrete(ACTIONS)
+    )
+
+
+def exact_return(logits, gamma):
+    """R̄ = Σ_τ p_θ(τ) R(τ), over every trajectory; `logits` is `[HORIZON, STATES, ACTIONS]`."""
+    log_policy = jax.nn.log_softmax(logits)
+    total = 0.0
+    for actions in itertools.product(range(ACTIONS), repeat=HORIZON):
+        for states in itertools.product(range(STATES), repeat=HORIZON):
+            log_p, weight, value, probability = 0.0, 1.0, 0.0, START[states[0]]
+            for t in range(HORIZON):
+                log_p += log_policy[t, states[t], actions[t]]
+                value += gamma**t * REWARDS[states[t], actions[t]]
+                last = t == HORIZON - 1
+                if last:
+                    break
+                move = TRANSITIONS[states[t], actions[t]]
+                # The episode ends on entering ENDS; count that trajectory once, through a
+                # canonical continuation (state 0, action 0 for the rest).
+                if states[t + 1] == ENDS:
+                    probability *= move[ENDS]
+                    rest = (*states[t + 2 :],), (*actions[t + 1 :],)
+                    weight = float(not any(rest[0]) and not any(rest[1]))
+                    break
+                probability *= move[states[t + 1]]
+            total += weight * probability * jnp.exp(log_p) * value
+    return total
+
+
+class Fixture:
+    """A policy in the tabular world, and the gradient of an algorithm's loss on one batch."""
+
+    def __init__(self, algorithm, num_envs=64, **changes):
+        if "tabular" not in envs.names():
+            envs.register("tabular", tabular_env)
+        self.row = ALGORITHMS[algorithm]
+        changes.setdefault("normalize_advantage", "none")
+        config = Config(
+            env="tabular",
+            algorithm=algorithm,
+            num_envs=num_envs,
+            num_steps=HORIZON,
+            hidden_sizes=(),
+            total_timesteps=num_envs * HORIZON,
+            **changes,
+        )
+        self.config = complete_config(config)
+        self.env = envs.make("tabular")
+        self.spec = make_spec(self.config, self.env, has_critic=self.row.has_critic)
+        self.losses = make_losses(
+            self.config, self.spec, self.row.objective, per_episode=self.row.whole_episodes
+        )
+        params = network_of(self.spec).init(jax.random.key(0), jnp.zeros((1, STATES + HORIZON + 1)))
+        keys = jax.random.split(jax.random.key(1), 100)
+        leaves, treedef = jax.tree.flatten(params)
+        self.params = jax.tree.unflatten(
+            treedef,
+            [0.7 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=False)],
+        )
+
+    def hparams(self, **values):
+        return complete(None, self.config).replace(**values)
+
+    def batch(self, key, hparams):
+        """One rollout of whole episodes as a batch, by the stages that the trainer composes."""
+        reset_key, key = jax.random.split(key)
+        start = reset(self.env, (), reset_key, num_envs=self.config.num_envs)
+        policy = Policy(self.params, self.spec)
+        _, trajectory, _ = rollout(
+            self.env, (), policy, start, key, num_steps=self.config.num_steps
+        )
+        values = None
+        if self.row.has_critic:
+            values = Values(policy.value(trajectory.obs), policy.value(trajectory.final_obs))
+        estimates = self.row.estimate(self.config, trajectory, values, hparams)
+        distribution = head_of(self.spec).distribution(trajectory.action_params)
+        done = trajectory.terminated | trajectory.truncated
+        # Only first episodes start from START; later ones in the rollout are cut by its end.
+        mask = (jnp.cumsum(done, axis=0) - done) == 0
+        return Batch(
+            obs=trajectory.obs,
+            action=trajectory.action,
+            action_params=trajectory.action_params,
+            log_prob=distribution.log_prob(trajectory.action),
+            advantages=estimates.advantages,
+            value=None if values is None else values.value,
+            targets=estimates.targets,
+            mask=mask if estimates.mask is None else estimates.mask,
+            done=done,
+        )
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def gradients(self, keys, gamma):
+        """Ascent direction of the actor on each batch, in units of ∇R̄, `[batches, P]`."""
+        hparams = self.hparams(gamma=gamma, ent_coef=0.0)
+        if hparams.gae_lambda is not None:
+            hparams = hparams.replace(gae_lambda=1.0)
+
+        def one(key):
+            batch = self.batch(key, hparams)
+            grads = jax.grad(self.losses.policy, has_aux=True)(self.params, batch, hparams)[0]
+            # A mean over samples is a mean over episodes but for the number of samples.
+            scale = 1.0 if self.row.whole_episodes else batch.mask.sum() / self.config.num_envs
+            return -scale * grads["params"]["actor_out"]["kernel"].ravel()
+
+        return jax.lax.map(one, keys, batch_size=50)
+
+    def exact(self, gamma):
+        """∇R̄ of the same parameters."""
+
+        def exact_of(kernel):
+            bias = self.params["params"]["actor_out"]["bias"]
+            by_state, by_time = kernel[:STATES], kernel[STATES : STATES + HORIZON]
+            logits = by_time[:, None, :] + by_state[None, :, :] + bias[None, None, :]
+            return exact_return(logits, gamma)
+
+        return np.asarray(jax.grad(exact_of)(self.params["params"]["actor_out"]["kernel"])).ravel()
+
+
+BATCHES = 2000
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+@pytest.mark.parametrize("algorithm", ["reinforce", "reinforce_to_go", "reinforce_baseline"])
+def test_policy_gradients_are_unbiased_discounted_or_not(algorithm, gamma):
+    check(Fixture(algorithm), gamma)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [name for name, row in ALGORITHMS.items() if not row.whole_episodes]
+)
+def test_at_the_old_policy_every_objective_has_the_exact_gradient(algorithm):
+    check(Fixture(algorithm), 1.0)
+
+
+def test_the_td_error_gives_the_exact_gradient_when_the_critic_is_exact():
+    """With λ = 0 the advantage is unbiased only if V is right; so the critic is made right."""
+    fixture = Fixture("actor_critic")
+    hparams = fixture.hparams(gamma=1.0, ent_coef=0.0, gae_lambda=0.0)
+    logits = fixture.params["params"]["actor_out"]
+    kernel, bias = np.asarray(logits["kernel"]), np.asarray(logits["bias"])
+    value = np.zeros((HORIZON + 1, STATES))
+    for t in reversed(range(HORIZON)):
+        table = kernel[:STATES] + kernel[STATES + t] + bias
+        policy = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
+        later = value[t + 1] * (np.arange(STATES) != ENDS)
+        value[t] = (policy * (REWARDS + TRANSITIONS @ later)).sum(-1)
+    table = jnp.asarray(value, jnp.float32)
+
+    def exact_value(obs):
+        state, time = jnp.argmax(obs[..., :STATES], -1), jnp.argmax(obs[..., STATES:], -1)
+        return table[time, state]
+
+    @jax.jit
+    def gradient(key):
+        reset_key, roll_key = jax.random.split(key)
+        start = reset(fixture.env, (), reset_key, num_envs=64)
+        acting = Policy(fixture.params, fixture.spec)
+        _, trajectory, _ = rollout(fixture.env, (), acting, start, roll_key, num_steps=HORIZON)
+        values = Values(exact_value(trajectory.obs), exact_value(trajectory.final_obs))
+        estimates = fixture.row.estimate(fixture.config, trajectory, values, hparams)
+        batch = fixture.batch(key, hparams)._replace(advantages=estimates.advantages)
+        grads = jax.grad(fixture.losses.policy, has_aux=True)(fixture.params, batch, hparams)[0]
+        return -batch.mask.sum() / 64 * grads["params"]["actor_out"]["kernel"].ravel()
+
+    samples = jax.lax.map(gradient, jax.random.split(jax.random.key(2), BATCHES))
+    assert_mean(samples, fixture.exact(1.0))
+
+
+def test_the_variance_falls_from_return_to_reward_to_go_to_baseline():
+    keys = jax.random.split(jax.random.key(3), BATCHES)
+    variance = {}
+    for name in ("reinforce", "reinforce_to_go", "reinforce_baseline"):
+        fixture = Fixture(name)
+        if name == "reinforce_baseline":  # a constant: about the mean reward to go
+            critic = jax.tree.map(jnp.zeros_like, fixture.params["params"]["critic_out"])
+            mean = float(exact_return(jnp.zeros((HORIZON, STATES, ACTIONS)), 1.0)) / 2
+            critic["bias"] = jnp.full((1,), mean)
+            fixture.params["params"]["critic_out"] = critic
+        variance[name] = float(jnp.var(fixture.gradients(keys, 1.0), axis=0).sum())
+    whole, to_go, centred = variance.values()
+    assert whole > 1.1 * to_go, variance
+    assert to_go > 1.1 * centred, variance
+
+
+def check(fixture, gamma):
+    samples = fixture.gradients(jax.random.split(jax.random.key(2), BATCHES), gamma)
+    assert_mean(samples, fixture.exact(gamma))
+
+
+def assert_mean(samples, exact):
+    """Within 4 standard errors, and the errors small enough to tell a wrong estimator."""
+    samples = np.asarray(samples, np.float64)
+    error = samples.std(axis=0) / np.sqrt(len(samples))
+    assert np.linalg.norm(error) < 0.05 * np.linalg.norm(exact)
+    np.testing.assert_array_less(np.abs(samples.mean(axis=0) - exact), 4 * error + 1e-6)
+
+
+def test_episodes_that_the_rollout_cuts_do_not_count():
+    fixture = Fixture("reinforce")
+    config = fixture.config.replace(num_steps=2)
+    start = reset(fixture.env, (), jax.random.key(0), num_envs=64)
+    policy = Policy(fixture.params, fixture.spec)
+    _, trajectory, _ = rollout(fixture.env, (), policy, start, jax.random.key(1), num_steps=2)
+    estimates = fixture.row.estimate(config, trajectory, None, fixture.hparams())
+    cut = ~np.asarray(trajectory.terminated).any(axis=0)
+    assert cut.any()
+    assert (~cut).any()
+    assert not np.asarray(estimates.mask)[:, cut].any()
+    assert np.asarray(estimates.mask)[0, ~cut].all()
+    assert not np.asarray(estimates.advantages)[:, cut].any()
+
+
+def test_trainer_uses_these_stages():
+    """The trainer's own update of REINFORCE is one step along the gradient of its batch."""
+    if "tabular" not in envs.names():
+        envs.register("tabular", tabular_env)
+    config = Config(
+        env="tabular",
+        algorithm="reinforce",
+        num_envs=65536,
+        num_steps=HORIZON,
+        hidden_sizes=(),
+        total_timesteps=65536 * HORIZON,
+        optimizer="sgd",
+        lr_schedule="constant",
+    )
+    trainer = make_trainer(config)
+    fixture = Fixture("reinforce")
+    state = trainer.init(jax.random.key(0))
+    state = state.replace(learner=state.learner.replace(params=fixture.params))
+    hparams = fixture.hparams(learning_rate=1.0)
+    after, metrics = jax.jit(trainer.step)(state, hparams)
+    kernel = [
+        np.asarray(p["params"]["actor_out"]["kernel"]).ravel()
+        for p in (fixture.params, after.learner.params)
+    ]
+    exact = fixture.exact(1.0)
+    moved = kernel[1] - kernel[0]
+    assert np.linalg.norm(moved - exact) < 0.1 * np.linalg.norm(exact)
+    assert metrics["episode/count"] == 65536
