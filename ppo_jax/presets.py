@@ -1,6 +1,6 @@
 """Tuned settings for known environments: what `ppo-jax train ENV` starts from.
 
-`python benchmarks/presets.py` measures what each reaches; `benchmarks/results/` holds the figures.
+`python benchmarks/presets.py` measures what each reaches.
 """
 
 from typing import Any

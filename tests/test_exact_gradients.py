@@ -56,30 +56,35 @@ def tabular_env():
     )
 
 
+def all_trajectories():
+    """Every trajectory as rows `[K, HORIZON]`: states, actions, whether the step happened.
+
+    One that ends by entering ENDS is listed once: what would follow is state 0 and action 0.
+    """
+    rows = []
+    for states in itertools.product(range(STATES), repeat=HORIZON):
+        for actions in itertools.product(range(ACTIONS), repeat=HORIZON):
+            length = next((t for t in range(1, HORIZON) if states[t] == ENDS), HORIZON)
+            if not any(states[length + 1 :]) and not any(actions[length:]):
+                rows.append((states, actions, np.arange(HORIZON) < length))
+    return (np.array(column) for column in zip(*rows, strict=True))
+
+
 def exact_return(logits, gamma):
     """R̄ = Σ_τ p_θ(τ) R(τ), over every trajectory; `logits` is `[HORIZON, STATES, ACTIONS]`."""
-    log_policy = jax.nn.log_softmax(logits)
-    total = 0.0
-    for actions in itertools.product(range(ACTIONS), repeat=HORIZON):
-        for states in itertools.product(range(STATES), repeat=HORIZON):
-            log_p, weight, value, probability = 0.0, 1.0, 0.0, START[states[0]]
-            for t in range(HORIZON):
-                log_p += log_policy[t, states[t], actions[t]]
-                value += gamma**t * REWARDS[states[t], actions[t]]
-                last = t == HORIZON - 1
-                if last:
-                    break
-                move = TRANSITIONS[states[t], actions[t]]
-                # The episode ends on entering ENDS; count that trajectory once, through a
-                # canonical continuation (state 0, action 0 for the rest).
-                if states[t + 1] == ENDS:
-                    probability *= move[ENDS]
-                    rest = (*states[t + 2 :],), (*actions[t + 1 :],)
-                    weight = float(not any(rest[0]) and not any(rest[1]))
-                    break
-                probability *= move[states[t + 1]]
-            total += weight * probability * jnp.exp(log_p) * value
-    return total
+    states, actions, happened = all_trajectories()
+    moves = TRANSITIONS[states[:, :-1], actions[:, :-1], states[:, 1:]]
+    chance = START[states[:, 0]] * np.where(happened[:, :-1], moves, 1.0).prod(axis=1)
+    value = (gamma ** np.arange(HORIZON) * REWARDS[states, actions] * happened).sum(axis=1)
+    log_policy = jax.nn.log_softmax(logits)[np.arange(HORIZON), states, actions]
+    return jnp.sum(chance * value * jnp.exp(jnp.sum(log_policy * happened, axis=1)))
+
+
+def test_the_probabilities_of_all_trajectories_add_up_to_one():
+    states, actions, happened = all_trajectories()
+    moves = TRANSITIONS[states[:, :-1], actions[:, :-1], states[:, 1:]]
+    chance = START[states[:, 0]] * np.where(happened[:, :-1], moves, 1.0).prod(axis=1)
+    assert np.sum(chance * ACTIONS ** -happened.sum(axis=1).astype(float)) == pytest.approx(1.0)
 
 
 class Fixture:
