@@ -55,7 +55,8 @@ class _HParamFlags(_Scalars):
 class Train:
     """Train a policy, evaluate it, and keep both in a run directory.
 
-    A known environment starts from its tuned preset; flags override it.
+    A known environment starts from its tuned preset; flags override it. Presets are PPO's: another
+    --algorithm starts from its own defaults.
     """
 
     config: tyro.conf.OmitArgPrefixes[_ConfigFlags]
@@ -181,6 +182,9 @@ def _commands(argv: list[str]) -> Any:
     """The union of all commands; `train` has the preset of the environment in `argv`."""
     env = next((word for word in argv if word in envs.names()), "CartPole-v1")
     config, hparams = presets.preset(env)
+    words = [part for word in argv for part in word.split("=", 1)]
+    if "--algorithm" in words and config.algorithm not in words:
+        config, hparams = Config(env=env), HParams()  # tuned for another algorithm
     default = Train(config=_ConfigFlags(**vars(config)), hparams=_HParamFlags(**vars(hparams)))
     subcommand = tyro.conf.subcommand
     return (

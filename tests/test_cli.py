@@ -27,6 +27,12 @@ def test_train_then_eval(tmp_path, capsys):
     assert "must be new or empty" in capsys.readouterr().err
 
 
+def test_a_preset_is_left_out_for_another_algorithm(capsys):
+    """CartPole's sets value_clip_eps, which reinforce does not use."""
+    assert main(["train", "CartPole-v1", "--algorithm=reinforce", "--run-dir", "/nowhere/x"]) == 2
+    assert "whole episodes: num_steps must be at least" in capsys.readouterr().err
+
+
 def test_envs_lists_what_can_be_trained(capsys):
     assert main(["envs"]) == 0
     out = capsys.readouterr().out
