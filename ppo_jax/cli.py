@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,8 +56,8 @@ class _HParamFlags(_Scalars):
 class Train:
     """Train a policy, evaluate it, and keep both in a run directory.
 
-    A known environment starts from its tuned preset; flags override it. Presets are PPO's: another
-    --algorithm starts from its own defaults.
+    A known environment and algorithm start from their tuned preset, others from the algorithm's
+    defaults; flags override either.
     """
 
     config: tyro.conf.OmitArgPrefixes[_ConfigFlags]
@@ -179,12 +180,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _commands(argv: list[str]) -> Any:
-    """The union of all commands; `train` has the preset of the environment in `argv`."""
-    env = next((word for word in argv if word in envs.names()), "CartPole-v1")
-    config, hparams = presets.preset(env)
+    """The union of all commands; `train` has the preset of what `argv` names."""
     words = [part for word in argv for part in word.split("=", 1)]
-    if "--algorithm" in words and config.algorithm not in words:
-        config, hparams = Config(env=env), HParams()  # tuned for another algorithm
+    env = next((word for word in words if word in envs.names()), "CartPole-v1")
+    named = dict(itertools.pairwise(words)).get("--algorithm", "ppo")
+    config, hparams = presets.preset(env, named)
     default = Train(config=_ConfigFlags(**vars(config)), hparams=_HParamFlags(**vars(hparams)))
     subcommand = tyro.conf.subcommand
     return (
@@ -220,7 +220,11 @@ def _preset_summary(name: str) -> str:
     if name not in presets.names():
         return "-"
     config, _ = presets.preset(name)
-    return f"{config.total_timesteps:,} steps, {config.num_envs} environments"
+    others = len(presets.algorithms(name)) - 1
+    return (
+        f"{config.total_timesteps:,} steps, {config.num_envs} environments"
+        f"{f'; {others} more algorithms' if others else ''}"
+    )
 
 
 def _say(message: str) -> None:

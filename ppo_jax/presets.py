@@ -1,49 +1,87 @@
 """Tuned settings for known environments: what `ppo-jax train ENV` starts from.
 
-`python benchmarks/presets.py` measures what each reaches.
+`python benchmarks/presets.py` and `python benchmarks/algorithms.py` measure what each reaches.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppo_jax.config import Config, HParams
 
-_CONFIGS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"num_envs": 8, "num_steps": 128, "total_timesteps": 500_000},
-    "Acrobot-v1": {"num_envs": 16, "num_steps": 128, "total_timesteps": 500_000},
+
+class _Preset(NamedTuple):
+    config: dict[str, Any]
+    hparams: dict[str, float]
+
+
+# The ladder on CartPole: every row sees about as much data as its kind needs, and no more.
+_EPISODES = {"num_envs": 16, "num_steps": 500, "total_timesteps": 1_600_000}
+_ROLLOUTS = {"num_envs": 8, "num_steps": 128, "total_timesteps": 500_000}
+# Clipping the value keeps its gradient from crowding the actor's out of the joint norm.
+_CLIPPED_VALUE = {"value_clip_eps": 0.2}
+
+_PENDULUM = {
+    "num_envs": 8,
+    "num_steps": 128,
+    "num_epochs": 10,
+    "num_minibatches": 16,
+    "total_timesteps": 800_000,
+}
+_PENDULUM_HPARAMS = {
+    "learning_rate": 1e-3,
+    "gamma": 0.95,
+    "ent_coef": 0.0,
+    "max_grad_norm": 10.0,
+}
+
+_PRESETS: dict[str, dict[str, _Preset]] = {
+    "CartPole-v1": {
+        "reinforce": _Preset(_EPISODES, {"learning_rate": 1e-2}),
+        "reinforce_to_go": _Preset(_EPISODES, {"learning_rate": 1e-2}),
+        "reinforce_baseline": _Preset(_EPISODES, {"learning_rate": 1e-2}),
+        "actor_critic": _Preset(
+            {"num_envs": 16, "num_steps": 8, "total_timesteps": 500_000},
+            {"learning_rate": 3e-3, "gae_lambda": 0.95},
+        ),
+        "off_policy_pg": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
+        "trpo": _Preset(
+            {"num_envs": 16, "num_steps": 128, "num_minibatches": 8, "total_timesteps": 500_000},
+            {"critic_learning_rate": 3e-3},
+        ),
+        "ppo_penalty": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
+        "ppo_adaptive": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
+        "ppo": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
+        "spo": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
+        "dpo": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
+    },
+    "Acrobot-v1": {
+        "ppo": _Preset(
+            {"num_envs": 16, "num_steps": 128, "total_timesteps": 500_000},
+            {"learning_rate": 3e-3, "gae_lambda": 0.9, "ent_coef": 0.0},
+        ),
+    },
     "Pendulum-v1": {
-        "num_envs": 8,
-        "num_steps": 128,
-        "num_epochs": 10,
-        "num_minibatches": 16,
-        "total_timesteps": 800_000,
+        "ppo": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
     },
     "MountainCar-v0": {
-        "num_envs": 128,
-        "num_steps": 128,
-        "num_minibatches": 8,
-        "total_timesteps": 3_000_000,
+        "ppo": _Preset(
+            {
+                "num_envs": 128,
+                "num_steps": 128,
+                "num_minibatches": 8,
+                "total_timesteps": 3_000_000,
+            },
+            {"learning_rate": 3e-3, "gae_lambda": 0.98, "ent_coef": 0.03},
+        ),
     },
 }
 
-_HPARAMS: dict[str, dict[str, float]] = {
-    # Clipping the value keeps its gradient from crowding the actor's out of the joint norm.
-    "CartPole-v1": {"value_clip_eps": 0.2},
-    "Acrobot-v1": {"learning_rate": 3e-3, "gae_lambda": 0.9, "ent_coef": 0.0},
-    "Pendulum-v1": {
-        "learning_rate": 1e-3,
-        "gamma": 0.95,
-        "ent_coef": 0.0,
-        "max_grad_norm": 10.0,
-    },
-    "MountainCar-v0": {"learning_rate": 3e-3, "gae_lambda": 0.98, "ent_coef": 0.03},
-}
 
-
-def preset(env: str, **changes: Any) -> tuple[Config, HParams]:
-    """The tuned settings for `env`, or the defaults where there are none.
+def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
+    """The settings tuned for `algorithm` in `env`, or the defaults where there are none.
 
     Args:
       env: an environment's name.
+      algorithm: an algorithm's name.
       **changes: fields of `Config` that replace the preset's.
 
     Returns:
@@ -53,10 +91,16 @@ def preset(env: str, **changes: Any) -> tuple[Config, HParams]:
     >>> config.num_envs
     16
     """
-    config = Config(env=env).replace(**{**_CONFIGS.get(env, {}), **changes})
-    return config, HParams(**_HPARAMS.get(env, {}))
+    tuned = _PRESETS.get(env, {}).get(algorithm, _Preset({}, {}))
+    config = Config(env=env, algorithm=algorithm).replace(**{**tuned.config, **changes})
+    return config, HParams(**tuned.hparams)
 
 
 def names() -> tuple[str, ...]:
     """The environments that have a preset."""
-    return tuple(_CONFIGS)
+    return tuple(_PRESETS)
+
+
+def algorithms(env: str) -> tuple[str, ...]:
+    """The algorithms that have a preset for `env`, in the ladder's order."""
+    return tuple(_PRESETS.get(env, {}))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 _ROUNDS = 24
-# Every round uses the last one's result several times. Fused into a gather, jaxlib 0.11.2
-# computes it anew for each use: compiling took 3 s for 12 rounds, 42 s for 18, hours for 24.
+# Rounds of one kernel; a loop does the rest. Every round uses the last one's result several
+# times, and a fusion may compute it anew for each use: with all 24 in a row jaxlib 0.11.2
+# compiled for hours, and 0.10.2 spent half of a training's compile time on them.
 _FUSED_ROUNDS = 6
 
 
@@ -34,15 +35,17 @@ def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
     >>> sorted(order.tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
-    pivots, salts = jax.random.bits(key, (2, _ROUNDS), jnp.uint32)
-    pivots = pivots % jnp.uint32(size)
-    x = positions.astype(jnp.uint32)
-    for round_, (pivot, salt) in enumerate(zip(pivots, salts, strict=True)):
-        if round_ % _FUSED_ROUNDS == 0:
-            x = jax.lax.optimization_barrier(x)
-        partner = jnp.where(x <= pivot, pivot - x, pivot + jnp.uint32(size) - x)
-        x = jnp.where(_bit(jnp.maximum(x, partner), salt), partner, x)
-    return jax.lax.optimization_barrier(x).astype(jnp.int32)
+    keys = jax.random.bits(key, (_ROUNDS // _FUSED_ROUNDS, _FUSED_ROUNDS, 2), jnp.uint32)
+
+    def rounds(x: jax.Array, keys: jax.Array) -> tuple[jax.Array, None]:
+        for pivot, salt in keys:
+            pivot %= jnp.uint32(size)
+            partner = jnp.where(x <= pivot, pivot - x, pivot + jnp.uint32(size) - x)
+            x = jnp.where(_bit(jnp.maximum(x, partner), salt), partner, x)
+        return x, None
+
+    x, _ = jax.lax.scan(rounds, positions.astype(jnp.uint32), keys)
+    return x.astype(jnp.int32)
 
 
 def _bit(x: jax.Array, salt: jax.Array) -> jax.Array:

@@ -27,10 +27,14 @@ def test_train_then_eval(tmp_path, capsys):
     assert "must be new or empty" in capsys.readouterr().err
 
 
-def test_a_preset_is_left_out_for_another_algorithm(capsys):
-    """CartPole's sets value_clip_eps, which reinforce does not use."""
-    assert main(["train", "CartPole-v1", "--algorithm=reinforce", "--run-dir", "/nowhere/x"]) == 2
+def test_a_preset_belongs_to_an_algorithm(capsys):
+    """Without one the algorithm's own defaults hold: PPO's would set what reinforce cannot use."""
+    path = ["--run-dir", "/nowhere/x"]
+    assert main(["train", "Acrobot-v1", "--algorithm=reinforce", *path]) == 2
     assert "whole episodes: num_steps must be at least" in capsys.readouterr().err
+    with_preset = ["train", "CartPole-v1", "--algorithm", "reinforce", "--num-steps", "7", *path]
+    assert main(with_preset) == 2
+    assert "got 7 and 500" in capsys.readouterr().err
 
 
 def test_envs_lists_what_can_be_trained(capsys):

@@ -30,7 +30,7 @@ def random_length_env():
 
 def untrained_policy(env_name):
     trainer = make_trainer(Config(env=env_name, num_envs=2, num_steps=4, num_minibatches=1))
-    return trainer.policy(trainer.init(jax.random.key(0))), trainer.env
+    return trainer.policy(jax.jit(trainer.init)(jax.random.key(0))), trainer.env
 
 
 def test_first_episodes_are_counted_whole_and_once():

@@ -287,7 +287,7 @@ def test_trainer_uses_these_stages():
     )
     trainer = make_trainer(config)
     fixture = Fixture("reinforce")
-    state = trainer.init(jax.random.key(0))
+    state = jax.jit(trainer.init)(jax.random.key(0))
     state = state.replace(learner=state.learner.replace(params=fixture.params))
     hparams = fixture.hparams(learning_rate=1.0)
     after, metrics = jax.jit(trainer.step)(state, hparams)

@@ -95,7 +95,7 @@ def test_trpo_leaves_the_policy_alone_when_no_step_is_accepted():
     trainer = make_trainer(
         Config(algorithm="trpo", num_envs=4, num_steps=32, line_search_steps=1, hidden_sizes=(8,))
     )
-    state = trainer.init(jax.random.key(0))
+    state = jax.jit(trainer.init)(jax.random.key(0))
     # A bound of 0 allows no step; δ = 0 also makes the step itself zero.
     after, metrics = jax.jit(trainer.step)(state, HParams(max_kl=0.0))
     assert metrics["train/step_fraction"] == 0.0

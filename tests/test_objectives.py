@@ -97,7 +97,7 @@ def _forward(params, obs, has_log_std):
     outputs = mlp("actor_torso", "actor_out")
     value = mlp("critic_torso", "critic_out")[:, 0]
     if has_log_std:
-        return (outputs, jnp.tile(p["log_std"][None], (B, 1))), value
+        return (outputs, jnp.tile(p["actor_log_std"]["value"][None], (B, 1))), value
     return outputs, value
 
 

@@ -1,5 +1,6 @@
 """The contracts of `Trainer`, for every algorithm."""
 
+import collections
 import functools
 
 import jax
@@ -28,6 +29,11 @@ def small(algorithm, **changes):
     return Config(**{**fields, **changes})
 
 
+@functools.cache  # pytest-xdist tears down a module's parametrised fixtures between tests
+def case_of(algorithm):
+    return Case(algorithm)
+
+
 class Case:
     """One algorithm with its compiled functions, shared between tests."""
 
@@ -36,26 +42,52 @@ class Case:
         self.config = small(algorithm)
         self.trainer = make_trainer(self.config)
         self.hparams = jax.tree.map(jnp.float32, complete(None, self.config))
-        self.init = jax.jit(self.trainer.init)
-        self.step = jax.jit(self.trainer.step)
-        self.run = jax.jit(self.trainer.run)
-        self.run_seeds = jax.jit(jax.vmap(self.trainer.run, in_axes=(0, None)))
+        self.traced = collections.Counter()
+        self.init = self.jit(self.trainer.init)
+        self.step = self.jit(self.trainer.step)
+        self.run = self.jit(self.trainer.run)
+        self.run_lanes = jax.jit(jax.vmap(self.trainer.run))
+
+    def jit(self, function):
+        """`jax.jit` that counts how often the function is traced."""
+
+        def traced(*args):
+            self.traced[function.__name__] += 1
+            return function(*args)
+
+        return jax.jit(traced)
+
+    def lanes(self, gammas):
+        """Hyperparameters that are the same in every lane but for gamma."""
+        many = jax.tree.map(lambda x: jnp.full(len(gammas), x), self.hparams)
+        return many.replace(gamma=jnp.array(gammas, jnp.float32))
+
+
+RULES = ("reinforce_baseline", "trpo", "ppo")  # one row for each update rule
 
 
 # One worker has all tests of an algorithm, and so compiles its functions once.
 GROUPS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ALGORITHMS]
 
 
-@pytest.fixture(scope="module", params=GROUPS)
+@pytest.fixture(params=GROUPS)
 def case(request):
-    return Case(request.param)
+    return case_of(request.param)
+
+
+def lane(tree, i):
+    """One lane of a vmapped result, in NumPy: JAX would compile an index for every shape."""
+    return jax.tree.map(lambda x: to_numpy(x)[i], tree)
+
+
+def to_numpy(x):
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
 def assert_same_bits(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(to_numpy(x), to_numpy(y))
 
 
 def test_metrics_are_scalars_of_finite_numbers(case):
@@ -66,28 +98,29 @@ def test_metrics_are_scalars_of_finite_numbers(case):
             assert jnp.isfinite(value).all(), name
 
 
-def test_vmapped_seeds_equal_a_loop_of_single_runs(case):
-    keys = jax.random.split(jax.random.key(0), 3)
-    states, _ = case.run_seeds(keys, case.hparams)
-    for i, key in enumerate(keys):
-        alone, _ = case.run(key, case.hparams)
-        for x, y in zip(
-            jax.tree.leaves(states.learner.params),
-            jax.tree.leaves(alone.learner.params),
-            strict=True,
-        ):
-            np.testing.assert_allclose(x[i], y, atol=2e-5)
+def test_vmapped_lanes_equal_a_loop_of_single_runs(case):
+    """Lanes differ in the seed or in a hyperparameter; each is the run that is made alone."""
+    keys = jax.random.split(jax.random.key(0), 2)[jnp.array([0, 1, 1])]
+    hparams = case.lanes([0.9, 0.9, 0.5])
+    states, _ = case.run_lanes(keys, hparams)
+    lanes = [jax.tree.leaves(lane(states.learner, i)) for i in range(3)]
+    for i, ours in enumerate(lanes):
+        alone, _ = case.run(keys[i], lane(hparams, i))
+        for x, y in zip(ours, jax.tree.leaves(alone.learner), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=5e-4)
+    for i in (0, 2):  # neither the seed nor the hyperparameter is ignored
+        pairs = zip(lanes[1], lanes[i], strict=True)
+        assert any(not np.allclose(x, y, atol=1e-3) for x, y in pairs)
 
 
-def test_changing_one_seed_changes_no_other_lane(case):
-    keys = jax.random.split(jax.random.key(0), 3)
-    before = case.run_seeds(keys, case.hparams)
-    after = case.run_seeds(keys.at[1].set(jax.random.key(99)), case.hparams)
+def test_changing_one_lane_changes_no_other(case):
+    keys, hparams = jax.random.split(jax.random.key(0), 3), case.lanes([0.9, 0.9, 0.9])
+    before = case.run_lanes(keys, hparams)
+    after = case.run_lanes(keys.at[1].set(jax.random.key(99)), hparams)
     for i in (0, 2):
-        assert_same_bits(*(jax.tree.map(lambda x, i=i: x[i], run) for run in (before, after)))
-    one = functools.partial(jax.tree.map, lambda x: x[1])
+        assert_same_bits(lane(before, i), lane(after, i))
     with pytest.raises(AssertionError):
-        assert_same_bits(one(before[0].learner), one(after[0].learner))
+        assert_same_bits(lane(before[0].learner, 1), lane(after[0].learner, 1))
 
 
 def test_run_equals_single_steps_bit_for_bit(case):
@@ -98,69 +131,72 @@ def test_run_equals_single_steps_bit_for_bit(case):
         state, row = case.step(state, case.hparams)
         rows.append(row)
     assert_same_bits(whole, state)
-    assert_same_bits(metrics, jax.tree.map(lambda *x: jnp.stack(x), *rows))
-    by_default, _ = jax.jit(case.trainer.run)(jax.random.key(0))
-    assert_same_bits(whole, by_default)
+    assert_same_bits(metrics, jax.tree.map(lambda *x: np.stack(x), *rows))
 
 
 def test_new_keys_and_hyperparameters_do_not_recompile(case):
     """Nothing is traced again, neither for new values nor for the state that a step returns."""
-    traces = []
-
-    def counted(function):
-        def call(*args):
-            traces.append(function)
-            return function(*args)
-
-        return jax.jit(call)
-
-    run, step = counted(case.trainer.run), counted(case.trainer.step)
     state = case.init(jax.random.key(0), case.hparams)
     for seed in range(3):
-        run(jax.random.key(seed), case.hparams.replace(gamma=0.2 * seed))
-        state, _ = step(state, case.hparams.replace(gamma=0.1 * seed))
-    assert traces == [case.trainer.run, case.trainer.step]
+        hparams = case.hparams.replace(gamma=jnp.float32(0.2 * seed))
+        case.run(jax.random.key(seed), hparams)
+        state, _ = case.step(state, hparams)
+    assert case.traced == {"init": 1, "step": 1, "run": 1}
 
 
-def test_hyperparameters_are_a_vmap_away(case):
-    """Each lane is the run with its value alone, and the values make a difference."""
-    gammas = jnp.array([0.5, 0.9])
-    sweep = jax.jit(jax.vmap(case.trainer.run, in_axes=(None, 0)))
-    states, _ = sweep(jax.random.key(0), HParams(gamma=gammas))
-    lanes = [jax.tree.leaves(jax.tree.map(lambda x, i=i: x[i], states.learner)) for i in (0, 1)]
-    for lane, gamma in zip(lanes, gammas, strict=True):
-        alone, _ = case.run(jax.random.key(0), case.hparams.replace(gamma=gamma))
-        for x, y in zip(lane, jax.tree.leaves(alone.learner), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-3, atol=5e-4)
-    assert any(not np.allclose(x, y, atol=1e-4) for x, y in zip(*lanes, strict=True))
+@pytest.mark.parametrize("algorithm", RULES)
+def test_defaults_are_the_same_values_given(algorithm):
+    """Bit for bit: constants that the compiler could fold would round otherwise."""
+    trainer = make_trainer(small(algorithm))
+    hparams = jax.tree.map(jnp.float32, complete(None, small(algorithm)))
+    run = jax.jit(trainer.run)
+    assert_same_bits(run(jax.random.key(0)), run(jax.random.key(0), hparams))
 
 
-def test_memory_does_not_grow_with_total_timesteps(case):
+@pytest.mark.parametrize("algorithm", RULES)
+def test_memory_does_not_grow_with_total_timesteps(algorithm):
     """Beyond the metrics' own scalars."""
 
     def temporaries_and_outputs(updates):
-        config = small(case.algorithm, total_timesteps=updates * 64)
-        compiled = jax.jit(make_train(config)).lower(jax.random.key(0)).compile()
-        analysis = compiled.memory_analysis()
-        return analysis.temp_size_in_bytes, analysis.output_size_in_bytes
+        config = small(algorithm, total_timesteps=updates * 64)
+        lowered = jax.jit(make_train(config)).lower(jax.random.key(0))
+        analysis = lowered.compile().memory_analysis()
+        num_metrics = len(lowered.out_info[1])
+        return analysis.temp_size_in_bytes, analysis.output_size_in_bytes, num_metrics
 
     short, long = temporaries_and_outputs(10), temporaries_and_outputs(10_000)
-    num_metrics = len(case.run(jax.random.key(0), case.hparams)[1])
-    scalars = 4 * num_metrics * (10_000 - 10)
+    scalars = 4 * long[2] * (10_000 - 10)
     assert long[1] - short[1] == scalars
     assert long[0] - short[0] <= scalars
 
 
-def test_legacy_keys_work_too(case):
-    trainer = case.trainer
-    jax.eval_shape(trainer.run, jax.random.PRNGKey(0))
+def test_legacy_keys_work_too():
+    jax.eval_shape(make_train(small("ppo")), jax.random.PRNGKey(0))
+
+
+def test_the_kl_penaltys_weight_and_its_target_are_a_vmap_away():
+    """β is state, steered by each lane's own d_targ from each lane's own first value."""
+    trainer = make_trainer(small("ppo_adaptive"))
+    hparams = HParams(
+        learning_rate=jnp.full(4, 1e-2),
+        kl_coef=jnp.array([0.5, 0.5, 2.0, 2.0]),
+        d_targ=jnp.array([1e-9, 1e9, 1e-9, 1e9]),
+    )
+    states, metrics = jax.jit(jax.vmap(trainer.run, in_axes=(None, 0)))(jax.random.key(0), hparams)
+    up, down = 2.0 ** np.arange(UPDATES + 1), 0.5 ** np.arange(UPDATES + 1)
+    expected = np.stack([0.5 * up, 0.5 * down, 2.0 * up, 2.0 * down])
+    np.testing.assert_allclose(metrics["train/kl_coef"], expected[:, :-1])
+    np.testing.assert_allclose(states.learner.kl_coef, expected[:, -1])
+    # A heavier penalty holds the policy closer.
+    moved = metrics["train/update_kl"].sum(axis=1)
+    assert moved[2] < moved[3]
 
 
 def test_the_policy_that_acts_is_the_policy_that_learns():
     """Log-probabilities of the rollout, recomputed for the first minibatch: the ratio is 1."""
     for env in ("CartPole-v1", "Pendulum-v1"):
         trainer = make_trainer(small("ppo", env=env, num_minibatches=1, num_epochs=1))
-        state = trainer.init(jax.random.key(0))
+        state = jax.jit(trainer.init)(jax.random.key(0))
         _, metrics = jax.jit(trainer.step)(state)
         assert metrics["train/approx_kl"] == pytest.approx(0.0, abs=1e-10)
         assert metrics["train/clip_fraction"] == 0.0
@@ -168,7 +204,7 @@ def test_the_policy_that_acts_is_the_policy_that_learns():
 
 def test_rollouts_go_on_where_the_last_one_stopped():
     trainer = make_trainer(small("ppo"))
-    state = trainer.init(jax.random.key(0))
+    state = jax.jit(trainer.init)(jax.random.key(0))
     policy = trainer.policy(state)
     roll = functools.partial(rollout, trainer.env, state.env_params, policy, num_steps=50)
     after, trajectory, ended = jax.jit(roll)(state.rollout, jax.random.key(1))
@@ -206,7 +242,7 @@ def test_env_params_of_the_config_are_used():
 
 def test_target_kl_stops_an_update_under_vmap():
     trainer = make_trainer(small("ppo", num_epochs=4, num_minibatches=4, lr_schedule="constant"))
-    state = trainer.init(jax.random.key(0))
+    state = jax.jit(trainer.init)(jax.random.key(0))
     step = jax.jit(jax.vmap(trainer.step, in_axes=(None, 0)))
     limits = jnp.array([0.0, 0.01, jnp.inf])
     hparams = HParams(learning_rate=jnp.full(3, 0.02), target_kl=limits)
@@ -225,7 +261,7 @@ def test_target_kl_stops_an_update_under_vmap():
 
 def test_value_clipping_and_gradient_norm_change_the_update():
     trainer = make_trainer(small("ppo"))
-    state = trainer.init(jax.random.key(0))
+    state = jax.jit(trainer.init)(jax.random.key(0))
     step = jax.jit(trainer.step)
 
     def params_after(**hparams):
@@ -243,7 +279,7 @@ def test_advantages_are_standardised_where_the_config_says(where):
     """Scaling every reward changes a policy's loss only where nothing is standardised."""
     config = small("ppo", normalize_advantage=where, num_minibatches=1, num_epochs=1)
     trainer = make_trainer(config)
-    state = trainer.init(jax.random.key(0))
+    state = jax.jit(trainer.init)(jax.random.key(0))
     _, metrics = jax.jit(trainer.step)(state, HParams(gae_lambda=1.0))
     # With ratio 1 the loss is minus the mean advantage: zero once standardised.
     is_zero = abs(float(metrics["train/policy_loss"])) < 1e-5

@@ -55,8 +55,7 @@ class ActorCritic(nn.Module):
                 self.critic_torso = MLP(self.hidden_sizes, self.activation)
             self.critic_out = _dense(1, _CRITIC_GAIN)
         if self.head.log_std_shape is not None:
-            zeros = nn.initializers.zeros_init()
-            self.log_std = self.param("log_std", zeros, self.head.log_std_shape)
+            self.actor_log_std = _LogStd(self.head.log_std_shape)
 
     def __call__(self, obs: jax.Array) -> tuple[Any, jax.Array | None]:
         """Distribution parameters `[..., *]` and values `[...]`, None without a critic."""
@@ -81,12 +80,22 @@ class ActorCritic(nn.Module):
         return obs.reshape(*batch_shape, -1).astype(jnp.float32)
 
     def _parametrize(self, features: jax.Array) -> Any:
-        log_std = None if self.head.log_std_shape is None else self.log_std
+        log_std = None if self.head.log_std_shape is None else self.actor_log_std()
         return self.head.parametrize(self.actor_out(features), log_std)
 
     def _value(self, x: jax.Array) -> jax.Array:
         features = x if self.shared_torso else self.critic_torso(x)
         return self.critic_out(features).squeeze(-1)
+
+
+class _LogStd(nn.Module):
+    """A module of its own, so that the critic can be applied without the actor's parameters."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("value", nn.initializers.zeros_init(), self.shape)
 
 
 def split_params(params: Any) -> tuple[Any, Any]:
