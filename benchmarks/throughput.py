@@ -1,6 +1,11 @@
-"""Environment steps per second of `trainer.run`, compiled whole.
+"""Environment steps per second of `trainer.run`, compiled whole, and where the time goes.
 
-python benchmarks/throughput.py --workload W1 W2 --repeats 5 --json benchmarks/results/x.json
+python benchmarks/throughput.py --set cpu --repeats 5 --json benchmarks/results/throughput-cpu.json
+python benchmarks/throughput.py --workload W1 W2
+
+Beside each figure stand three ceilings, measured in turn with it: the environments alone with
+random actions, the update alone on ready data, and the arithmetic of the networks, as the compiler
+counts it, at the rate at which this machine multiplies matrices.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import machine
+from benchmarks import ceilings, machine
 from ppo_jax import Config, make_trainer
 
 
@@ -45,46 +50,62 @@ def _config(env: str, num_envs: int, num_steps: int, updates: int, minibatches: 
     )
 
 
-WORKLOADS = {
+CPU_SET = {
     "W1": Workload("CartPole-v1, 4 x 128", _config("CartPole-v1", 4, 128, 976)),
     "W2": Workload("CartPole-v1, 2048 x 32", _config("CartPole-v1", 2048, 32, 10)),
     "W3": Workload("Breakout-MinAtar, 64 x 128, MLP", _config("Breakout-MinAtar", 64, 128, 20, 8)),
     "W4": Workload("16 seeds of W1 under vmap", _config("CartPole-v1", 4, 128, 100), 16),
     "W5": Workload("Pendulum-v1, 2048 x 32", _config("Pendulum-v1", 2048, 32, 10)),
 }
+GPU_SET = {
+    **{
+        f"cartpole-{n}": Workload(f"CartPole-v1, {n} x 128", _config("CartPole-v1", n, 128, 20))
+        for n in (2048, 16384, 131072)
+    },
+    **{
+        f"breakout-{n}": Workload(
+            f"Breakout-MinAtar, {n} x 128, MLP", _config("Breakout-MinAtar", n, 128, 10)
+        )
+        for n in (2048, 16384)
+    },
+    **{
+        f"seeds-{n}": Workload(f"{n} seeds of W1", _config("CartPole-v1", 4, 128, 100), n)
+        for n in (64, 256, 1024)
+    },
+}
+SETS = {"cpu": CPU_SET, "gpu": GPU_SET}
+WORKLOADS = {**CPU_SET, **GPU_SET}
 
 
 class Compiled(NamedTuple):
-    """A workload ready to be timed."""
+    """A function of keys, compiled, and what that took."""
 
-    workload: Workload
     call: Callable[[jax.Array], Any]
     lower_seconds: float
     compile_seconds: float
     program_bytes: int
 
 
-def build(workload: Workload) -> Compiled:
-    """Lowers and compiles, timing each."""
-    run = make_trainer(workload.config).run
-    if workload.num_seeds is not None:
-        run = jax.vmap(run)
+def build(function: Callable[[jax.Array], Any], keys: jax.Array) -> Compiled:
+    """Lowers and compiles, timing each; several keys are several seeds at once."""
+    if keys.ndim:
+        function = jax.vmap(function)
     start = time.perf_counter()
-    lowered = jax.jit(run).lower(_key(workload, 0))
+    lowered = jax.jit(function).lower(keys)
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
     memory = compiled.memory_analysis()
     assert memory is not None
     size = memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
-    return Compiled(workload, compiled, lowered_at - start, end - lowered_at, size)
+    return Compiled(compiled, lowered_at - start, end - lowered_at, size)
 
 
-def time_once(compiled: Compiled, seed: int) -> float:
+def time_once(compiled: Compiled, keys: jax.Array) -> float:
     """Seconds of one call."""
-    key = jax.block_until_ready(_key(compiled.workload, seed))
+    keys = jax.block_until_ready(keys)
     start = time.perf_counter()
-    jax.block_until_ready(compiled.call(key))
+    jax.block_until_ready(compiled.call(keys))
     return time.perf_counter() - start
 
 
@@ -94,44 +115,78 @@ def _key(workload: Workload, seed: int) -> jax.Array:
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
-    """All figures of one workload."""
-    compiled = build(WORKLOADS[name])
-    time_once(compiled, 0)
-    seconds = [time_once(compiled, seed) for seed in range(1, repeats + 1)]
-    timesteps = compiled.workload.timesteps
+    """All figures of one workload: the training and its ceilings, one run of each in turn."""
+    workload = WORKLOADS[name]
+    stages = ceilings.Stages(workload.config)
+    compiled = {
+        "training": build(make_trainer(workload.config).run, _key(workload, 0)),
+        "environment": build(stages.environment, _key(workload, 0)),
+        "update": build(stages.update, _key(workload, 0)),
+    }
+    seconds: dict[str, list[float]] = {part: [] for part in compiled}
+    for seed in range(repeats + 1):
+        for part, program in compiled.items():
+            taken = time_once(program, _key(workload, seed))
+            if seed > 0:  # the first warms up
+                seconds[part].append(taken)
+    rates = {part: workload.timesteps / statistics.median(seconds[part]) for part in seconds}
+    arithmetic = stages.arithmetic()
     stats = jax.devices()[0].memory_stats() or {}
+    training = compiled["training"]
     return {
         "workload": name,
-        "title": compiled.workload.title,
-        "timesteps": timesteps,
-        "steps_per_second": timesteps / statistics.median(seconds),
-        "seconds": seconds,
-        "lower_seconds": compiled.lower_seconds,
-        "compile_seconds": compiled.compile_seconds,
-        "program_bytes": compiled.program_bytes,
+        "title": workload.title,
+        "timesteps": workload.timesteps,
+        "steps_per_second": rates["training"],
+        "environment_steps_per_second": rates["environment"],
+        "update_steps_per_second": rates["update"],
+        "arithmetic_steps_per_second": ceilings.matrix_flops_per_second() / arithmetic.flops,
+        "flops_per_step": arithmetic.flops,
+        "bytes_per_step": arithmetic.bytes,
+        "seconds": seconds["training"],
+        "lower_seconds": training.lower_seconds,
+        "compile_seconds": training.compile_seconds,
+        "program_bytes": training.program_bytes,
         "peak_device_bytes": stats.get("peak_bytes_in_use"),
     }
 
 
+def row(result: dict[str, Any]) -> str:
+    """One line of the table: the rate, and which share of the time each part takes alone."""
+    rate = result["steps_per_second"]
+    shares = [
+        f"{rate / result[f'{part}_steps_per_second']:.0%}"
+        for part in ("environment", "update", "arithmetic")
+    ]
+    return (
+        f"| {result['workload']} {result['title']} | {rate:,.0f} | {' | '.join(shares)} "
+        f"| {result['lower_seconds'] + result['compile_seconds']:.1f} s "
+        f"| {result['program_bytes'] / 2**20:.1f} MiB |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--set", choices=SETS, default="cpu", help="which workloads")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="these, of any set")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
+    print(
+        "| workload | steps/s | environments alone | update alone | arithmetic alone | compile "
+        "| memory |\n|---|---|---|---|---|---|---|"
+    )
     results = []
-    for name in arguments.workload:
-        result = measure(name, arguments.repeats)
-        results.append(result)
-        print(
-            f"{name}  {result['title']:<34} {result['steps_per_second']:>12,.0f} steps/s   "
-            f"lower {result['lower_seconds']:.1f} s, compile {result['compile_seconds']:.1f} s, "
-            f"memory {result['program_bytes'] / 2**20:.1f} MiB",
-            flush=True,
-        )
+    for name in arguments.workload or SETS[arguments.set]:
+        results.append(measure(name, arguments.repeats))
+        print(row(results[-1]), flush=True)
     if arguments.json:
         command = " ".join(["python", *sys.argv])
-        record = {"command": command, **machine.describe(), "results": results}
+        rates = {
+            "matrix_flops_per_second": ceilings.matrix_flops_per_second(),
+            "copied_bytes_per_second": ceilings.copied_bytes_per_second(),
+        }
+        record = {"command": command, **machine.describe(), **rates, "results": results}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

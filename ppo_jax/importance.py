@@ -68,7 +68,7 @@ def effective_sample_size(log_weights: jax.Array, mask: jax.Array | None = None)
 
 
 def trajectory_log_weights(log_ratio: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log w(τ) = Σ_t log r_t of every trajectory piece in a rollout.
+    """The weights of trajectory pieces in a rollout, log w(τ) = Σ_t log r_t.
 
     Args:
       log_ratio: log π_θ(a|s) − log π_θold(a|s), `[T, N]`.

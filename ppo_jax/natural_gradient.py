@@ -16,7 +16,7 @@ MatrixVectorProduct = Callable[[jax.Array], jax.Array]
 def fisher_vector_product(
     mean_kl: Callable[[jax.Array], jax.Array], params: jax.Array, *, damping: Scalar
 ) -> MatrixVectorProduct:
-    """V ↦ (F + damping · I) v, where F is the Hessian of `mean_kl` at `params`.
+    """The product v ↦ (F + damping · I) v, where F is the Hessian of `mean_kl` at `params`.
 
     At the parameters of the old policy the Hessian of KL(old ‖ new) is the Fisher matrix;
     Schulman et al. 2015 (arXiv:1502.05477), appendix C.1.
@@ -32,7 +32,7 @@ def fisher_vector_product(
 def conjugate_gradient(
     product: MatrixVectorProduct, b: jax.Array, *, iterations: int, tolerance: float = 1e-10
 ) -> jax.Array:
-    """X with A x ≈ b for a symmetric positive definite A; Hestenes & Stiefel 1952.
+    """Solves A x ≈ b for a symmetric positive definite A; Hestenes & Stiefel 1952.
 
     Runs `iterations` rounds; those after the squared residual falls below `tolerance` times
     the first change nothing.

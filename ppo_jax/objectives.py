@@ -8,7 +8,7 @@ Scalar = float | jax.Array
 
 
 def policy_gradient(log_prob: jax.Array, advantages: jax.Array) -> jax.Array:
-    """Log π_θ(a|s) Ψ, whose gradient is that of the policy gradient theorem, `[B]`.
+    """The objective log π_θ(a|s) Ψ, whose gradient is the policy gradient theorem's, `[B]`.
 
     Schulman et al. 2016 (arXiv:1506.02438), equation 1; Ψ is a return or an advantage.
     """
@@ -17,7 +17,7 @@ def policy_gradient(log_prob: jax.Array, advantages: jax.Array) -> jax.Array:
 
 
 def surrogate(ratio: jax.Array, advantages: jax.Array) -> jax.Array:
-    """R Â with r = π_θ(a|s) / π_θold(a|s), `[B]`.
+    """The surrogate r Â with r = π_θ(a|s) / π_θold(a|s), `[B]`.
 
     Its gradient is the importance-sampled one, E_{θold}[r Â ∇log π_θ]; Schulman et al. 2015
     (arXiv:1502.05477), equation 14.
@@ -29,7 +29,10 @@ def surrogate(ratio: jax.Array, advantages: jax.Array) -> jax.Array:
 def kl_penalized(
     ratio: jax.Array, advantages: jax.Array, kl: jax.Array, *, kl_coef: Scalar
 ) -> jax.Array:
-    """R Â − β KL(π_θold ‖ π_θ), `[B]`; Schulman et al. 2017 (arXiv:1707.06347), equation 8."""
+    """The penalised surrogate r Â − β KL(π_θold ‖ π_θ), `[B]`.
+
+    Schulman et al. 2017 (arXiv:1707.06347), equation 8.
+    """
     chex.assert_equal_shape([ratio, advantages, kl])
     return ratio * advantages - kl_coef * kl
 
@@ -77,7 +80,7 @@ def clipped_surrogate(
 
 
 def simple_policy(ratio: jax.Array, advantages: jax.Array, *, clip_eps: Scalar) -> jax.Array:
-    """R Â − |Â| (r − 1)² / (2 ε), whose optimum has r = 1 ± ε, `[B]`.
+    """A parabola in r with its top at 1 ± ε: r Â − |Â| (r − 1)² / (2 ε), `[B]`.
 
     Simple Policy Optimization, Xie et al. 2025 (arXiv:2401.16025).
     """
@@ -88,7 +91,7 @@ def simple_policy(ratio: jax.Array, advantages: jax.Array, *, clip_eps: Scalar) 
 def discovered_policy(
     log_ratio: jax.Array, advantages: jax.Array, *, alpha: Scalar, beta: Scalar
 ) -> jax.Array:
-    """R Â − drift(r, Â), `[B]`.
+    """The surrogate less a drift, r Â − drift(r, Â), `[B]`.
 
     Discovered Policy Optimisation, Lu et al. 2022 (arXiv:2210.05639), section 5: with
     u = (r − 1) Â the drift is relu(u − α tanh(u / α)) where Â ≥ 0; with u = Â log r it is

@@ -17,7 +17,7 @@ class _Preset(NamedTuple):
 _EPISODES = {"num_envs": 16, "num_steps": 500, "total_timesteps": 1_600_000}
 _ROLLOUTS = {"num_envs": 8, "num_steps": 128, "total_timesteps": 500_000}
 # Clipping the value keeps its gradient from crowding the actor's out of the joint norm.
-_CLIPPED_VALUE = {"value_clip_eps": 0.2}
+_CLIPPED_VALUE = {"learning_rate": 1e-3, "value_clip_eps": 0.2}
 
 _PENDULUM = {
     "num_envs": 8,
@@ -35,9 +35,11 @@ _PENDULUM_HPARAMS = {
 
 _PRESETS: dict[str, dict[str, _Preset]] = {
     "CartPole-v1": {
-        "reinforce": _Preset(_EPISODES, {"learning_rate": 1e-2}),
-        "reinforce_to_go": _Preset(_EPISODES, {"learning_rate": 1e-2}),
-        "reinforce_baseline": _Preset(_EPISODES, {"learning_rate": 1e-2}),
+        "reinforce": _Preset(_EPISODES, {"learning_rate": 2e-3}),
+        "reinforce_to_go": _Preset(_EPISODES, {"learning_rate": 2e-3}),
+        "reinforce_baseline": _Preset(
+            _EPISODES, {"learning_rate": 4e-3, "critic_learning_rate": 3e-3}
+        ),
         "actor_critic": _Preset(
             {"num_envs": 16, "num_steps": 8, "total_timesteps": 500_000},
             {"learning_rate": 3e-3, "gae_lambda": 0.95},
@@ -48,7 +50,7 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
             {"critic_learning_rate": 3e-3},
         ),
         "ppo_penalty": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
-        "ppo_adaptive": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
+        "ppo_adaptive": _Preset(_ROLLOUTS, {**_CLIPPED_VALUE, "learning_rate": 2.5e-3}),
         "ppo": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
         "spo": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
         "dpo": _Preset(_ROLLOUTS, _CLIPPED_VALUE),
@@ -60,7 +62,16 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
         ),
     },
     "Pendulum-v1": {
+        # Each update moves the policy by the whole bound, noise included: more data for each.
+        "trpo": _Preset(
+            {**_PENDULUM, "num_envs": 32, "num_steps": 200, "num_minibatches": 32},
+            {"gamma": 0.95},
+        ),
+        "ppo_penalty": _Preset(_PENDULUM, {**_PENDULUM_HPARAMS, "kl_coef": 3.0}),
+        "ppo_adaptive": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
         "ppo": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
+        "spo": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
+        "dpo": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
     },
     "MountainCar-v0": {
         "ppo": _Preset(

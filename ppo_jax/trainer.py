@@ -7,23 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax import envs, objectives
-from ppo_jax.algorithms import Values, complete, complete_config, get_algorithm
+from ppo_jax.algorithms import complete, complete_config, get_algorithm
+from ppo_jax.collect import collect
 from ppo_jax.config import Config, ConfigError, HParams
 from ppo_jax.envs.environment import Environment
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import SCHEDULES, adapt_lr_factor, make_optimizer
-from ppo_jax.policy.policy import Policy, head_of, make_spec, network_of
-from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import (
-    Batch,
-    EpisodeStats,
-    Learner,
-    Metrics,
-    RolloutState,
-    TrainState,
-    Trajectory,
-    strongly_typed,
-)
+from ppo_jax.policy.policy import Policy, make_spec, network_of
+from ppo_jax.rollout import reset
+from ppo_jax.types import EpisodeStats, Learner, Metrics, TrainState, strongly_typed
 
 
 class Trainer(NamedTuple):
@@ -73,7 +65,7 @@ def make_trainer(config: Config) -> Trainer:
     if algorithm.whole_episodes:
         _require_whole_episodes(config, env)
     spec = make_spec(config, env, has_critic=algorithm.has_critic)
-    network, head = network_of(spec), head_of(spec)
+    network = network_of(spec)
     losses = make_losses(config, spec, algorithm.objective, per_episode=algorithm.whole_episodes)
     rule = algorithm.update(config, losses, optimizer)
     if rule.fits_critic_apart and config.shared_torso:
@@ -109,7 +101,9 @@ def make_trainer(config: Config) -> Trainer:
         if algorithm.adapts_kl_coef:
             hparams = hparams.replace(kl_coef=state.learner.kl_coef)
         rollout_key, update_key, next_key = jax.random.split(state.key, 3)
-        rollout_state, batch, ended = collect(state, rollout_key, hparams)
+        rollout_state, batch, ended = collect(
+            config, env, state.env_params, policy(state), state.rollout, rollout_key, hparams
+        )
         anneal = schedule(state.update / config.num_updates) * state.learner.lr_factor
         learner, metrics = rule.update(state.learner, batch, update_key, hparams, anneal)
         if algorithm.adapts_kl_coef or adapts_lr:
@@ -128,40 +122,6 @@ def make_trainer(config: Config) -> Trainer:
             learner=learner, rollout=rollout_state, key=next_key, update=state.update + 1
         )
         return state, metrics | _episode_metrics(ended)
-
-    def collect(
-        state: TrainState, key: jax.Array, hparams: HParams
-    ) -> tuple[RolloutState, Batch, EpisodeStats]:
-        rollout_state = state.rollout
-        if algorithm.whole_episodes:
-            reset_key, key = jax.random.split(key)
-            rollout_state = reset(env, state.env_params, reset_key, num_envs=config.num_envs)
-        acting = policy(state)
-        rollout_state, trajectory, ended = rollout(
-            env, state.env_params, acting, rollout_state, key, num_steps=config.num_steps
-        )
-        values = None
-        if algorithm.has_critic:
-            values = Values(acting.value(trajectory.obs), acting.value(trajectory.final_obs))
-        estimates = algorithm.estimate(config, trajectory, values, hparams)
-        advantages = estimates.advantages
-        if config.normalize_advantage == "batch":
-            advantages = objectives.standardize(advantages, estimates.mask)
-        if estimates.mask is not None:
-            ended = _first_episodes(trajectory, estimates.mask)
-        distribution = head.distribution(trajectory.action_params)
-        batch = Batch(
-            obs=trajectory.obs,
-            action=trajectory.action,
-            action_params=trajectory.action_params,
-            log_prob=distribution.log_prob(trajectory.action),
-            advantages=advantages,
-            value=None if values is None else values.value,
-            targets=estimates.targets,
-            mask=estimates.mask,
-            done=jnp.logical_or(trajectory.terminated, trajectory.truncated),
-        )
-        return rollout_state, batch, ended
 
     def adapt(learner: Learner, kl: jax.Array, hparams: HParams) -> tuple[Learner, Metrics]:
         metrics = {"train/update_kl": kl}
@@ -206,15 +166,6 @@ def _require_whole_episodes(config: Config, env: Environment) -> None:
             f"max_steps_in_episode; got {config.num_steps} and {longest:g}. "
             f"Set num_steps to {longest:g}, or lower max_steps_in_episode in env_params."
         )
-
-
-def _first_episodes(trajectory: Trajectory, mask: jax.Array) -> EpisodeStats:
-    """Statistics of the episodes that count: later ones in a rollout are cut short."""
-    return EpisodeStats(
-        return_sum=jnp.sum(trajectory.reward * mask),
-        length_sum=jnp.sum(mask),
-        episodes=jnp.sum(mask[0]),
-    )
 
 
 def _opaque(tree: Any) -> Any:

@@ -10,12 +10,12 @@ import pytest
 
 from ppo_jax import Config, envs, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, Values, complete, complete_config
+from ppo_jax.collect import collect
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.losses import make_losses
-from ppo_jax.policy.policy import Policy, head_of, make_spec, network_of
+from ppo_jax.policy.policy import Policy, make_spec, network_of
 from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import Batch
 
 STATES, ACTIONS, HORIZON = 4, 2, 3
 _RNG = np.random.default_rng(0)
@@ -122,32 +122,14 @@ class Fixture:
         return complete(None, self.config).replace(**values)
 
     def batch(self, key, hparams):
-        """One rollout of whole episodes as a batch, by the stages that the trainer composes."""
+        """One rollout of whole episodes, by the stage that the trainer uses."""
         reset_key, key = jax.random.split(key)
         start = reset(self.env, (), reset_key, num_envs=self.config.num_envs)
         policy = Policy(self.params, self.spec)
-        _, trajectory, _ = rollout(
-            self.env, (), policy, start, key, num_steps=self.config.num_steps
-        )
-        values = None
-        if self.row.has_critic:
-            values = Values(policy.value(trajectory.obs), policy.value(trajectory.final_obs))
-        estimates = self.row.estimate(self.config, trajectory, values, hparams)
-        distribution = head_of(self.spec).distribution(trajectory.action_params)
-        done = trajectory.terminated | trajectory.truncated
+        _, batch, _ = collect(self.config, self.env, (), policy, start, key, hparams)
         # Only first episodes start from START; later ones in the rollout are cut by its end.
-        mask = (jnp.cumsum(done, axis=0) - done) == 0
-        return Batch(
-            obs=trajectory.obs,
-            action=trajectory.action,
-            action_params=trajectory.action_params,
-            log_prob=distribution.log_prob(trajectory.action),
-            advantages=estimates.advantages,
-            value=None if values is None else values.value,
-            targets=estimates.targets,
-            mask=mask if estimates.mask is None else estimates.mask,
-            done=done,
-        )
+        mask = (jnp.cumsum(batch.done, axis=0) - batch.done) == 0
+        return batch._replace(mask=mask if batch.mask is None else batch.mask)
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def gradients(self, keys, gamma):

@@ -15,6 +15,7 @@ LAYERS = [
     ["advantages", "importance", "natural_gradient", "objectives", "shuffle"],
     ["envs", "policy"],
     ["optimizers", "rollout", "losses", "update", "algorithms"],
+    ["collect"],
     ["trainer", "evaluation"],
     ["runs"],
     ["cli", "__main__"],

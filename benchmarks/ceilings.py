@@ -1,0 +1,146 @@
+"""What a training cannot beat: its environments, its update and its arithmetic, each alone."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax import Config, envs
+from ppo_jax.algorithms import complete, complete_config, get_algorithm
+from ppo_jax.collect import collect
+from ppo_jax.losses import make_losses
+from ppo_jax.optimizers import make_optimizer
+from ppo_jax.policy.policy import Policy, head_of, make_spec, network_of
+from ppo_jax.rollout import reset
+from ppo_jax.types import Learner
+
+
+class Arithmetic(NamedTuple):
+    """What the networks do for one environment step, by the compiler's count."""
+
+    flops: float
+    bytes: float
+
+
+class Stages:
+    """The parts of a training, as functions of a key that do as many updates as it does."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = complete_config(config)
+        self.algorithm = get_algorithm(config.algorithm)
+        self.hparams = complete(None, config)
+        self.env = envs.make(config.env, **dict(config.env_kwargs))
+        self.spec = make_spec(self.config, self.env)
+        self.losses = make_losses(
+            self.config, self.spec, self.algorithm.objective, per_episode=False
+        )
+        self.rule = self.algorithm.update(self.config, self.losses, make_optimizer(self.config))
+
+    def init(self, key: jax.Array) -> Any:
+        """Parameters, and environments at the start of an episode."""
+        network_key, reset_key = jax.random.split(key)
+        state = reset(self.env, self.env.params, reset_key, num_envs=self.config.num_envs)
+        return network_of(self.spec).init(network_key, state.obs), state
+
+    def environment(self, key: jax.Array) -> Any:
+        """Random actions, and nothing kept but the sum of the rewards."""
+        params, state = self.init(key)
+        head, num_envs = head_of(self.spec), self.config.num_envs
+        outputs = jax.eval_shape(Policy(params, self.spec).action_params, state.obs)
+        uniform = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        step = jax.vmap(self.env.step, in_axes=(0, 0, 0, None))
+
+        def act(carry: Any, inputs: Any) -> tuple[Any, None]:
+            env_state, total = carry
+            noise, keys = inputs
+            result = step(keys, env_state, head.sample(uniform, noise), self.env.params)
+            return (result.state, total + result.reward), None
+
+        def update(carry: Any, key: jax.Array) -> tuple[Any, None]:
+            noise_key, env_key = jax.random.split(key)
+            shape = (self.config.num_steps, num_envs)
+            inputs = head.noise(noise_key, shape), jax.random.split(env_key, shape)
+            return jax.lax.scan(act, carry, inputs)
+
+        keys = jax.random.split(key, self.config.num_updates)
+        return jax.lax.scan(update, (state.env_state, jnp.zeros(num_envs)), keys)
+
+    def update(self, key: jax.Array) -> Any:
+        """Updates on the data of one rollout, again and again."""
+        params, state = self.init(key)
+        policy = Policy(params, self.spec)
+        _, batch, _ = collect(
+            self.config, self.env, self.env.params, policy, state, key, self.hparams
+        )
+        opt_state = self.rule.init(params, self.hparams)
+        learner = Learner(params, opt_state, kl_coef=jnp.zeros(()), lr_factor=jnp.ones(()))
+
+        def step(learner: Learner, key: jax.Array) -> tuple[Learner, None]:
+            return self.rule.update(learner, batch, key, self.hparams, jnp.ones(()))[0], None
+
+        return jax.lax.scan(step, learner, jax.random.split(key, self.config.num_updates))
+
+    def arithmetic(self) -> Arithmetic:
+        """Acting, judging every observation and its successor, and all gradients."""
+        config = self.config
+        params, state = jax.eval_shape(self.init, jax.random.key(0))
+        _, batch, _ = jax.eval_shape(
+            lambda params, state, key: collect(
+                config,
+                self.env,
+                self.env.params,
+                Policy(params, self.spec),
+                state,
+                key,
+                self.hparams,
+            ),
+            params,
+            state,
+            jax.random.key(0),
+        )
+        size = config.batch_size // (config.num_minibatches or 1)
+        minibatch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((size, *x.shape[2:]), x.dtype), batch
+        )
+
+        def gradient(params: Any, minibatch: Any) -> Any:
+            return jax.grad(self.losses.joint, has_aux=True)(params, minibatch, self.hparams)[0]
+
+        parts = (
+            (lambda p, obs: Policy(p, self.spec).action_params(obs), state.obs, config.num_steps),
+            (lambda p, obs: Policy(p, self.spec).value(obs), batch.obs, 2),
+            (gradient, minibatch, (config.num_epochs or 1) * (config.num_minibatches or 1)),
+        )
+        flops = accessed = 0.0
+        for function, argument, times in parts:
+            cost = jax.jit(function).lower(params, argument).compile().cost_analysis()
+            assert cost is not None
+            flops += times * cost["flops"]
+            accessed += times * cost["bytes accessed"]
+        return Arithmetic(flops / config.batch_size, accessed / config.batch_size)
+
+
+def matrix_flops_per_second() -> float:
+    """Of a large float32 matrix product, at the default precision."""
+    size = 2048 if jax.devices()[0].platform == "cpu" else 8192
+    x = jnp.ones((size, size))
+    return 2 * size**3 / _median_seconds(jax.jit(lambda x: x @ x), x)
+
+
+def copied_bytes_per_second() -> float:
+    """Read and written by adding one to an array that fits in no cache."""
+    x = jnp.ones(2**26)
+    return 2 * x.nbytes / _median_seconds(jax.jit(lambda x: x + 1), x)
+
+
+def _median_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    jax.block_until_ready(function(x))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(function(x))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

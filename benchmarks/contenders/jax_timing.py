@@ -1,0 +1,40 @@
+"""Compiling and timing for contenders that are one jitted function of a key."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def compile_and_time(
+    train: Callable[[jax.Array], Any],
+    returns_of: Callable[[Any], Any],
+    num_seeds: int | None,
+) -> tuple[dict[str, float], Callable[[int], dict[str, float]]]:
+    """What `serve` needs.
+
+    Args:
+      train: `key -> result`; vmapped over keys if `num_seeds` is given.
+      returns_of: `result -> returns`, of any shape; their mean over the numbers counts.
+      num_seeds: how many seeds train at once; None for one without `vmap`.
+    """
+
+    def key_of(seed: int) -> jax.Array:
+        key = jax.random.PRNGKey(seed)
+        return key if num_seeds is None else jax.random.split(key, num_seeds)
+
+    function = jax.jit(train if num_seeds is None else jax.vmap(train))
+    start = time.perf_counter()
+    compiled = function.lower(key_of(0)).compile()
+    figures = {"compile_seconds": time.perf_counter() - start}
+
+    def run(seed: int) -> dict[str, float]:
+        key = jax.block_until_ready(key_of(seed))
+        start = time.perf_counter()
+        result = jax.block_until_ready(compiled(key))
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "return": float(np.nanmean(np.asarray(returns_of(result))))}
+
+    return figures, run

@@ -1,0 +1,71 @@
+"""PureJaxRL, from the checkout that PUREJAXRL names.
+
+Its network for continuous actions has 256 units a layer, whatever the workload says.
+"""
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import gymnax
+import numpy as np
+from jax_timing import compile_and_time
+from serving import serve
+
+
+def import_ppo(*, continuous: bool) -> Any:
+    """Its module for discrete or for continuous actions.
+
+    Its wrappers import two suites of environments, which these workloads do not use: empty
+    modules stand for them.
+    """
+    training = "brax.envs.wrappers.training"
+    for name in ("brax", "brax.envs", "brax.envs.wrappers", training, "navix"):
+        sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules["brax"])["envs"] = sys.modules["brax.envs"]
+    vars(sys.modules[training]).update(EpisodeWrapper=object, AutoResetWrapper=object)
+    sys.path.insert(0, str(Path(os.environ["PUREJAXRL"]) / "purejaxrl"))
+    if not continuous:
+        return importlib.import_module("ppo")
+    ppo = importlib.import_module("ppo_continuous_action")
+    ppo.BraxGymnaxWrapper = lambda name: gymnax.make(name)[0]
+    return ppo
+
+
+def build(workload: dict[str, Any]) -> Any:
+    """Compiles its `make_train`: `ppo.py`, or `ppo_continuous_action.py` for Pendulum."""
+    hparams = workload["hparams"]
+    config = {
+        "LR": hparams["learning_rate"],
+        "NUM_ENVS": workload["num_envs"],
+        "NUM_STEPS": workload["num_steps"],
+        "TOTAL_TIMESTEPS": workload["total_timesteps"],
+        "UPDATE_EPOCHS": workload["num_epochs"],
+        "NUM_MINIBATCHES": workload["num_minibatches"],
+        "GAMMA": hparams["gamma"],
+        "GAE_LAMBDA": hparams["gae_lambda"],
+        "CLIP_EPS": hparams["clip_eps"],
+        "ENT_COEF": hparams["ent_coef"],
+        "VF_COEF": hparams["vf_coef"],
+        "MAX_GRAD_NORM": hparams["max_grad_norm"],
+        "ACTIVATION": "tanh",
+        "ENV_NAME": workload["env"],
+        "ANNEAL_LR": True,
+        "NORMALIZE_ENV": False,
+        "DEBUG": False,
+    }
+    ppo = import_ppo(continuous=workload["continuous"])
+
+    def returns_of(result: Any) -> Any:
+        info = result["metrics"]
+        returns = np.asarray(info["returned_episode_returns"])[..., -10:, :, :]
+        return np.where(np.asarray(info["returned_episode"])[..., -10:, :, :], returns, np.nan)
+
+    return compile_and_time(ppo.make_train(config), returns_of, workload["num_seeds"])
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,171 @@
+"""The same work through other trainers, interleaved with ours run by run.
+
+python benchmarks/peers.py --purejaxrl path/to/purejaxrl --json benchmarks/results/peers-cpu.json
+
+Each peer runs in a virtual environment of its own, made from the package index the first time,
+and in one process that stays, so that a machine whose speed drifts slows all of them alike.
+PureJaxRL is no package: its checkout is the user's.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import machine
+from benchmarks.throughput import WORKLOADS, Workload
+from ppo_jax.algorithms import complete
+
+_CONTENDERS = Path(__file__).parent / "contenders"
+_JAX = ("jax>=0.10,<0.11", "gymnax==0.0.9")  # the last gymnax with the API that peers use
+
+
+class Peer(NamedTuple):
+    """Another trainer: what it needs, and the script that runs it."""
+
+    requirements: tuple[str, ...]
+    script: str
+    environment: str
+    """Name of its virtual environment; several peers may share one."""
+
+
+PEERS = {
+    "purejaxrl": Peer((*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0"),
+    "rejax": Peer((*_JAX, "rejax==0.1.3"), "rejax_ppo.py", "rejax"),
+}
+
+
+class Contender:
+    """A process that has compiled one workload and runs it when asked."""
+
+    def __init__(self, python: Path, script: str, workload: dict[str, Any]) -> None:
+        self.process = subprocess.Popen(
+            [python, _CONTENDERS / script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.figures = self.ask(workload)
+
+    def ask(self, message: dict[str, Any]) -> dict[str, float]:
+        """Sends one line, waits for one."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(message), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.process.args!r} ended; its words are above.")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.communicate()
+
+
+def describe(workload: Workload) -> dict[str, Any]:
+    """A workload as plain data, with the hyperparameters that every contender gets."""
+    config = workload.config
+    names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
+    used = ("learning_rate", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")
+    hparams = complete(None, config)
+    return {
+        **{name: getattr(config, name) for name in names},
+        "num_seeds": workload.num_seeds,
+        "continuous": config.env == "Pendulum-v1",
+        "hparams": {
+            **{name: getattr(hparams, name) for name in (*used, "max_grad_norm")},
+            "value_clip_eps": hparams.clip_eps,  # as both peers do
+        },
+    }
+
+
+def measure(name: str, pythons: dict[str, Path], repeats: int) -> dict[str, Any]:
+    """All contenders on one workload, one run of each in turn."""
+    workload = WORKLOADS[name]
+    scripts = {"ppo_jax": "ours.py", **{peer: PEERS[peer].script for peer in PEERS}}
+    contenders = {
+        peer: Contender(python, scripts[peer], describe(workload))
+        for peer, python in pythons.items()
+    }
+    runs: dict[str, list[dict[str, float]]] = {peer: [] for peer in contenders}
+    for seed in range(repeats + 1):
+        for peer, contender in contenders.items():
+            result = contender.ask({"seed": seed})
+            if seed > 0:  # the first warms up
+                runs[peer].append(result)
+    for contender in contenders.values():
+        contender.close()
+    rows = {}
+    for peer, results in runs.items():
+        seconds = [result["seconds"] for result in results]
+        pairs = zip(seconds, (ours["seconds"] for ours in runs["ppo_jax"]), strict=True)
+        rows[peer] = {
+            **contenders[peer].figures,
+            "seconds": seconds,
+            "steps_per_second": workload.timesteps / statistics.median(seconds),
+            "ours_is_faster_by": statistics.median(theirs / ours for theirs, ours in pairs),
+            "return": statistics.mean(result["return"] for result in results),
+            "peak_bytes": max(result["peak_bytes"] for result in results),
+        }
+    return {"workload": name, "title": workload.title, "contenders": rows}
+
+
+def python_of(peer: str, folder: Path) -> Path:
+    """The interpreter of a peer's environment, which is made if it is not there."""
+    home = folder / PEERS[peer].environment
+    python = home / "bin" / "python"
+    if not (home / "installed").exists():
+        print(f"making {home}", file=sys.stderr)
+        venv.create(home, with_pip=True, clear=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *PEERS[peer].requirements]
+        subprocess.run(install, check=True)
+        (home / "installed").touch()
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--peer", nargs="+", choices=PEERS, help="by default all that can run")
+    parser.add_argument("--purejaxrl", type=Path, help="a checkout of PureJaxRL")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the medians count")
+    parser.add_argument("--environments", type=Path, default=Path(".cache/peers"))
+    parser.add_argument("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args()
+    peers = arguments.peer or [p for p in PEERS if p != "purejaxrl" or arguments.purejaxrl]
+    if "purejaxrl" in peers:
+        if arguments.purejaxrl is None or not (arguments.purejaxrl / "purejaxrl").is_dir():
+            parser.error("--purejaxrl must name a checkout of PureJaxRL, which holds purejaxrl/.")
+        os.environ["PUREJAXRL"] = str(arguments.purejaxrl.resolve())
+    pythons = {"ppo_jax": Path(sys.executable)}
+    pythons |= {peer: python_of(peer, arguments.environments) for peer in peers}
+    print(
+        "| workload | trainer | steps/s | ours is faster by | return | compile | peak memory |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    results = []
+    for name in arguments.workload:
+        result = measure(name, pythons, arguments.repeats)
+        results.append(result)
+        for peer, row in result["contenders"].items():
+            print(
+                f"| {name} {result['title']} | {peer} | {row['steps_per_second']:,.0f} "
+                f"| {row['ours_is_faster_by']:.2f} | {row['return']:.1f} "
+                f"| {row['compile_seconds']:.1f} s | {row['peak_bytes'] / 2**20:.0f} MiB |",
+                flush=True,
+            )
+    if arguments.json:
+        command = " ".join(["python", *sys.argv])
+        record = {"command": command, **machine.describe(), "results": results}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
