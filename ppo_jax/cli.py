@@ -89,6 +89,8 @@ class Train:
         run_dir = self.run_dir or Path("runs") / f"{config.env}_{config.algorithm}_{time}"
         RunDirectory.check(run_dir, overwrite=self.overwrite)
         _enable_compilation_cache()
+        if config.num_devices > 1:
+            _make_cpu_devices(config.num_devices)
 
         from ppo_jax.runs.run import summarize, train
 
@@ -201,6 +203,13 @@ def _enable_compilation_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path.home() / ".cache" / "ppo_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _make_cpu_devices(number: int) -> None:
+    """So many devices if the platform is a CPU; others have as many as they have."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", number)
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:

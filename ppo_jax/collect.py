@@ -22,6 +22,7 @@ def collect(
     state: RolloutState,
     key: jax.Array,
     hparams: HParams,
+    axis_name: str | None = None,
 ) -> tuple[RolloutState, Batch, EpisodeStats]:
     """One rollout as a batch.
 
@@ -33,6 +34,7 @@ def collect(
       state: where the environments stand; an algorithm of whole episodes starts them anew.
       key: random key.
       hparams: complete, with no value left to the algorithm.
+      axis_name: mesh axis of the devices that hold the other environments; None for one device.
 
     Returns:
       Where the environments stand then, the batch `[T, N]`, and the episodes that ended.
@@ -50,7 +52,7 @@ def collect(
     estimates = algorithm.estimate(config, trajectory, values, hparams)
     advantages = estimates.advantages
     if config.normalize_advantage == "batch":
-        advantages = objectives.standardize(advantages, estimates.mask)
+        advantages = objectives.standardize(advantages, estimates.mask, axis_name)
     if estimates.mask is not None:
         ended = _first_episodes(trajectory, estimates.mask)
     distribution = head_of(policy.spec).distribution(trajectory.action_params)

@@ -66,6 +66,9 @@ got 4 * 128 and 3. Try 2 or 4.
     """N: environments that are stepped together."""
     num_steps: int = 128
     """T: steps of each environment between two updates."""
+    num_devices: int = 1
+    """Devices that share the environments; each learns from its own, and gradients are averaged.
+    On a CPU a device is a core."""
     num_epochs: int | None = None
     """Passes over the data of one rollout. None, here and below: the algorithm's."""
     num_minibatches: int | None = None
@@ -100,7 +103,7 @@ got 4 * 128 and 3. Try 2 or 4.
         for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
-        for name in ("total_timesteps", "num_envs", "num_steps"):
+        for name in ("total_timesteps", "num_envs", "num_steps", "num_devices"):
             _require_positive_integer(name, getattr(self, name))
         for name in ALGORITHM_SETTINGS:
             if name not in _CHOICES and getattr(self, name) is not None:
@@ -110,11 +113,18 @@ got 4 * 128 and 3. Try 2 or 4.
         for name, choices in _CHOICES.items():
             if getattr(self, name) is not None and getattr(self, name) not in choices:
                 raise unknown_name(name, str(getattr(self, name)), choices)
-        if self.num_minibatches is not None and self.batch_size % self.num_minibatches:
+        if self.num_envs % self.num_devices:
+            raise ConfigError(
+                f"num_envs must be divisible by num_devices; got {self.num_envs} and "
+                f"{self.num_devices}. Try {_nearest_divisors(self.num_envs, self.num_devices)}."
+            )
+        shared = self.batch_size // self.num_devices
+        if self.num_minibatches is not None and shared % self.num_minibatches:
+            devices = f" / {self.num_devices} devices" if self.num_devices > 1 else ""
             raise ConfigError(
                 "num_envs * num_steps must be divisible by num_minibatches; got "
-                f"{self.num_envs} * {self.num_steps} and {self.num_minibatches}. "
-                f"Try {_nearest_divisors(self.batch_size, self.num_minibatches)}."
+                f"{self.num_envs} * {self.num_steps}{devices} and {self.num_minibatches}. "
+                f"Try {_nearest_divisors(shared, self.num_minibatches)}."
             )
         if self.total_timesteps < self.batch_size:
             raise ConfigError(

@@ -30,7 +30,11 @@ LossFn = Callable[[Any, Batch, HParams], tuple[jax.Array, Metrics]]
 
 
 class Losses(NamedTuple):
-    """Functions of parameters and a batch, whose leaves are `[B, ...]` or `[T, N, ...]`."""
+    """Functions of parameters and a batch, whose leaves are `[B, ...]` or `[T, N, ...]`.
+
+    Losses, metrics and the KL are shares of means over the devices of `axis_name`; see
+    `objectives.mean_share`.
+    """
 
     policy: LossFn
     """−objective − ent_coef · entropy."""
@@ -42,10 +46,17 @@ class Losses(NamedTuple):
     """Mean exact KL(π_θold ‖ π_θ)."""
     log_ratio: Callable[[Any, Batch], jax.Array]
     """log π_θ(a|s) − log π_θold(a|s), per sample."""
+    axis_name: str | None
+    """Mesh axis of the devices that share the batch; None for one device."""
 
 
 def make_losses(
-    config: Config, spec: PolicySpec, objective: Objective, *, per_episode: bool
+    config: Config,
+    spec: PolicySpec,
+    objective: Objective,
+    *,
+    per_episode: bool,
+    axis_name: str | None = None,
 ) -> Losses:
     """Builds the losses of an algorithm.
 
@@ -55,8 +66,12 @@ def make_losses(
       objective: of the policy, per sample.
       per_episode: the objective is summed over an episode's steps and averaged over episodes,
         as in ∇R̄ = E[Σ_t …]; otherwise averaged over samples.
+      axis_name: mesh axis of the devices that share the batch; None for one device.
     """
     network, head = network_of(spec), head_of(spec)
+
+    def mean(x: jax.Array, batch: Batch) -> jax.Array:
+        return objectives.mean_share(x, batch.mask, axis_name)
 
     def actor(params: Any, batch: Batch) -> Any:
         return network.apply(params, batch.obs, method="actor")
@@ -70,10 +85,9 @@ def make_losses(
     def policy_loss(
         action_params: Any, batch: Batch, hparams: HParams
     ) -> tuple[jax.Array, Metrics]:
-        mask = batch.mask
         advantages = batch.advantages
         if config.normalize_advantage == "minibatch":
-            advantages = objectives.standardize(advantages, mask)
+            advantages = objectives.standardize(advantages, batch.mask, axis_name)
         distribution = head.distribution(action_params)
         log_ratio = log_ratio_of(distribution, batch)
         needs_kl = config.exact_kl or hparams.kl_coef is not None
@@ -86,21 +100,21 @@ def make_losses(
         )
         per_sample = objective(terms, hparams)
         if per_episode:
-            assert mask is not None, "whole episodes come with a mask"
-            loss = -jnp.sum(jnp.where(mask, per_sample, 0.0)) / config.num_envs
+            assert batch.mask is not None, "whole episodes come with a mask"
+            loss = -jnp.sum(jnp.where(batch.mask, per_sample, 0.0)) / config.num_envs
         else:
-            loss = -objectives.masked_mean(per_sample, mask)
-        entropy = objectives.masked_mean(distribution.entropy(), mask)
+            loss = -mean(per_sample, batch)
+        entropy = mean(distribution.entropy(), batch)
         metrics = {
             "train/policy_loss": loss,
             "train/entropy": entropy,
-            "train/approx_kl": objectives.masked_mean(objectives.approx_kl(log_ratio), mask),
+            "train/approx_kl": mean(objectives.approx_kl(log_ratio), batch),
         }
         if terms.kl is not None:
-            metrics["train/kl"] = objectives.masked_mean(terms.kl, mask)
+            metrics["train/kl"] = mean(terms.kl, batch)
         if hparams.clip_eps is not None:
             outside = jnp.abs(terms.ratio - 1.0) > hparams.clip_eps
-            metrics["train/clip_fraction"] = objectives.masked_mean(outside, mask)
+            metrics["train/clip_fraction"] = mean(outside.astype(jnp.float32), batch)
         return loss - hparams.ent_coef * entropy, metrics
 
     def value_loss(value: jax.Array, batch: Batch, hparams: HParams) -> tuple[jax.Array, Metrics]:
@@ -112,7 +126,7 @@ def make_losses(
             losses = objectives.clipped_value_loss(
                 value, batch.value, batch.targets, value_clip_eps=hparams.value_clip_eps
             )
-        loss = objectives.masked_mean(losses, batch.mask)
+        loss = mean(losses, batch)
         return loss, {"train/value_loss": loss}
 
     def policy(params: Any, batch: Batch, hparams: HParams) -> tuple[jax.Array, Metrics]:
@@ -129,9 +143,9 @@ def make_losses(
 
     def kl(params: Any, batch: Batch) -> jax.Array:
         distribution = head.distribution(actor(params, batch))
-        return objectives.masked_mean(kl_of(distribution, batch), batch.mask)
+        return mean(kl_of(distribution, batch), batch)
 
     def log_ratio(params: Any, batch: Batch) -> jax.Array:
         return log_ratio_of(head.distribution(actor(params, batch)), batch)
 
-    return Losses(policy, value, joint, kl, log_ratio)
+    return Losses(policy, value, joint, kl, log_ratio, axis_name)

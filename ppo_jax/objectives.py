@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.collective import mean_over
+
 Scalar = float | jax.Array
 
 
@@ -137,32 +139,56 @@ def approx_kl(log_ratio: jax.Array) -> jax.Array:
     return jnp.expm1(log_ratio) - log_ratio
 
 
-def masked_mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Mean over the elements where `mask` is True, or over all if it is None; 0 over none."""
+def mean_share(x: jax.Array, mask: jax.Array | None, axis_name: str | None = None) -> jax.Array:
+    """This device's share of a mean: the mean of the shares is that over all elements.
+
+    On one device, `axis_name=None`, the share is the mean. A loss is a share, so that one
+    collective can average it, its gradient and other metrics at once.
+
+    Args:
+      x: any shape.
+      mask: elements that count, or None for all; the mean over none is 0.
+      axis_name: mesh axis of the devices that hold the other elements.
+    """
     if mask is None:
         return jnp.mean(x)
     chex.assert_equal_shape([x, mask])
-    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    count = mean_over(jnp.sum(mask).astype(x.dtype), axis_name)
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.where(count > 0, count, 1.0)
 
 
-def masked_variance(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def masked_mean(x: jax.Array, mask: jax.Array | None, axis_name: str | None = None) -> jax.Array:
+    """Mean over the elements where `mask` is True, or over all if it is None; 0 over none."""
+    return mean_over(mean_share(x, mask, axis_name), axis_name)
+
+
+def masked_variance(
+    x: jax.Array, mask: jax.Array | None, axis_name: str | None = None
+) -> jax.Array:
     """Mean squared distance from the mean, over the elements where `mask` is True."""
-    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+    centred = x - masked_mean(x, mask, axis_name)
+    return masked_mean(jnp.square(centred), mask, axis_name)
 
 
-def standardize(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def standardize(
+    x: jax.Array, mask: jax.Array | None = None, axis_name: str | None = None
+) -> jax.Array:
     """`x` shifted and scaled to mean 0 and standard deviation 1 over the elements of `mask`."""
-    return (x - masked_mean(x, mask)) / (jnp.sqrt(masked_variance(x, mask)) + 1e-8)
+    deviation = jnp.sqrt(masked_variance(x, mask, axis_name))
+    return (x - masked_mean(x, mask, axis_name)) / (deviation + 1e-8)
 
 
 def explained_variance(
-    prediction: jax.Array, targets: jax.Array, mask: jax.Array | None = None
+    prediction: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """1 − Var(targets − prediction) / Var(targets): 1 is perfect, 0 no better than a constant.
 
     NaN where the targets do not vary.
     """
     chex.assert_equal_shape([prediction, targets])
-    variance = masked_variance(targets, mask)
-    residual = masked_variance(targets - prediction, mask)
+    variance = masked_variance(targets, mask, axis_name)
+    residual = masked_variance(targets - prediction, mask, axis_name)
     return jnp.where(variance > 0, 1.0 - residual / jnp.where(variance > 0, variance, 1.0), jnp.nan)

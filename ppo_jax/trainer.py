@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax import envs, objectives
 from ppo_jax.algorithms import complete, complete_config, get_algorithm
 from ppo_jax.collect import collect
+from ppo_jax.collective import mean_over
 from ppo_jax.config import Config, ConfigError, HParams
 from ppo_jax.envs.environment import Environment
 from ppo_jax.losses import make_losses
@@ -66,8 +69,18 @@ def make_trainer(config: Config) -> Trainer:
         _require_whole_episodes(config, env)
     spec = make_spec(config, env, has_critic=algorithm.has_critic)
     network = network_of(spec)
-    losses = make_losses(config, spec, algorithm.objective, per_episode=algorithm.whole_episodes)
-    rule = algorithm.update(config, losses, optimizer)
+    mesh = _make_mesh(config.num_devices)
+    axis_name = None if mesh is None else _ENV_AXIS
+    # Of one device: the stages see its share of the environments.
+    own = config.replace(num_envs=config.num_envs // config.num_devices, num_devices=1)
+    losses = make_losses(
+        own,
+        spec,
+        algorithm.objective,
+        per_episode=algorithm.whole_episodes,
+        axis_name=axis_name,
+    )
+    rule = algorithm.update(own, losses, optimizer)
     if rule.fits_critic_apart and config.shared_torso:
         raise ConfigError(
             f"shared_torso must be off where the critic is fitted apart from the policy; "
@@ -88,32 +101,59 @@ def make_trainer(config: Config) -> Trainer:
             kl_coef=jnp.asarray(0.0 if hparams.kl_coef is None else hparams.kl_coef, jnp.float32),
             lr_factor=jnp.ones(()),
         )
-        return TrainState(
+        state = TrainState(
             learner=learner,
             rollout=rollout_state,
             env_params=env_params,
             key=key,
             update=jnp.zeros((), jnp.int32),
         )
+        return state if mesh is None else _place(state, mesh)
 
     def step(state: TrainState, hparams: HParams | None = None) -> tuple[TrainState, Metrics]:
         hparams = _opaque(complete(hparams, config))
+        if mesh is None:
+            return step_on_one_device(state, hparams)
+        spread = jax.shard_map(
+            step_on_one_device,
+            mesh=mesh,
+            in_specs=(_STATE_SPECS, PartitionSpec()),
+            out_specs=(_STATE_SPECS, PartitionSpec()),
+            check_vma=False,  # each gradient is of a share; `mean_over` makes it the whole's
+        )
+        return spread(state, hparams)
+
+    def step_on_one_device(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
         if algorithm.adapts_kl_coef:
             hparams = hparams.replace(kl_coef=state.learner.kl_coef)
         rollout_key, update_key, next_key = jax.random.split(state.key, 3)
+        if axis_name is not None:
+            device = jax.lax.axis_index(axis_name)
+            rollout_key, update_key = (
+                jax.random.fold_in(key, device) for key in (rollout_key, update_key)
+            )
         rollout_state, batch, ended = collect(
-            config, env, state.env_params, policy(state), state.rollout, rollout_key, hparams
+            own,
+            env,
+            state.env_params,
+            policy(state),
+            state.rollout,
+            rollout_key,
+            hparams,
+            axis_name,
         )
         anneal = schedule(state.update / config.num_updates) * state.learner.lr_factor
         learner, metrics = rule.update(state.learner, batch, update_key, hparams, anneal)
         if algorithm.adapts_kl_coef or adapts_lr:
-            learner, adapted = adapt(learner, losses.kl(learner.params, batch), hparams)
+            kl = mean_over(losses.kl(learner.params, batch), axis_name)
+            learner, adapted = adapt(learner, kl, hparams)
             metrics |= adapted
         if algorithm.report is not None:
-            metrics |= algorithm.report(losses.log_ratio(learner.params, batch), batch)
+            report = algorithm.report(losses.log_ratio(learner.params, batch), batch)
+            metrics |= mean_over(report, axis_name)
         if batch.value is not None and batch.targets is not None:
             metrics["train/explained_variance"] = objectives.explained_variance(
-                batch.value, batch.targets, batch.mask
+                batch.value, batch.targets, batch.mask, axis_name
             )
         for name in ("learning_rate", "critic_learning_rate"):
             if getattr(hparams, name) is not None:
@@ -121,6 +161,8 @@ def make_trainer(config: Config) -> Trainer:
         state = state.replace(
             learner=learner, rollout=rollout_state, key=next_key, update=state.update + 1
         )
+        if axis_name is not None:
+            ended = jax.lax.psum(ended, axis_name)
         return state, metrics | _episode_metrics(ended)
 
     def adapt(learner: Learner, kl: jax.Array, hparams: HParams) -> tuple[Learner, Metrics]:
@@ -155,6 +197,39 @@ def make_train(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
     (2,)
     """
     return make_trainer(config).run
+
+
+_ENV_AXIS = "env"
+_STATE_SPECS = TrainState(
+    learner=PartitionSpec(),
+    rollout=PartitionSpec(_ENV_AXIS),  # every leaf is [N, ...]
+    env_params=PartitionSpec(),
+    key=PartitionSpec(),
+    update=PartitionSpec(),
+)
+
+
+def _make_mesh(num_devices: int) -> Mesh | None:
+    """The devices that share the environments; None for one, so that no backend is started."""
+    if num_devices == 1:
+        return None
+    devices = jax.devices()
+    if len(devices) < num_devices:
+        raise ConfigError(
+            f"num_devices must be at most the devices there are; got {num_devices} and "
+            f"{len(devices)}. On a CPU, jax.config.update('jax_num_cpu_devices', {num_devices}) "
+            "before anything is computed makes them."
+        )
+    return Mesh(np.array(devices[:num_devices]), (_ENV_AXIS,))
+
+
+def _place(state: TrainState, mesh: Mesh) -> TrainState:
+    """The state as `step` leaves it, so that the first step and the others are one program."""
+
+    def place(spec: PartitionSpec, part: Any) -> Any:
+        return jax.lax.with_sharding_constraint(part, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, _STATE_SPECS, state)
 
 
 def _require_whole_episodes(config: Config, env: Environment) -> None:

@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from ppo_jax.collective import mean_over
 from ppo_jax.config import Config, HParams
 from ppo_jax.losses import Losses, LossFn
-from ppo_jax.natural_gradient import conjugate_gradient, fisher_vector_product, line_search
+from ppo_jax.natural_gradient import (
+    MatrixVectorProduct,
+    conjugate_gradient,
+    fisher_vector_product,
+    line_search,
+)
 from ppo_jax.optimizers import Optimizer
 from ppo_jax.policy.networks import merge_params, split_params
 from ppo_jax.shuffle import shuffled
@@ -54,8 +60,9 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
             carry: tuple[Any, Any, jax.Array], samples: Batch
         ) -> tuple[tuple[Any, Any, jax.Array], tuple[Metrics, jax.Array]]:
             params, opt_state, active = carry
-            stepped = _gradient_step(losses.joint, tx, params, opt_state, samples, hparams)
-            new_params, new_opt_state, metrics = stepped
+            new_params, new_opt_state, metrics = _gradient_step(
+                losses.joint, tx, params, opt_state, samples, hparams, losses.axis_name
+            )
             if hparams.target_kl is not None:
                 active &= metrics["train/approx_kl"] <= hparams.target_kl
                 keep = partial(jnp.where, active)
@@ -91,7 +98,7 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         actor_state, critic_state = learner.opt_state["actor"], learner.opt_state["critic"]
         tx = optimizer(hparams.learning_rate * anneal, hparams.max_grad_norm)
         actor, actor_state, metrics = _gradient_step(
-            losses.policy, tx, actor, actor_state, batch, hparams
+            losses.policy, tx, actor, actor_state, batch, hparams, losses.axis_name
         )
         if hparams.critic_learning_rate is not None:
             critic, critic_state, critic_metrics = _fit_critic(
@@ -114,7 +121,7 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
     """
     assert config.cg_iterations is not None
     assert config.line_search_steps is not None
-    cg_iterations, line_search_steps = config.cg_iterations, config.line_search_steps
+    iterations, line_search_steps = config.cg_iterations, config.line_search_steps
 
     def init(params: Any, hparams: HParams) -> Any:
         _, critic = split_params(params)
@@ -129,17 +136,25 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
         def loss(flat: jax.Array) -> tuple[jax.Array, Metrics]:
             return losses.policy(unravel(flat), batch, hparams)
 
-        def objective(flat: jax.Array) -> jax.Array:
-            return -loss(flat)[0]
-
-        def mean_kl(flat: jax.Array) -> jax.Array:
+        def kl(flat: jax.Array) -> jax.Array:
             return losses.kl(unravel(flat), batch)
 
+        # Shares of means are differentiated; what the search compares are means.
+        def objective(flat: jax.Array) -> jax.Array:
+            return mean_over(-loss(flat)[0], losses.axis_name)
+
+        def mean_kl(flat: jax.Array) -> jax.Array:
+            return mean_over(kl(flat), losses.axis_name)
+
+        def product(vector: jax.Array) -> jax.Array:
+            share = fisher_vector_product(kl, flat, damping=hparams.cg_damping)(vector)
+            return mean_over(share, losses.axis_name)
+
         with jax.default_matmul_precision("highest"):
-            (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(flat)
-            step = _natural_step(
-                mean_kl, flat, -gradient, hparams=hparams, cg_iterations=cg_iterations
+            (_, metrics), gradient = mean_over(
+                jax.value_and_grad(loss, has_aux=True)(flat), losses.axis_name
             )
+            step = _natural_step(product, -gradient, max_kl=hparams.max_kl, iterations=iterations)
             found = line_search(
                 objective, mean_kl, flat, step, max_kl=hparams.max_kl, num_steps=line_search_steps
             )
@@ -158,19 +173,13 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
 
 
 def _natural_step(
-    mean_kl: Callable[[jax.Array], jax.Array],
-    params: jax.Array,
-    gradient: jax.Array,
-    *,
-    hparams: HParams,
-    cg_iterations: int,
+    product: MatrixVectorProduct, gradient: jax.Array, *, max_kl: Any, iterations: int
 ) -> jax.Array:
     """√(2 δ / gᵀF⁻¹g) F⁻¹g: the step along the natural gradient to the edge of the bound."""
-    product = fisher_vector_product(mean_kl, params, damping=hparams.cg_damping)
-    direction = conjugate_gradient(product, gradient, iterations=cg_iterations)
+    direction = conjugate_gradient(product, gradient, iterations=iterations)
     curvature = jnp.vdot(direction, product(direction))
     # A zero gradient has no direction: no step, rather than 0 / 0.
-    scale = jnp.sqrt(2.0 * hparams.max_kl / jnp.where(curvature > 0, curvature, 1.0))
+    scale = jnp.sqrt(2.0 * max_kl / jnp.where(curvature > 0, curvature, 1.0))
     return jnp.where(curvature > 0, scale, 0.0) * direction
 
 
@@ -181,8 +190,11 @@ def _gradient_step(
     opt_state: Any,
     samples: Batch,
     hparams: HParams,
+    axis_name: str | None,
 ) -> tuple[Any, Any, Metrics]:
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, samples, hparams)
+    (_, metrics), grads = mean_over(
+        jax.value_and_grad(loss_fn, has_aux=True)(params, samples, hparams), axis_name
+    )
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, metrics
 
@@ -201,8 +213,10 @@ def _fit_critic(
     tx = optimizer(hparams.critic_learning_rate * anneal, hparams.max_grad_norm)
 
     def gradient_step(carry: tuple[Any, Any], samples: Batch) -> tuple[tuple[Any, Any], Metrics]:
-        *stepped, metrics = _gradient_step(losses.value, tx, *carry, samples, hparams)
-        return (stepped[0], stepped[1]), metrics
+        params, opt_state, metrics = _gradient_step(
+            losses.value, tx, *carry, samples, hparams, losses.axis_name
+        )
+        return (params, opt_state), metrics
 
     (params, opt_state), metrics = _epochs(config, gradient_step, critic, batch, key)
     return params, opt_state, jax.tree.map(jnp.mean, metrics)

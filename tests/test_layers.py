@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "ppo_jax"
 # From the bottom up; a module may import from its own layer's package and from layers below.
 LAYERS = [
     ["config", "types", "presets"],
+    ["collective"],
     ["advantages", "importance", "natural_gradient", "objectives", "shuffle"],
     ["envs", "policy"],
     ["optimizers", "rollout", "losses", "update", "algorithms"],

@@ -1,0 +1,19 @@
+"""Means over the devices that share one training."""
+
+from typing import Any
+
+import jax
+from jax.flatten_util import ravel_pytree
+
+
+def mean_over(tree: Any, axis_name: str | None) -> Any:
+    """The mean over the devices of a mesh axis, in one collective; `tree` itself for None.
+
+    >>> x = jax.numpy.array([1.0, 3.0])
+    >>> jax.vmap(lambda x: mean_over(x, "env"), axis_name="env")(x).tolist()
+    [2.0, 2.0]
+    """
+    if axis_name is None:
+        return tree
+    flat, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.pmean(flat, axis_name))

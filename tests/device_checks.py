@@ -1,0 +1,124 @@
+"""Checks that need several devices; `test_devices` runs this in a process that has four.
+
+Devices are made before anything is computed, which a test session has long done.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import Config, ConfigError, evaluate, make_trainer
+
+PARAMS = {"max_steps_in_episode": 16}
+
+
+def config(algorithm, num_devices, **changes):
+    fields = {"num_envs": 8, "num_steps": 16, "hidden_sizes": (16,), "env_params": PARAMS}
+    return Config(
+        algorithm=algorithm,
+        num_devices=num_devices,
+        total_timesteps=4 * 128,
+        **{**fields, **changes},
+    )
+
+
+def on_one_device(function, *, mesh, in_specs, out_specs, check_vma):
+    """What `jax.shard_map` does, by `vmap` over the shards: the same maths with no devices."""
+    del in_specs, check_vma
+    num_shards = mesh.size
+
+    def is_split(spec):
+        return bool(len(spec))
+
+    def call(state, hparams):
+        specs = out_specs[0]
+
+        def split(spec, part):
+            def leaf(x):
+                return x.reshape(num_shards, -1, *x.shape[1:]) if is_split(spec) else x
+
+            return jax.tree.map(leaf, part)
+
+        axes = jax.tree.map(lambda spec: 0 if is_split(spec) else None, specs)
+        mapped = jax.vmap(function, in_axes=(axes, None), axis_name="env")
+        state, metrics = mapped(jax.tree.map(split, specs, state), hparams)
+
+        def join(spec, part):
+            return jax.tree.map(
+                lambda x: x.reshape(-1, *x.shape[2:]) if is_split(spec) else agreed(x), part
+            )
+
+        return jax.tree.map(join, specs, state), jax.tree.map(agreed, metrics)
+
+    return call
+
+
+def agreed(x):
+    """What all shards say; NaN where they do not say the same."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.where(jnp.ptp(x, axis=0) <= 1e-4, x[0], jnp.nan)
+    return x[0]
+
+
+def numbers(tree):
+    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return [np.asarray(x, np.float64) for x in leaves]
+
+
+def check_devices_equal_shards_on_one_device(algorithm):
+    state, metrics = jax.jit(make_trainer(config(algorithm, 4)).run)(jax.random.key(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "shard_map", on_one_device)
+        emulated = make_trainer(config(algorithm, 4)).run  # new, for `jit` knows the other
+        expected, expected_metrics = jax.jit(emulated)(jax.random.key(0))
+    for ours, theirs in (
+        (numbers(state.learner), numbers(expected.learner)),
+        (numbers(metrics), numbers(expected_metrics)),
+    ):
+        for x, y in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+def check_steps_are_one_program_and_environments_stay_where_they_are():
+    trainer = make_trainer(config("ppo", 4))
+    traces = []
+    step = jax.jit(lambda state: (traces.append(1), trainer.step(state))[1])
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    for _ in range(3):
+        assert len(state.rollout.obs.sharding.device_set) == 4
+        assert state.rollout.obs.addressable_shards[0].data.shape[0] == 2
+        state, metrics = step(state)
+    assert len(traces) == 1
+    # Every environment ends an episode within 16 steps, on whichever device it is.
+    assert metrics["episode/count"] >= 8
+    result = evaluate(
+        trainer.policy(state), trainer.env, state.env_params, jax.random.key(1), 4, max_steps=20
+    )
+    assert result.finished.all()
+
+
+def check_devices_see_different_data():
+    trainer = make_trainer(config("ppo", 4))
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    same = state.rollout.obs[:1].repeat(8, axis=0)
+    env_state = jax.tree.map(lambda x: x[:1].repeat(8, axis=0), state.rollout.env_state)
+    rollout = state.rollout.replace(obs=same, env_state=env_state)
+    after, _ = jax.jit(trainer.step)(state.replace(rollout=rollout))
+    assert len(np.unique(np.asarray(after.rollout.obs), axis=0)) == 8
+
+
+def check_one_device_too_many_is_an_error():
+    with pytest.raises(ConfigError, match="at most the devices there are; got 8 and 4"):
+        make_trainer(config("ppo", 8))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    for algorithm in ("ppo", "ppo_adaptive", "off_policy_pg", "trpo", "reinforce_baseline"):
+        check_devices_equal_shards_on_one_device(algorithm)
+    check_steps_are_one_program_and_environments_stay_where_they_are()
+    check_devices_see_different_data()
+    check_one_device_too_many_is_an_error()
+    print("all checks passed")

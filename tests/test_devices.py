@@ -1,0 +1,56 @@
+"""Several devices share the environments of one training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import Config, ConfigError, objectives
+
+SHARDS = 4
+
+
+def sharded(function, *arrays):
+    """`function(*shards, axis_name)` on every shard, as on so many devices."""
+    shards = [x.reshape(SHARDS, -1) for x in arrays]
+    return jax.vmap(lambda *x: function(*x, "env"), axis_name="env")(*shards)
+
+
+def test_statistics_of_shards_are_those_of_the_whole():
+    keys = jax.random.split(jax.random.key(0), 3)
+    # Shards that differ in mean and in how many of their elements count.
+    x = jax.random.normal(keys[0], (64,)) + jnp.arange(64) / 8
+    y = jax.random.normal(keys[1], (64,)) + x
+    mask = jax.random.uniform(keys[2], (64,)) < jnp.linspace(0.1, 1.0, 64)
+    for m in (mask, jnp.ones(64, bool)):
+        np.testing.assert_allclose(
+            sharded(objectives.standardize, x, m).ravel(), objectives.standardize(x, m), rtol=1e-4
+        )
+        for ours in (objectives.masked_mean, objectives.masked_variance):
+            np.testing.assert_allclose(sharded(ours, x, m), jnp.full(SHARDS, ours(x, m)), rtol=1e-5)
+        np.testing.assert_allclose(
+            sharded(objectives.explained_variance, x, y, m),
+            jnp.full(SHARDS, objectives.explained_variance(x, y, m)),
+            rtol=1e-4,
+        )
+        shares = sharded(objectives.mean_share, x, m)
+        np.testing.assert_allclose(shares.mean(), objectives.masked_mean(x, m), rtol=1e-5)
+
+
+def test_on_four_devices():
+    script = Path(__file__).parent / "device_checks.py"
+    root = str(script.parent.parent)
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert result.stdout == "all checks passed\n", result.stderr
+
+
+def test_environments_are_divided_evenly():
+    with pytest.raises(ConfigError, match="divisible by num_devices; got 6 and 4. Try 3 or 6"):
+        Config(num_envs=6, num_devices=4)
+    with pytest.raises(ConfigError, match=r"got 4 \* 4 / 4 devices and 8. Try 4"):
+        Config(num_envs=4, num_steps=4, num_devices=4, num_minibatches=8)
