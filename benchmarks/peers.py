@@ -5,6 +5,9 @@ python benchmarks/peers.py --purejaxrl path/to/purejaxrl --json benchmarks/resul
 Each peer runs in a virtual environment of its own, made from the package index the first time,
 and in one process that stays, so that a machine whose speed drifts slows all of them alike.
 PureJaxRL is no package: its checkout is the user's.
+
+The return is that of the trained policy, sampled, over 64 episodes; of PureJaxRL, whose policy does
+not leave its training, that of the episodes that ended in the last update.
 """
 
 import argparse
@@ -54,7 +57,7 @@ class Contender:
         )
         self.figures = self.ask(workload)
 
-    def ask(self, message: dict[str, Any]) -> dict[str, float]:
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Sends one line, waits for one."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -94,7 +97,7 @@ def measure(name: str, pythons: dict[str, Path], repeats: int) -> dict[str, Any]
         peer: Contender(python, scripts[peer], describe(workload))
         for peer, python in pythons.items()
     }
-    runs: dict[str, list[dict[str, float]]] = {peer: [] for peer in contenders}
+    runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in contenders}
     for seed in range(repeats + 1):
         for peer, contender in contenders.items():
             result = contender.ask({"seed": seed})
@@ -111,10 +114,15 @@ def measure(name: str, pythons: dict[str, Path], repeats: int) -> dict[str, Any]
             "seconds": seconds,
             "steps_per_second": workload.timesteps / statistics.median(seconds),
             "ours_is_faster_by": statistics.median(theirs / ours for theirs, ours in pairs),
-            "return": statistics.mean(result["return"] for result in results),
+            "return": _mean([result["return"] for result in results]),
             "peak_bytes": max(result["peak_bytes"] for result in results),
         }
     return {"workload": name, "title": workload.title, "contenders": rows}
+
+
+def _mean(returns: list[float | None]) -> float | None:
+    known = [value for value in returns if value is not None]
+    return round(statistics.mean(known), 1) if known else None
 
 
 def python_of(peer: str, folder: Path) -> Path:
@@ -157,14 +165,14 @@ def main() -> None:
         for peer, row in result["contenders"].items():
             print(
                 f"| {name} {result['title']} | {peer} | {row['steps_per_second']:,.0f} "
-                f"| {row['ours_is_faster_by']:.2f} | {row['return']:.1f} "
+                f"| {row['ours_is_faster_by']:.2f} | {row['return']} "
                 f"| {row['compile_seconds']:.1f} s | {row['peak_bytes'] / 2**20:.0f} MiB |",
                 flush=True,
             )
-    if arguments.json:
-        command = " ".join(["python", *sys.argv])
-        record = {"command": command, **machine.describe(), "results": results}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        if arguments.json:  # after each workload: an interrupted comparison keeps what it has
+            command = " ".join(["python", *sys.argv])
+            record = {"command": command, **machine.describe(), "results": results}
+            arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

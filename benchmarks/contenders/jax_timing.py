@@ -6,18 +6,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from serving import Run
 
 
 def compile_and_time(
     train: Callable[[jax.Array], Any],
     returns_of: Callable[[Any], Any],
     num_seeds: int | None,
-) -> tuple[dict[str, float], Callable[[int], dict[str, float]]]:
+) -> tuple[dict[str, float], Run]:
     """What `serve` needs.
 
     Args:
       train: `key -> result`; vmapped over keys if `num_seeds` is given.
-      returns_of: `result -> returns`, of any shape; their mean over the numbers counts.
+      returns_of: `result -> returns`, of any shape; their mean counts, NaN left out.
       num_seeds: how many seeds train at once; None for one without `vmap`.
     """
 
@@ -30,11 +31,13 @@ def compile_and_time(
     compiled = function.lower(key_of(0)).compile()
     figures = {"compile_seconds": time.perf_counter() - start}
 
-    def run(seed: int) -> dict[str, float]:
+    def run(seed: int) -> dict[str, float | None]:
         key = jax.block_until_ready(key_of(seed))
         start = time.perf_counter()
         result = jax.block_until_ready(compiled(key))
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "return": float(np.nanmean(np.asarray(returns_of(result))))}
+        returns = np.asarray(returns_of(result))
+        ended = returns[np.isfinite(returns)]
+        return {"seconds": seconds, "return": float(ended.mean()) if ended.size else None}
 
     return figures, run

@@ -2,23 +2,28 @@
 
 from typing import Any
 
+import jax
 from jax_timing import compile_and_time
 from serving import serve
 
-from ppo_jax import Config, HParams, make_train
+from ppo_jax import Config, HParams, evaluate, make_trainer
 
 
 def build(workload: dict[str, Any]) -> Any:
-    """Compiles `make_train`."""
+    """Compiles `Trainer.run`."""
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
     config = Config(**{name: workload[name] for name in names}, hidden_sizes=(64, 64))
     hparams = HParams(**workload["hparams"])
-    train = make_train(config)
-    return compile_and_time(
-        lambda key: train(key, hparams),
-        lambda result: result[1]["episode/return"][..., -10:],
-        workload["num_seeds"],
-    )
+    trainer = make_trainer(config)
+
+    def returns_of(result: Any) -> jax.Array:
+        state, _ = result
+        key, params = jax.random.key(0), state.env_params
+        policy = trainer.policy(state)
+        return evaluate(policy, trainer.env, params, key, 64, greedy=False).returns
+
+    evaluated = jax.jit(returns_of if workload["num_seeds"] is None else jax.vmap(returns_of))
+    return compile_and_time(lambda key: trainer.run(key, hparams), evaluated, workload["num_seeds"])
 
 
 if __name__ == "__main__":

@@ -31,8 +31,26 @@ def import_ppo(*, continuous: bool) -> Any:
     if not continuous:
         return importlib.import_module("ppo")
     ppo = importlib.import_module("ppo_continuous_action")
-    ppo.BraxGymnaxWrapper = lambda name: gymnax.make(name)[0]
+    ppo.BraxGymnaxWrapper = WithDefaults
     return ppo
+
+
+class WithDefaults:
+    """An environment of gymnax whose spaces, too, take None for the default parameters."""
+
+    def __init__(self, name: str) -> None:
+        self._env, self._params = gymnax.make(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def action_space(self, params: Any) -> Any:
+        """The space of actions; `params` is None."""
+        return self._env.action_space(params or self._params)
+
+    def observation_space(self, params: Any) -> Any:
+        """The space of observations; `params` is None."""
+        return self._env.observation_space(params or self._params)
 
 
 def build(workload: dict[str, Any]) -> Any:
@@ -61,8 +79,8 @@ def build(workload: dict[str, Any]) -> Any:
 
     def returns_of(result: Any) -> Any:
         info = result["metrics"]
-        returns = np.asarray(info["returned_episode_returns"])[..., -10:, :, :]
-        return np.where(np.asarray(info["returned_episode"])[..., -10:, :, :], returns, np.nan)
+        returns = np.asarray(info["returned_episode_returns"])[..., -1, :, :]
+        return np.where(np.asarray(info["returned_episode"])[..., -1, :, :], returns, np.nan)
 
     return compile_and_time(ppo.make_train(config), returns_of, workload["num_seeds"])
 

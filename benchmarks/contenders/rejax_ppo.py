@@ -28,15 +28,13 @@ def build(workload: dict[str, Any]) -> Any:
     )
     silent = algorithm.replace(eval_callback=lambda algorithm, ts, rng: jnp.zeros(()))
 
-    def returns_of(result: Any) -> Any:
-        def one(ts: Any) -> jax.Array:
-            act = algorithm.make_act(ts)
-            steps = env_params.max_steps_in_episode
-            return evaluate(act, jax.random.PRNGKey(0), env, env_params, 64, steps)[1]
+    def returns_of(ts: Any) -> jax.Array:
+        act = algorithm.make_act(ts)
+        steps = env_params.max_steps_in_episode
+        return evaluate(act, jax.random.PRNGKey(0), env, env_params, 64, steps)[1]
 
-        return one(result) if workload["num_seeds"] is None else jax.vmap(one)(result)
-
-    return compile_and_time(lambda key: silent.train(key)[0], returns_of, workload["num_seeds"])
+    evaluated = jax.jit(returns_of if workload["num_seeds"] is None else jax.vmap(returns_of))
+    return compile_and_time(lambda key: silent.train(key)[0], evaluated, workload["num_seeds"])
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-Run = Callable[[int], dict[str, float]]
-"""`seed -> {"seconds": of training alone, "return": what was reached}`."""
+Run = Callable[[int], dict[str, float | None]]
+"""`seed -> {"seconds": of training alone, "return": reached, or None if no episode ended}`."""
 
 
 def serve(build: Callable[[dict[str, Any]], tuple[dict[str, float], Run]]) -> None:
