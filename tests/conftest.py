@@ -4,6 +4,9 @@ from pathlib import Path
 
 import jax
 
+# For a process of its own whose time is spent compiling; rounding may differ.
+FAST_COMPILE = "--xla_backend_optimization_level=0"
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 cache = Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(cache))

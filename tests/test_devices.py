@@ -1,5 +1,6 @@
 """Several devices share the environments of one training."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, objectives
+from tests.conftest import FAST_COMPILE
 
 SHARDS = 4
 
@@ -45,7 +47,10 @@ def test_on_four_devices():
     script = Path(__file__).parent / "device_checks.py"
     root = str(script.parent.parent)
     command = [sys.executable, str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE}
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=root, env=environment
+    )
     assert result.stdout == "all checks passed\n", result.stderr
 
 
