@@ -6,7 +6,6 @@ python benchmarks/algorithms.py --env Pendulum-v1 --seeds 5
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -109,9 +108,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        command = " ".join(["python", *sys.argv])
-        record = {"command": command, **machine.describe(), "results": results}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        machine.write_results(arguments.json, results)
 
 
 def _median(steps: list[int | None]) -> str:

@@ -2,8 +2,10 @@
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ def describe() -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": _commit(),
     }
+
+
+def write_results(path: Path, results: list[dict[str, Any]], **figures: float) -> None:
+    """Writes results with the command that made them, the machine, and other figures of it."""
+    command = " ".join(["python", *sys.argv])
+    record = {"command": command, **describe(), **figures, "results": results}
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _cpu() -> str:

@@ -170,9 +170,7 @@ def main() -> None:
                 flush=True,
             )
         if arguments.json:  # after each workload: an interrupted comparison keeps what it has
-            command = " ".join(["python", *sys.argv])
-            record = {"command": command, **machine.describe(), "results": results}
-            arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+            machine.write_results(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python benchmarks/presets.py --seeds 5 --json benchmarks/results/presets.json
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -56,9 +55,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        command = " ".join(["python", *sys.argv])
-        record = {"command": command, **machine.describe(), "results": results}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        machine.write_results(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ counts it, at the rate at which this machine multiplies matrices.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -181,13 +180,11 @@ def main() -> None:
         results.append(measure(name, arguments.repeats))
         print(row(results[-1]), flush=True)
     if arguments.json:
-        command = " ".join(["python", *sys.argv])
         rates = {
             "matrix_flops_per_second": ceilings.matrix_flops_per_second(),
             "copied_bytes_per_second": ceilings.copied_bytes_per_second(),
         }
-        record = {"command": command, **machine.describe(), **rates, "results": results}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        machine.write_results(arguments.json, results, **rates)
 
 
 if __name__ == "__main__":
