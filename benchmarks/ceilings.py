@@ -13,9 +13,9 @@ from ppo_jax.algorithms import complete, complete_config, get_algorithm
 from ppo_jax.collect import collect
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import make_optimizer
-from ppo_jax.policy.policy import Policy, head_of, make_spec, network_of
-from ppo_jax.rollout import reset
-from ppo_jax.types import Learner
+from ppo_jax.policy.policy import Policy, make_spec, network_of
+from ppo_jax.rollout import reset, rollout
+from ppo_jax.types import Learner, RolloutState
 
 
 class Arithmetic(NamedTuple):
@@ -23,6 +23,14 @@ class Arithmetic(NamedTuple):
 
     flops: float
     bytes: float
+
+
+class Uniform(Policy):
+    """A policy that looks at nothing; its `params` are the distribution's."""
+
+    def action_params(self, obs: jax.Array) -> Any:  # noqa: ARG002
+        """The same for every observation."""
+        return self.params
 
 
 class Stages:
@@ -48,25 +56,16 @@ class Stages:
     def environment(self, key: jax.Array) -> Any:
         """Random actions, and nothing kept but the sum of the rewards."""
         params, state = self.init(key)
-        head, num_envs = head_of(self.spec), self.config.num_envs
         outputs = jax.eval_shape(Policy(params, self.spec).action_params, state.obs)
         uniform = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
-        step = jax.vmap(self.env.step, in_axes=(0, 0, 0, None))
 
-        def act(carry: Any, inputs: Any) -> tuple[Any, None]:
-            env_state, total = carry
-            noise, keys = inputs
-            result = step(keys, env_state, head.sample(uniform, noise), self.env.params)
-            return (result.state, total + result.reward), None
+        def update(state: RolloutState, key: jax.Array) -> tuple[RolloutState, jax.Array]:
+            policy = Uniform(uniform, self.spec)
+            env, params, steps = self.env, self.env.params, self.config.num_steps
+            state, trajectory, _ = rollout(env, params, policy, state, key, num_steps=steps)
+            return state, jnp.sum(trajectory.reward)
 
-        def update(carry: Any, key: jax.Array) -> tuple[Any, None]:
-            noise_key, env_key = jax.random.split(key)
-            shape = (self.config.num_steps, num_envs)
-            inputs = head.noise(noise_key, shape), jax.random.split(env_key, shape)
-            return jax.lax.scan(act, carry, inputs)
-
-        keys = jax.random.split(key, self.config.num_updates)
-        return jax.lax.scan(update, (state.env_state, jnp.zeros(num_envs)), keys)
+        return jax.lax.scan(update, state, jax.random.split(key, self.config.num_updates))
 
     def update(self, key: jax.Array) -> Any:
         """Updates on the data of one rollout, again and again."""

@@ -48,7 +48,7 @@ def collect(
     )
     values = None
     if algorithm.has_critic:
-        values = Values(policy.value(trajectory.obs), policy.value(trajectory.final_obs))
+        values = _values(policy, trajectory)
     estimates = algorithm.estimate(config, trajectory, values, hparams)
     advantages = estimates.advantages
     if config.normalize_advantage == "batch":
@@ -68,6 +68,28 @@ def collect(
         done=jnp.logical_or(trajectory.terminated, trajectory.truncated),
     )
     return state, batch, ended
+
+
+_VALUED_AT_ONCE = 2**13
+"""Samples: enough to fill a device, few enough that the activations of a large batch do not take
+more memory than the batch; of 2048 x 32 samples on a CPU they took three quarters of it."""
+
+
+def _values(policy: Policy, trajectory: Trajectory) -> Values:
+    """V(s_t) and V(s'_t), `[T, N]`, for a block of steps at a time."""
+    num_steps, num_envs = trajectory.reward.shape
+    fitting = max(1, _VALUED_AT_ONCE // num_envs)
+    size = max(size for size in range(1, fitting + 1) if num_steps % size == 0)
+
+    def of_block(obs: tuple[jax.Array, jax.Array]) -> Values:
+        return Values(*map(policy.value, obs))
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(num_steps // size, size, *x.shape[1:])
+
+    blocks = jax.tree.map(split, (trajectory.obs, trajectory.final_obs))
+    values = jax.lax.map(of_block, blocks)
+    return jax.tree.map(lambda x: x.reshape(num_steps, num_envs), values)
 
 
 def _first_episodes(trajectory: Trajectory, mask: jax.Array) -> EpisodeStats:

@@ -1,5 +1,7 @@
 """Objectives and losses, per sample, on plain arrays. Means are taken where they are composed."""
 
+from collections.abc import Mapping
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -74,8 +76,12 @@ def clipped_surrogate(
     [1.25, -1.5]
     """
     chex.assert_equal_shape([ratio, advantages])
-    clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
-    objective = jnp.minimum(ratio * advantages, clipped_ratio * advantages)
+    # The minimum is r itself but where moving on would pay beyond the bound on its side. As
+    # two selections it has half as many kernels as min and clip, whose gradients share ties.
+    gains = advantages >= 0
+    bound = jnp.where(gains, 1.0 + clip_eps, 1.0 - clip_eps)
+    is_beyond = jnp.where(gains, ratio > bound, ratio < bound)
+    objective = jnp.where(is_beyond, bound, ratio) * advantages
     if dual_clip is None:
         return objective
     return jnp.where(advantages < 0, jnp.maximum(objective, dual_clip * advantages), objective)
@@ -126,8 +132,11 @@ def clipped_value_loss(
     section 3. ε_v has the units of the value, so it is a parameter of its own.
     """
     chex.assert_equal_shape([value, old_value, targets])
-    clipped = old_value + jnp.clip(value - old_value, -value_clip_eps, value_clip_eps)
-    return jnp.maximum(value_loss(value, targets), value_loss(clipped, targets))
+    change = value - old_value
+    is_beyond = jnp.abs(change) > value_clip_eps
+    bound = old_value + jnp.sign(jax.lax.stop_gradient(change)) * value_clip_eps
+    unclipped, clipped = value_loss(value, targets), value_loss(bound, targets)
+    return jnp.where(is_beyond & (clipped > unclipped), clipped, unclipped)
 
 
 def approx_kl(log_ratio: jax.Array) -> jax.Array:
@@ -155,6 +164,15 @@ def mean_share(x: jax.Array, mask: jax.Array | None, axis_name: str | None = Non
     chex.assert_equal_shape([x, mask])
     count = mean_over(jnp.sum(mask).astype(x.dtype), axis_name)
     return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.where(count > 0, count, 1.0)
+
+
+def mean_shares(
+    samples: Mapping[str, jax.Array], mask: jax.Array | None, axis_name: str | None = None
+) -> dict[str, jax.Array]:
+    """`mean_share` of several arrays of one shape, in one reduction."""
+    stacked = jnp.stack(list(samples.values()))
+    shares = jax.vmap(lambda x: mean_share(x, mask, axis_name))(stacked)
+    return dict(zip(samples, shares, strict=True))
 
 
 def masked_mean(x: jax.Array, mask: jax.Array | None, axis_name: str | None = None) -> jax.Array:

@@ -9,6 +9,8 @@ from ppo_jax.envs.environment import Environment
 from ppo_jax.policy.policy import Policy, head_of
 from ppo_jax.types import EpisodeStats, RolloutState, Trajectory, strongly_typed
 
+Carry = tuple[RolloutState, EpisodeStats]
+
 
 def reset(env: Environment, env_params: Any, key: jax.Array, *, num_envs: int) -> RolloutState:
     """N environments at the start of an episode."""
@@ -38,19 +40,19 @@ def rollout(
     """
     head = head_of(policy.spec)
     num_envs = state.episode_return.shape[0]
-    noise_key, env_key = jax.random.split(key)
+    noise_key, step_key, reset_key = jax.random.split(key, 3)
     noise = head.noise(noise_key, (num_steps, num_envs))
-    step_keys = jax.random.split(env_key, (num_steps, num_envs))
+    step_keys = jax.random.split(step_key, (num_steps, num_envs))
+    reset_keys = jax.random.split(reset_key, (num_steps, num_envs))
+    env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
 
-    def act(
-        carry: tuple[RolloutState, EpisodeStats], inputs: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[RolloutState, EpisodeStats], Trajectory]:
+    def act(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
         state, ended = carry
-        noise_t, keys_t = inputs
+        noise_t, step_keys_t, reset_keys_t = inputs
         action_params = policy.action_params(state.obs)
         action = head.sample(action_params, noise_t)
-        step = env_step(keys_t, state.env_state, action, env_params)
+        step = env_step(step_keys_t, state.env_state, action, env_params)
         transition = Trajectory(
             obs=state.obs,
             action=action,
@@ -58,7 +60,7 @@ def rollout(
             reward=step.reward,
             terminated=step.terminated,
             truncated=step.truncated,
-            final_obs=step.info["final_observation"],
+            final_obs=step.obs,
         )
         done = jnp.logical_or(step.terminated, step.truncated)
         episode_return = state.episode_return + step.reward
@@ -68,9 +70,13 @@ def rollout(
             length_sum=ended.length_sum + jnp.where(done, episode_length, 0),
             episodes=ended.episodes + done,
         )
+        # Drawn at every step for every environment: to draw only where needed takes a branch.
+        fresh_obs, fresh_state = env_reset(reset_keys_t, env_params)
+        fresh = fresh_obs, strongly_typed(fresh_state)
+        obs, env_state = _where(done, fresh, (step.obs, step.state))
         state = RolloutState(
-            env_state=step.state,
-            obs=step.obs,
+            env_state=env_state,
+            obs=obs,
             episode_return=jnp.where(done, 0.0, episode_return),
             episode_length=jnp.where(done, 0, episode_length),
         )
@@ -81,5 +87,15 @@ def rollout(
         length_sum=jnp.zeros(num_envs, jnp.int32),
         episodes=jnp.zeros(num_envs, jnp.int32),
     )
-    (state, ended), trajectory = jax.lax.scan(act, (state, none_ended), (noise, step_keys))
+    inputs = noise, step_keys, reset_keys
+    (state, ended), trajectory = jax.lax.scan(act, (state, none_ended), inputs)
     return state, trajectory, jax.tree.map(jnp.sum, ended)
+
+
+def _where(done: jax.Array, fresh: Any, successor: Any) -> Any:
+    """Leaf by leaf `[N, ...]`, `fresh` where an episode ended."""
+
+    def where(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(where, fresh, successor)

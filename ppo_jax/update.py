@@ -61,7 +61,7 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
         ) -> tuple[tuple[Any, Any, jax.Array], tuple[Metrics, jax.Array]]:
             params, opt_state, active = carry
             new_params, new_opt_state, metrics = _gradient_step(
-                losses.joint, tx, params, opt_state, samples, hparams, losses.axis_name
+                losses, losses.joint, tx, params, opt_state, samples, hparams
             )
             if hparams.target_kl is not None:
                 active &= metrics["train/approx_kl"] <= hparams.target_kl
@@ -72,7 +72,7 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
 
         start = (learner.params, learner.opt_state, jnp.array(True))
         (params, opt_state, _), (metrics, applied) = _epochs(
-            config, gradient_step, start, batch, key
+            config, losses, gradient_step, start, batch, key
         )
         metrics = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
         if hparams.target_kl is not None:
@@ -97,8 +97,9 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         actor, critic = split_params(learner.params)
         actor_state, critic_state = learner.opt_state["actor"], learner.opt_state["critic"]
         tx = optimizer(hparams.learning_rate * anneal, hparams.max_grad_norm)
+        batch = batch._replace(advantages=losses.scaled(batch.advantages, batch.mask))
         actor, actor_state, metrics = _gradient_step(
-            losses.policy, tx, actor, actor_state, batch, hparams, losses.axis_name
+            losses, losses.policy, tx, actor, actor_state, batch, hparams
         )
         if hparams.critic_learning_rate is not None:
             critic, critic_state, critic_metrics = _fit_critic(
@@ -130,6 +131,7 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
     def update(
         learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
     ) -> tuple[Learner, Metrics]:
+        batch = batch._replace(advantages=losses.scaled(batch.advantages, batch.mask))
         actor, critic = split_params(learner.params)
         flat, unravel = ravel_pytree(actor)
 
@@ -184,19 +186,43 @@ def _natural_step(
 
 
 def _gradient_step(
+    losses: Losses,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     params: Any,
     opt_state: Any,
-    samples: Batch,
+    minibatch: Batch,
     hparams: HParams,
-    axis_name: str | None,
 ) -> tuple[Any, Any, Metrics]:
-    (_, metrics), grads = mean_over(
-        jax.value_and_grad(loss_fn, has_aux=True)(params, samples, hparams), axis_name
+    grads, metrics = mean_over(
+        _gradient(loss_fn, params, minibatch, hparams, losses.chunk_size),
+        losses.axis_name,
     )
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def _gradient(
+    loss_fn: LossFn, params: Any, minibatch: Batch, hparams: HParams, chunk_size: int | None
+) -> tuple[Any, Metrics]:
+    """The gradient of the mean loss and the metrics, accumulated over chunks that fit a cache.
+
+    A masked minibatch is one chunk: its samples do not all count, so chunks would need weights.
+    """
+    gradient = jax.grad(loss_fn, has_aux=True)
+    size = minibatch.log_prob.size
+    if chunk_size is None or size <= chunk_size or size % chunk_size or minibatch.mask is not None:
+        return gradient(params, minibatch, hparams)
+    num_chunks = size // chunk_size
+    chunks = jax.tree.map(lambda x: x.reshape(num_chunks, chunk_size, *x.shape[1:]), minibatch)
+
+    def accumulate(total: Any, chunk: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, chunk, hparams)), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], chunks), hparams)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(accumulate, zeros, chunks)
+    return jax.tree.map(lambda x: x / num_chunks, total)
 
 
 def _fit_critic(
@@ -214,16 +240,17 @@ def _fit_critic(
 
     def gradient_step(carry: tuple[Any, Any], samples: Batch) -> tuple[tuple[Any, Any], Metrics]:
         params, opt_state, metrics = _gradient_step(
-            losses.value, tx, *carry, samples, hparams, losses.axis_name
+            losses, losses.value, tx, *carry, samples, hparams
         )
         return (params, opt_state), metrics
 
-    (params, opt_state), metrics = _epochs(config, gradient_step, critic, batch, key)
+    (params, opt_state), metrics = _epochs(config, losses, gradient_step, critic, batch, key)
     return params, opt_state, jax.tree.map(jnp.mean, metrics)
 
 
 def _epochs(
     config: Config,
+    losses: Losses,
     gradient_step: Callable[[Carry, Batch], tuple[Carry, Any]],
     carry: Carry,
     batch: Batch,
@@ -233,11 +260,17 @@ def _epochs(
     batch_size, num_minibatches = config.batch_size, config.num_minibatches or 1
     batch = jax.tree.map(lambda x: x.reshape(batch_size, *x.shape[2:]), batch)
 
-    def minibatch(carry: Carry, indices: jax.Array) -> tuple[Carry, Any]:
-        return gradient_step(carry, jax.tree.map(lambda x: x[indices], batch))
+    def minibatch(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Any]:
+        indices, advantages = inputs
+        samples = jax.tree.map(lambda x: x[indices], batch)
+        return gradient_step(carry, samples._replace(advantages=advantages))
 
     def epoch(carry: Carry, key: jax.Array) -> tuple[Carry, Any]:
         order = shuffled(key, jnp.arange(batch_size), size=batch_size)
-        return jax.lax.scan(minibatch, carry, order.reshape(num_minibatches, -1))
+        order = order.reshape(num_minibatches, -1)
+        # Of all minibatches at once: devices meet once an epoch for it, not at every step.
+        mask = None if batch.mask is None else batch.mask[order]
+        advantages = jax.vmap(losses.scaled)(batch.advantages[order], mask)
+        return jax.lax.scan(minibatch, carry, (order, advantages))
 
     return jax.lax.scan(epoch, carry, jax.random.split(key, config.num_epochs or 1))

@@ -40,13 +40,8 @@ def probe(
         successor = state._replace(time=state.time + 1)
         terminated = jnp.array(False) if terminal_time is None else successor.time >= terminal_time
         truncated = jnp.array(False) if time_limit is None else successor.time >= time_limit
-        obs_reset, state_reset = reset(key, params)
-        done = terminated | truncated
-        obs = jnp.where(done, obs_reset, observe(successor))
-        next_state = jax.tree.map(lambda a, b: jnp.where(done, a, b), state_reset, successor)
-        info = {"final_observation": observe(successor)}
         value = jnp.float32(reward(state, action) + params.bonus)
-        return Step(obs, next_state, value, terminated, truncated, info)
+        return Step(observe(successor), successor, value, terminated, truncated)
 
     def make():
         shape = jax.eval_shape(observe, ProbeState(jnp.int32(0), jnp.float32(0))).shape

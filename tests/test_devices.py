@@ -9,8 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
-from ppo_jax import Config, ConfigError, objectives
+from ppo_jax import Config, ConfigError, envs, objectives
+from ppo_jax.algorithms import complete, complete_config, get_algorithm
+from ppo_jax.collect import collect
+from ppo_jax.losses import make_losses
+from ppo_jax.optimizers import make_optimizer
+from ppo_jax.policy.policy import Policy, make_spec, network_of
+from ppo_jax.rollout import reset
+from ppo_jax.types import Learner
 from tests.conftest import FAST_COMPILE
 
 SHARDS = 4
@@ -41,6 +49,33 @@ def test_statistics_of_shards_are_those_of_the_whole():
         )
         shares = sharded(objectives.mean_share, x, m)
         np.testing.assert_allclose(shares.mean(), objectives.masked_mean(x, m), rtol=1e-5)
+
+
+def test_chunks_of_a_minibatch_add_up_to_its_gradient():
+    config = complete_config(Config(num_envs=8, num_steps=8, hidden_sizes=(16,)))
+    env = envs.make(config.env)
+    spec = make_spec(config, env)
+    hparams = complete(None, config)
+    algorithm = get_algorithm(config.algorithm)
+    obs = jax.random.normal(jax.random.key(0), (8, 4))
+    params = network_of(spec).init(jax.random.key(1), obs)
+    policy = Policy(params=params, spec=spec)
+    state = reset(env, env.params, jax.random.key(2), num_envs=8)
+    _, batch, _ = collect(config, env, env.params, policy, state, jax.random.key(3), hparams)
+    learned = []
+    for chunk_size in (None, 4, 5):  # 5 divides nothing here: one chunk
+        losses = make_losses(
+            config, spec, algorithm.objective, per_episode=False, chunk_size=chunk_size
+        )
+        rule = algorithm.update(config, losses, make_optimizer(config))
+        learner = Learner(params, rule.init(params, hparams), jnp.zeros(()), jnp.ones(()))
+        update = jax.jit(rule.update)
+        learner, metrics = update(learner, batch, jax.random.key(4), hparams, jnp.ones(()))
+        learned.append((learner.params, metrics))
+    whole, chunked, indivisible = (ravel_pytree(x)[0] for x in learned)
+    np.testing.assert_allclose(chunked, whole, rtol=1e-3, atol=1e-5)
+    assert not np.array_equal(chunked, whole)  # it was added up in another order
+    np.testing.assert_array_equal(indivisible, whole)
 
 
 def test_on_four_devices():

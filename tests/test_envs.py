@@ -1,9 +1,11 @@
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, envs, make_trainer
+from ppo_jax.envs import gymnax_adapter
 from ppo_jax.envs.spaces import Box, Discrete
 from tests.probes import PROBES, probe_name
 
@@ -51,7 +53,6 @@ def test_dtypes_are_those_of_the_spaces(name):
     obs, state = env.reset(key, env.params)
     step = env.step(key, state, jnp.int32(0), env.params)
     assert obs.dtype == step.obs.dtype == env.observation_space.dtype
-    assert step.info["final_observation"].dtype == env.observation_space.dtype
     assert step.reward.dtype == jnp.float32
 
 
@@ -71,7 +72,7 @@ def test_actions_are_clipped_to_bounds_that_depend_on_parameters():
     assert reward(100.0, 3.0) < reward(100.0, 2.0)
 
 
-def test_a_time_limit_truncates_and_shows_the_last_observation():
+def test_a_time_limit_truncates():
     env = envs.make("Pendulum-v1")
     params = env.params.replace(max_steps_in_episode=3)
     _, state = env.reset(jax.random.key(0), params)
@@ -80,7 +81,48 @@ def test_a_time_limit_truncates_and_shows_the_last_observation():
         state = step.state
     assert step.truncated
     assert not step.terminated
-    assert not np.allclose(step.info["final_observation"], step.obs)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar"])
+def test_a_step_is_gymnax_s_without_its_reset(name):
+    """Also through a wrapper with a step of its own, which has to be asked for it."""
+    env, key = envs.make(name), jax.random.key(0)
+    suite, _ = gymnax.make(name)
+
+    class Wrapped(type(suite)):
+        def step(self, key, state, action, params=None):
+            obs, state, reward, *rest = super().step(key, state, action, params)
+            return obs, state, reward + 1.0, *rest
+
+    wrapped = gymnax_adapter.adapt(name, Wrapped())
+    params = env.params.replace(max_steps_in_episode=2)
+    _, state = env.reset(key, params)
+    discrete = isinstance(env.action_space, Discrete)
+    action = jnp.int32(0) if discrete else jnp.zeros(env.action_space.shape)
+    for done in (False, True):
+        *_, truncated, info = suite.step(key, state, action, params)
+        step, bonus = (
+            jax.jit(e.step)(jax.random.split(key)[0] if e is env else key, state, action, params)
+            for e in (env, wrapped)
+        )
+        assert truncated == step.truncated == bonus.truncated == done
+        np.testing.assert_allclose(step.obs, info["final_observation"], rtol=1e-6)
+        np.testing.assert_allclose(bonus.obs, info["final_observation"], rtol=1e-6)
+        assert bonus.reward == step.reward + 1.0
+        state = step.state
+
+
+@pytest.mark.parametrize("name", [n for n in envs.GYMNAX_NAMES if n.endswith("-MinAtar")])
+def test_grids_are_stored_as_bool_because_they_hold_zeros_and_ones(name):
+    suite, params = gymnax.make(name)
+    keys = jax.random.split(jax.random.key(0), 100)
+    obs, state = suite.reset(keys[0], params)
+    step = jax.jit(suite.step)
+    for key in keys:
+        action = jax.random.randint(key, (), 0, suite.num_actions)
+        obs, state, *_ = step(key, state, action, params)
+        assert jnp.isin(obs, jnp.array([0.0, 1.0])).all()
+    assert envs.make(name).observation_space.dtype == "bool"
 
 
 @pytest.mark.slow

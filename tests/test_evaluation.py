@@ -17,13 +17,8 @@ def random_length_env():
     def step(key, state, action, params):
         time, length = state
         terminated = time + 1 >= length
-        obs_reset, state_reset = reset(key, params)
-        obs = jnp.where(terminated, obs_reset, jnp.float32(length)[None])
-        next_state = jax.tree.map(
-            lambda a, b: jnp.where(terminated, a, b), state_reset, (time + 1, length)
-        )
-        info = {"final_observation": jnp.float32(length)[None]}
-        return Step(obs, next_state, jnp.float32(1), terminated, jnp.array(False), info)
+        obs = jnp.float32(length)[None]
+        return Step(obs, (time + 1, length), jnp.float32(1), terminated, jnp.array(False))
 
     return Environment("random-length", reset, step, (), Box((1,)), Discrete(2))
 

@@ -38,18 +38,11 @@ def tabular_env():
 
     def env_step(key, env_state, action, params):
         state, time = env_state
-        step_key, reset_key = jax.random.split(key)
-        successor = draw(step_key, jnp.asarray(TRANSITIONS)[state, action])
+        successor = draw(key, jnp.asarray(TRANSITIONS)[state, action])
         reward = jnp.asarray(REWARDS, jnp.float32)[state, action]
         terminated = (successor == ENDS) | (time + 1 >= HORIZON)
-        final_obs = observe(successor, time + 1)
-        obs_reset, state_reset = env_reset(reset_key, params)
-        obs = jnp.where(terminated, obs_reset, final_obs)
-        next_state = jax.tree.map(
-            lambda a, b: jnp.where(terminated, a, b), state_reset, (successor, time + 1)
-        )
-        info = {"final_observation": final_obs}
-        return Step(obs, next_state, reward, terminated, jnp.array(False), info)
+        obs = observe(successor, time + 1)
+        return Step(obs, (successor, time + 1), reward, terminated, jnp.array(False))
 
     return Environment(
         "tabular", env_reset, env_step, (), Box((STATES + HORIZON + 1,)), Discrete(ACTIONS)

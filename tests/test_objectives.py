@@ -134,10 +134,12 @@ def test_loss_and_gradient_of_a_minibatch_are_the_papers(case, value_clip_eps):
         HParams(clip_eps=0.15, vf_coef=0.7, ent_coef=0.03, value_clip_eps=value_clip_eps),
         Config(),
     )
-    loss_fn = make_losses(
+    losses = make_losses(
         complete_config(Config()), spec, ALGORITHMS["ppo"].objective, per_episode=False
-    ).joint
-    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, hparams)
+    )
+    scaled = batch._replace(advantages=losses.scaled(batch.advantages, None))
+    value_and_grad = jax.value_and_grad(losses.joint, has_aux=True)
+    (loss, metrics), gradient = value_and_grad(params, scaled, hparams)
 
     has_log_std = isinstance(spec.action_space, Box)
     oracle_loss, oracle_gradient = jax.value_and_grad(ppo_loss_from_the_paper)(

@@ -1,5 +1,6 @@
 from typing import get_args
 
+import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,25 @@ def test_categorical_head():
     np.testing.assert_allclose(log_prob, np.log(probabilities), rtol=1e-5)
     entropy = scipy.stats.entropy(probabilities)
     np.testing.assert_allclose(distribution.entropy(), entropy, rtol=1e-5)
+
+
+def test_a_categorical_distribution_and_its_gradients_are_distrax_s():
+    keys = jax.random.split(jax.random.key(0), 3)
+    logits, others = (3.0 * jax.random.normal(key, (50, 5)) for key in keys[:2])
+    action = jax.random.randint(keys[2], (50,), 0, 5)
+    head = make_head(Discrete(5))
+
+    def answers(make, logits):
+        p, q = make(logits), make(others)
+        terms = p.log_prob(action), p.entropy(), p.kl_divergence(q), q.kl_divergence(p)
+        return jnp.stack(terms)
+
+    def oracle(logits):
+        return distrax.Categorical(logits=logits)
+
+    for function in (answers, jax.jacrev(answers, argnums=1)):
+        ours, theirs = function(head.distribution, logits), function(oracle, logits)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 3)])

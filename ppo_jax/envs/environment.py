@@ -9,10 +9,9 @@ from ppo_jax.envs.spaces import Box, Space
 
 
 class Step(NamedTuple):
-    """What one step returns, in gymnax 1.x's order, after an automatic reset."""
+    """What one step returns: the true successor, whether or not the episode ends there."""
 
     obs: jax.Array
-    """The next observation to act on: after an episode's end, the first of the next."""
     state: Any
     reward: jax.Array
     """float32 scalar."""
@@ -20,15 +19,13 @@ class Step(NamedTuple):
     """bool: the episode reached a terminal state; what follows is worth nothing."""
     truncated: jax.Array
     """bool: a time limit cut the episode; what would have followed keeps its value."""
-    info: dict[str, Any]
-    """`info["final_observation"]` is the true successor, before any reset."""
 
 
 class Environment(NamedTuple):
     """An environment as pure functions of one environment (`vmap` makes many).
 
-    `reset(key, params) -> (obs, state)`;
-    `step(key, state, action, params) -> Step`, which resets by itself at an episode's end.
+    `reset(key, params) -> (obs, state)`; `step(key, state, action, params) -> Step`. A step does
+    not reset: the rollout does.
     Observations have the dtype of `observation_space`, rewards are float32, and actions are
     clipped to the bounds of a box before they reach the suite's code.
     """

@@ -1,5 +1,6 @@
 """gymnax environments under our protocol. The only module that imports gymnax."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ def adapt(name: str, env: Any) -> Environment:
     """Any object with gymnax 1.x's interface as an `Environment`.
 
     Four of gymnax's environments return rewards or observations of another dtype than their
-    spaces say (Catch, UmbrellaChain, FourRooms, BernoulliBandit); they are cast here.
+    spaces say (Catch, UmbrellaChain, FourRooms, BernoulliBandit); they are cast here. MinAtar's
+    grids of zeros and ones are bool: a trajectory of them is a quarter as large.
 
     Raises:
       ConfigError: a space that no policy can handle yet.
@@ -30,6 +32,8 @@ def adapt(name: str, env: Any) -> Environment:
     params = env.default_params
     observation_space = _observation_space(name, env.observation_space(params))
     action_space = _action_space(name, env.action_space(params))
+
+    transition = _without_reset(env)
 
     def cast_obs(obs: jax.Array) -> jax.Array:
         return jnp.asarray(obs, observation_space.dtype)
@@ -42,10 +46,9 @@ def adapt(name: str, env: Any) -> Environment:
         if isinstance(action_space, Box):
             space = env.action_space(params)  # its bounds may depend on traced parameters
             action = jnp.clip(action, space.low, space.high).astype(action_space.dtype)
-        obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
-        info = {**info, "final_observation": cast_obs(info["final_observation"])}
+        obs, state, reward, terminated, truncated = transition(key, state, action, params)
         reward = jnp.asarray(reward, jnp.float32)
-        return Step(cast_obs(obs), state, reward, terminated, truncated, info)
+        return Step(cast_obs(obs), state, reward, terminated, truncated)
 
     return Environment(
         name=name,
@@ -55,6 +58,22 @@ def adapt(name: str, env: Any) -> Environment:
         observation_space=observation_space,
         action_space=action_space,
     )
+
+
+def _without_reset(env: Any) -> Callable[..., tuple]:
+    """`step` up to its automatic reset, whose random numbers are half of a step's work."""
+    from gymnax.environments.environment import Environment as Gymnax
+
+    def transition(key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple:
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        return obs, state, reward, terminated, env.is_truncated(state, params)
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple:
+        _, state, reward, terminated, truncated, info = env.step(key, state, action, params)
+        return info["final_observation"], state, reward, terminated, truncated
+
+    # A class with a step of its own is asked for that; its reset state is never looked at.
+    return transition if type(env).step is Gymnax.step else step
 
 
 def _box(space: Any) -> Box:
@@ -67,7 +86,7 @@ def _observation_space(name: str, space: Any) -> Box:
             f"observations must be arrays (a Box space); {name} has {space}. "
             "Encode them as an array in the environment, for example one-hot."
         )
-    return _box(space)
+    return Box(tuple(space.shape), "bool") if name.endswith("-MinAtar") else _box(space)
 
 
 def _action_space(name: str, space: Any) -> Space:

@@ -6,7 +6,7 @@ A `Head` splits sampling in two: noise is drawn in bulk, outside the rollout's l
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,41 @@ class GaussianParams(NamedTuple):
     log_std: jax.Array  # [..., *shape]
 
 
+class Distribution(Protocol):
+    """What a loss asks of a distribution; every result is `[...]`, one number per action."""
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """The exact log π(a)."""
+
+    def entropy(self) -> jax.Array:
+        """−E[log π(a)]."""
+
+    def kl_divergence(self, other: Any) -> jax.Array:
+        """KL(self ‖ other), exact; `other` is of the same family."""
+
+
+class Categorical(NamedTuple):
+    """A categorical distribution whose logits were normalised once.
+
+    distrax normalises again for every question, and every normalisation has a gradient.
+    """
+
+    log_probs: jax.Array  # [..., A], normalised
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Of the integer `action` `[...]`. A sum and no lookup, whose gradient is a scatter."""
+        chosen = jax.nn.one_hot(action, self.log_probs.shape[-1], dtype=bool)
+        return jnp.sum(jnp.where(chosen, self.log_probs, 0.0), axis=-1)
+
+    def entropy(self) -> jax.Array:
+        """−Σ p log p."""
+        return -jnp.sum(jnp.exp(self.log_probs) * self.log_probs, axis=-1)
+
+    def kl_divergence(self, other: "Categorical") -> jax.Array:
+        """Σ p (log p − log q)."""
+        return jnp.sum(jnp.exp(self.log_probs) * (self.log_probs - other.log_probs), axis=-1)
+
+
 class Head(NamedTuple):
     """A family of action distributions. `params` is the pytree that `parametrize` makes."""
 
@@ -42,8 +77,8 @@ class Head(NamedTuple):
     """`(params, noise) -> action`."""
     mode: Callable[[Any], jax.Array]
     """`params -> action`, the most likely one."""
-    distribution: Callable[[Any], distrax.Distribution]
-    """`params -> distribution`, with `log_prob`, `entropy` and `kl_divergence`."""
+    distribution: Callable[[Any], Distribution]
+    """`params -> distribution`."""
 
 
 def make_head(space: Space) -> Head:
@@ -60,7 +95,7 @@ def _categorical(space: Discrete) -> Head:
         # Gumbel-max: argmax(logits + Gumbel noise) is a sample of softmax(logits).
         sample=lambda logits, noise: jnp.argmax(logits + noise, axis=-1).astype(jnp.int32),
         mode=lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-        distribution=lambda logits: distrax.Categorical(logits=logits),
+        distribution=lambda logits: Categorical(jax.nn.log_softmax(logits)),
     )
 
 
