@@ -14,7 +14,7 @@ DEV_STAMP := $(VENV)/installed-dev
 # One worker a core: compiling, which is most of the suite, uses one.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help install train test test-slow lint types check lock clean
+.PHONY: help install train test test-slow lint types guard check lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,7 +37,10 @@ lint: $(DEV_STAMP)  ## check style and format
 types: $(DEV_STAMP)  ## check types
 	@$(BIN)/mypy
 
-check: test lint types  ## everything that CI checks
+guard: $(DEV_STAMP)  ## check that no training has become slower
+	@$(BIN)/python benchmarks/guard.py
+
+check: test lint types guard  ## everything that CI checks
 
 $(STAMP): pyproject.toml requirements.lock
 	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements.lock

@@ -1,13 +1,15 @@
-"""The same work through other trainers, interleaved with ours run by run.
+r"""The same work through other trainers, interleaved with ours run by run.
 
-python benchmarks/peers.py --purejaxrl path/to/purejaxrl --json benchmarks/results/peers-cpu.json
+python benchmarks/peers.py --devices 2 --purejaxrl path/to/purejaxrl \
+    --json benchmarks/results/peers-cpu.json
 
 Each peer runs in a virtual environment of its own, made from the package index the first time,
 and in one process that stays, so that a machine whose speed drifts slows all of them alike.
 PureJaxRL is no package: its checkout is the user's.
 
 The return is that of the trained policy, sampled, over 64 episodes; of PureJaxRL, whose policy does
-not leave its training, that of the episodes that ended in the last update.
+not leave its training, that of the episodes that ended in the last update. No learning rate is
+annealed, for rejax cannot.
 """
 
 import argparse
@@ -29,6 +31,8 @@ from ppo_jax.algorithms import complete
 _CONTENDERS = Path(__file__).parent / "contenders"
 _JAX = ("jax>=0.10,<0.11", "gymnax==0.0.9")  # the last gymnax with the API that peers use
 
+_BASELINES = ("stable-baselines3>=2.9,<3", "sbx-rl>=0.28", "gymnasium")
+
 
 class Peer(NamedTuple):
     """Another trainer: what it needs, and the script that runs it."""
@@ -37,23 +41,28 @@ class Peer(NamedTuple):
     script: str
     environment: str
     """Name of its virtual environment; several peers may share one."""
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    """Those that it can run in minutes."""
 
 
 PEERS = {
     "purejaxrl": Peer((*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0"),
     "rejax": Peer((*_JAX, "rejax==0.1.3"), "rejax_ppo.py", "rejax"),
+    "sb3": Peer(_BASELINES, "stable_baselines3_ppo.py", "sb3", ("W1",)),
+    "sbx": Peer(_BASELINES, "sbx_ppo.py", "sb3", ("W1",)),
 }
 
 
 class Contender:
     """A process that has compiled one workload and runs it when asked."""
 
-    def __init__(self, python: Path, script: str, workload: dict[str, Any]) -> None:
+    def __init__(self, python: Path, script: str, workload: dict[str, Any], devices: int) -> None:
         self.process = subprocess.Popen(
             [python, _CONTENDERS / script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
         )
         self.figures = self.ask(workload)
 
@@ -89,14 +98,29 @@ def describe(workload: Workload) -> dict[str, Any]:
     }
 
 
-def measure(name: str, pythons: dict[str, Path], repeats: int) -> dict[str, Any]:
+def devices_for(peer: str, workload: Workload, devices: int) -> int:
+    """Seeds are spread over all devices by every contender; one training's environments by ours.
+
+    Minibatches too small to be worth a collective stay on one.
+    """
+    config = workload.config
+    if workload.num_seeds is not None:
+        return devices
+    minibatch = config.batch_size // (config.num_minibatches or 1)
+    return devices if peer == "ppo_jax" and minibatch // devices >= 256 else 1
+
+
+def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> dict[str, Any]:
     """All contenders on one workload, one run of each in turn."""
     workload = WORKLOADS[name]
     scripts = {"ppo_jax": "ours.py", **{peer: PEERS[peer].script for peer in PEERS}}
-    contenders = {
-        peer: Contender(python, scripts[peer], describe(workload))
-        for peer, python in pythons.items()
-    }
+    described = describe(workload)
+    contenders = {}
+    for peer, python in pythons.items():
+        if peer == "ppo_jax" or name in PEERS[peer].workloads:
+            share = devices_for(peer, workload, devices)
+            described["num_devices"] = share if workload.num_seeds is None else 1
+            contenders[peer] = Contender(python, scripts[peer], described, share)
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in contenders}
     for seed in range(repeats + 1):
         for peer, contender in contenders.items():
@@ -107,13 +131,18 @@ def measure(name: str, pythons: dict[str, Path], repeats: int) -> dict[str, Any]
         contender.close()
     rows = {}
     for peer, results in runs.items():
-        seconds = [result["seconds"] for result in results]
-        pairs = zip(seconds, (ours["seconds"] for ours in runs["ppo_jax"]), strict=True)
+        rates = [
+            result.get("timesteps", workload.timesteps) / result["seconds"] for result in results
+        ]
+        pairs = zip(
+            rates, (workload.timesteps / r["seconds"] for r in runs["ppo_jax"]), strict=True
+        )
         rows[peer] = {
             **contenders[peer].figures,
-            "seconds": seconds,
-            "steps_per_second": workload.timesteps / statistics.median(seconds),
-            "ours_is_faster_by": statistics.median(theirs / ours for theirs, ours in pairs),
+            "devices": devices_for(peer, workload, devices),
+            "seconds": [result["seconds"] for result in results],
+            "steps_per_second": statistics.median(rates),
+            "ours_is_faster_by": statistics.median(ours / theirs for theirs, ours in pairs),
             "return": _mean([result["return"] for result in results]),
             "peak_bytes": max(result["peak_bytes"] for result in results),
         }
@@ -144,6 +173,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs="+", choices=PEERS, help="by default all that can run")
     parser.add_argument("--purejaxrl", type=Path, help="a checkout of PureJaxRL")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the medians count")
+    parser.add_argument("--devices", type=int, default=1, help="on a CPU: one for each core")
     parser.add_argument("--environments", type=Path, default=Path(".cache/peers"))
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
@@ -155,18 +185,20 @@ def main() -> None:
     pythons = {"ppo_jax": Path(sys.executable)}
     pythons |= {peer: python_of(peer, arguments.environments) for peer in peers}
     print(
-        "| workload | trainer | steps/s | ours is faster by | return | compile | peak memory |\n"
-        "|---|---|---|---|---|---|---|"
+        "| workload | trainer | devices | steps/s | ours is faster by | return | compile "
+        "| program's memory | process's peak |\n|---|---|---|---|---|---|---|---|---|"
     )
     results = []
     for name in arguments.workload:
-        result = measure(name, pythons, arguments.repeats)
+        result = measure(name, pythons, arguments.repeats, arguments.devices)
         results.append(result)
         for peer, row in result["contenders"].items():
             print(
-                f"| {name} {result['title']} | {peer} | {row['steps_per_second']:,.0f} "
+                f"| {name} {result['title']} | {peer} | {row['devices']} "
+                f"| {row['steps_per_second']:,.0f} "
                 f"| {row['ours_is_faster_by']:.2f} | {row['return']} "
-                f"| {row['compile_seconds']:.1f} s | {row['peak_bytes'] / 2**20:.0f} MiB |",
+                f"| {row['compile_seconds']:.1f} s | {row.get('program_bytes', 0) / 2**20:.1f} MiB "
+                f"| {row['peak_bytes'] / 2**20:.0f} MiB |",
                 flush=True,
             )
         if arguments.json:  # after each workload: an interrupted comparison keeps what it has

@@ -20,7 +20,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import ceilings, machine
+from benchmarks import ceilings, first_update, machine
 from ppo_jax import Config, make_trainer
 
 
@@ -145,6 +145,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "seconds": seconds["training"],
         "lower_seconds": training.lower_seconds,
         "compile_seconds": training.compile_seconds,
+        **first_update.measure(name),
         "program_bytes": training.program_bytes,
         "peak_device_bytes": stats.get("peak_bytes_in_use"),
     }
@@ -160,6 +161,8 @@ def row(result: dict[str, Any]) -> str:
     return (
         f"| {result['workload']} {result['title']} | {rate:,.0f} | {' | '.join(shares)} "
         f"| {result['lower_seconds'] + result['compile_seconds']:.1f} s "
+        f"| {result['first_update_cold_seconds']:.1f} s, "
+        f"{result['first_update_warm_seconds']:.1f} s "
         f"| {result['program_bytes'] / 2**20:.1f} MiB |"
     )
 
@@ -173,7 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(
         "| workload | steps/s | environments alone | update alone | arithmetic alone | compile "
-        "| memory |\n|---|---|---|---|---|---|---|"
+        "| first update, cold and warm | memory |\n|---|---|---|---|---|---|---|---|"
     )
     results = []
     for name in arguments.workload or SETS[arguments.set]:

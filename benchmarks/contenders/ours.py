@@ -12,7 +12,11 @@ from ppo_jax import Config, HParams, evaluate, make_trainer
 def build(workload: dict[str, Any]) -> Any:
     """Compiles `Trainer.run`."""
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
-    config = Config(**{name: workload[name] for name in names}, hidden_sizes=(64, 64))
+    config = Config(
+        **{name: workload[name] for name in (*names, "num_devices")},
+        hidden_sizes=(64, 64),
+        lr_schedule="constant",
+    )
     hparams = HParams(**workload["hparams"])
     trainer = make_trainer(config)
 

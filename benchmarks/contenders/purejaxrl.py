@@ -71,7 +71,7 @@ def build(workload: dict[str, Any]) -> Any:
         "MAX_GRAD_NORM": hparams["max_grad_norm"],
         "ACTIVATION": "tanh",
         "ENV_NAME": workload["env"],
-        "ANNEAL_LR": True,
+        "ANNEAL_LR": False,
         "NORMALIZE_ENV": False,
         "DEBUG": False,
     }

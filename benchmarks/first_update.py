@@ -1,0 +1,52 @@
+"""Seconds from a config to the end of the first update, imports not counted.
+
+`measure` asks two new processes, one after the other, with one compilation cache: the first finds
+it empty, the second full.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(_ROOT))
+
+
+def measure(workload: str) -> dict[str, float]:
+    """`first_update_cold_seconds` and `first_update_warm_seconds` of a workload's config."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, __file__, workload]
+        cold, warm = (
+            json.loads(subprocess.run(command, env=environment, check=True, stdout=-1).stdout)
+            for _ in range(2)
+        )
+    return {"first_update_cold_seconds": cold, "first_update_warm_seconds": warm}
+
+
+def main() -> None:
+    import jax
+
+    from benchmarks.throughput import WORKLOADS
+    from ppo_jax import envs, make_trainer
+
+    config = WORKLOADS[sys.argv[1]].config
+    envs.make(config.env)  # gymnax is imported where the first environment is made
+    jax.block_until_ready(jax.random.key(0))  # and the backend is started
+    start = time.perf_counter()
+    trainer = make_trainer(config)
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    jax.block_until_ready(jax.jit(trainer.step, donate_argnums=0)(state))
+    print(json.dumps(time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A guard against losses of speed: trainings against a fixed computation in the same process.
+
+python benchmarks/guard.py           # fails where a ratio is 1.3 times the stored one
+python benchmarks/guard.py --store   # after a change that is meant
+
+A ratio of times in one process says what the code costs, whatever the machine: the reference is
+gradient steps of a small network, the arithmetic that a training cannot do without. The least of
+several interleaved times counts, for other work on a machine only ever adds to one.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import machine
+from benchmarks.throughput import WORKLOADS, Compiled, build, time_once
+from ppo_jax import make_trainer
+
+_STORED = Path(__file__).parent / "results" / "guard.json"
+_BAND = 1.3
+_UPDATES = {"W1": 150, "W2": 2}
+
+
+def reference(samples: int, steps: int) -> Callable[[jax.Array], Any]:
+    """Gradient steps of a network of 4-64-64-2; nothing of ours is in it, so leave it as it is."""
+    sizes = (4, 64, 64, 2)
+
+    def run(key: jax.Array) -> Any:
+        keys = jax.random.split(key, len(sizes))
+        x = jax.random.normal(keys[0], (samples, sizes[0]))
+        shapes = itertools.pairwise(sizes)
+        weights = [
+            jax.random.normal(key, shape) / shape[0] ** 0.5
+            for key, shape in zip(keys[1:], shapes, strict=True)
+        ]
+
+        def loss(weights: list[jax.Array]) -> jax.Array:
+            hidden = jnp.tanh(jnp.tanh(x @ weights[0]) @ weights[1])
+            return jnp.mean(jnp.square(hidden @ weights[2] - 1.0))
+
+        def step(weights: list[jax.Array], _: None) -> tuple[list[jax.Array], None]:
+            descended = jax.tree.map(lambda w, g: w - 1e-3 * g, weights, jax.grad(loss)(weights))
+            return descended, None
+
+        return jax.lax.scan(step, weights, length=steps)[0]
+
+    return run
+
+
+def ratio(name: str, repeats: int) -> float:
+    """Time of a workload's training over that of as many gradient steps of the reference."""
+    config = WORKLOADS[name].config
+    config = config.replace(total_timesteps=_UPDATES[name] * config.batch_size)
+    key = jax.random.key(0)
+    programs: list[Compiled] = [
+        build(make_trainer(config).run, key),
+        build(reference(config.batch_size // 4, config.num_updates * 16), key),
+    ]
+    for program in programs:
+        time_once(program, key)
+    seconds = [[time_once(program, key) for program in programs] for _ in range(repeats)]
+    training, fixed = (min(times) for times in zip(*seconds, strict=True))
+    return training / fixed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", action="store_true", help="store the ratios instead")
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    results = [{"workload": name, "ratio": ratio(name, arguments.repeats)} for name in _UPDATES]
+    if arguments.store:
+        machine.write_results(_STORED, results)
+        return
+    stored = {row["workload"]: row["ratio"] for row in json.loads(_STORED.read_text())["results"]}
+    slower = False
+    for row in results:
+        change = row["ratio"] / stored[row["workload"]]
+        slower |= change > _BAND
+        print(f"{row['workload']}: {row['ratio']:.2f} of the reference, {change:.2f} of the stored")
+    if slower:
+        sys.exit(f"A training takes more than {_BAND} times what is stored in {_STORED.name}.")
+
+
+if __name__ == "__main__":
+    main()
