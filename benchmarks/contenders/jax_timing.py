@@ -19,22 +19,14 @@ def compile_and_time(
     Args:
       train: `key -> result`; vmapped over keys if `num_seeds` is given.
       returns_of: `result -> returns`, of any shape; their mean counts, NaN left out.
-      num_seeds: how many seeds train at once, shared by all devices; None for one without
-        `vmap`.
+      num_seeds: how many seeds train at once; None for one without `vmap`.
     """
-    if num_seeds is None:
-        function = jax.jit(train)
-    else:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("seed",))
-        members = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("seed"))
-        function = jax.jit(jax.vmap(train), in_shardings=members, out_shardings=members)
 
     def key_of(seed: int) -> jax.Array:
         key = jax.random.PRNGKey(seed)
-        return (
-            key if num_seeds is None else jax.device_put(jax.random.split(key, num_seeds), members)
-        )
+        return key if num_seeds is None else jax.random.split(key, num_seeds)
 
+    function = jax.jit(train if num_seeds is None else jax.vmap(train))
     start = time.perf_counter()
     compiled = function.lower(key_of(0)).compile()
     figures = {"compile_seconds": time.perf_counter() - start}
@@ -47,8 +39,7 @@ def compile_and_time(
         start = time.perf_counter()
         result = jax.block_until_ready(compiled(key))
         seconds = time.perf_counter() - start
-        # On one device: in an evaluation of seeds on several, every step waits for all of them.
-        returns = np.asarray(returns_of(jax.device_put(result, jax.devices()[0])))
+        returns = np.asarray(returns_of(result))
         ended = returns[np.isfinite(returns)]
         return {"seconds": seconds, "return": float(ended.mean()) if ended.size else None}
 
