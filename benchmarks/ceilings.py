@@ -13,9 +13,10 @@ from ppo_jax.algorithms import complete, complete_config, get_algorithm
 from ppo_jax.collect import collect
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import make_optimizer
-from ppo_jax.policy.policy import Policy, make_spec, network_of
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import init_params, make_spec
 from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import Learner, RolloutState
+from ppo_jax.types import Learner, RolloutState, Statistics
 
 
 class Arithmetic(NamedTuple):
@@ -28,9 +29,9 @@ class Arithmetic(NamedTuple):
 class Uniform(Policy):
     """A policy that looks at nothing; its `params` are the distribution's."""
 
-    def action_params(self, obs: jax.Array) -> Any:  # noqa: ARG002
+    def step(self, obs: Any, memory: Any, start: Any = None) -> tuple[Any, Any]:  # noqa: ARG002
         """The same for every observation."""
-        return self.params
+        return self.params, memory
 
 
 class Stages:
@@ -51,16 +52,16 @@ class Stages:
         """Parameters, and environments at the start of an episode."""
         network_key, reset_key = jax.random.split(key)
         state = reset(self.env, self.env.params, reset_key, num_envs=self.config.num_envs)
-        return network_of(self.spec).init(network_key, state.obs), state
+        return init_params(self.spec, network_key, state.obs), state
 
     def environment(self, key: jax.Array) -> Any:
         """Random actions, and nothing kept but the sum of the rewards."""
         params, state = self.init(key)
-        outputs = jax.eval_shape(Policy(params, self.spec).action_params, state.obs)
+        outputs = jax.eval_shape(Policy(params, spec=self.spec).action_params, state.obs)
         uniform = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
 
         def update(state: RolloutState, key: jax.Array) -> tuple[RolloutState, jax.Array]:
-            policy = Uniform(uniform, self.spec)
+            policy = Uniform(uniform, spec=self.spec)
             env, params, steps = self.env, self.env.params, self.config.num_steps
             state, trajectory, _ = rollout(env, params, policy, state, key, num_steps=steps)
             return state, jnp.sum(trajectory.reward)
@@ -70,10 +71,10 @@ class Stages:
     def update(self, key: jax.Array) -> Any:
         """Updates on the data of one rollout, again and again."""
         params, state = self.init(key)
-        policy = Policy(params, self.spec)
-        _, batch, _ = collect(
-            self.config, self.env, self.env.params, policy, state, key, self.hparams
-        )
+        policy = Policy(params, spec=self.spec)
+        batch = collect(
+            self.config, self.env, self.env.params, policy, state, Statistics(), key, self.hparams
+        ).batch
         opt_state = self.rule.init(params, self.hparams)
         learner = Learner(params, opt_state, kl_coef=jnp.zeros(()), lr_factor=jnp.ones(()))
 
@@ -86,15 +87,18 @@ class Stages:
         """Acting, judging every observation and its successor, and all gradients."""
         config = self.config
         params, state = jax.eval_shape(self.init, jax.random.key(0))
-        _, batch, _ = jax.eval_shape(
-            lambda params, state, key: collect(
-                config,
-                self.env,
-                self.env.params,
-                Policy(params, self.spec),
-                state,
-                key,
-                self.hparams,
+        batch = jax.eval_shape(
+            lambda params, state, key: (
+                collect(
+                    config,
+                    self.env,
+                    self.env.params,
+                    Policy(params, spec=self.spec),
+                    state,
+                    Statistics(),
+                    key,
+                    self.hparams,
+                ).batch
             ),
             params,
             state,
@@ -109,8 +113,12 @@ class Stages:
             return jax.grad(self.losses.joint, has_aux=True)(params, minibatch, self.hparams)[0]
 
         parts = (
-            (lambda p, obs: Policy(p, self.spec).action_params(obs), state.obs, config.num_steps),
-            (lambda p, obs: Policy(p, self.spec).value(obs), batch.obs, 2),
+            (
+                lambda p, obs: Policy(p, spec=self.spec).action_params(obs),
+                state.obs,
+                config.num_steps,
+            ),
+            (lambda p, obs: Policy(p, spec=self.spec).value(obs), batch.obs, 2),
             (gradient, minibatch, (config.num_epochs or 1) * (config.num_minibatches or 1)),
         )
         flops = accessed = 0.0

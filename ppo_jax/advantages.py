@@ -162,3 +162,39 @@ def reward_to_go(reward: jax.Array, mask: jax.Array, *, gamma: Scalar) -> jax.Ar
 def _discounts(steps: int, gamma: Scalar) -> jax.Array:
     """γ^t, `[T, 1]`."""
     return jnp.power(jnp.asarray(gamma, jnp.float32), jnp.arange(steps))[:, None]
+
+
+def discounted_returns(
+    reward: jax.Array, done: jax.Array, initial: jax.Array, *, gamma: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """R_t = γ R_{t−1} + r_t, looking back, of the episodes under way.
+
+    What rewards are scaled by is the deviation of this. An episode's last reward counts in its
+    own return, and what comes after starts from 0.
+
+    Args:
+      reward: r_t, `[T, N]`.
+      done: bool, the episode ended with r_t, `[T, N]`.
+      initial: R before the first step, `[N]`; 0 where an episode begins.
+      gamma: discount γ.
+
+    Returns:
+      R, `[T, N]`, and what the next rollout starts from, `[N]`.
+
+    >>> reward, done = jnp.ones((3, 1)), jnp.array([[False], [True], [False]])
+    >>> returns, last = discounted_returns(reward, done, jnp.zeros(1), gamma=0.5)
+    >>> returns[:, 0].tolist(), last.tolist()
+    ([1.0, 1.5, 1.0], [1.0])
+    """
+    chex.assert_rank([reward, done], 2)
+    chex.assert_equal_shape([reward, done])
+
+    def step(
+        carried: jax.Array, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        reward_t, done_t = inputs
+        returns = gamma * carried + reward_t
+        return jnp.where(done_t, 0.0, returns), returns
+
+    last, returns = jax.lax.scan(step, initial, (reward, done))
+    return returns, last

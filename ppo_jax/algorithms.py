@@ -57,7 +57,7 @@ class Algorithm(NamedTuple):
 def _whole_return(
     config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
 ) -> Estimates:
-    mask = _first_episode(trajectory)
+    mask = advantages.first_episode(trajectory.done)
     returns = advantages.trajectory_return(trajectory.reward, mask, gamma=hparams.gamma)
     return Estimates(returns, None, mask)
 
@@ -65,7 +65,7 @@ def _whole_return(
 def _reward_to_go(
     config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
 ) -> Estimates:
-    mask = _first_episode(trajectory)
+    mask = advantages.first_episode(trajectory.done)
     returns = advantages.reward_to_go(trajectory.reward, mask, gamma=hparams.gamma)
     return Estimates(returns, None, mask)
 
@@ -75,7 +75,7 @@ def _return_minus_baseline(
 ) -> Estimates:
     """γ^t (G_t − b(s_t)); G_t is bootstrapped where a time limit cut the episode."""
     assert values is not None
-    mask = _first_episode(trajectory)
+    mask = advantages.first_episode(trajectory.done)
     centred = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=1.0)
     steps = jnp.arange(trajectory.reward.shape[0])[:, None]
     discounted = jnp.power(hparams.gamma, steps) * centred
@@ -121,10 +121,6 @@ def _gae(trajectory: Trajectory, values: Values, *, gamma: Any, gae_lambda: Any)
         gamma=gamma,
         gae_lambda=gae_lambda,
     )
-
-
-def _first_episode(trajectory: Trajectory) -> jax.Array:
-    return advantages.first_episode(jnp.logical_or(trajectory.terminated, trajectory.truncated))
 
 
 def _policy_gradient(terms: PolicyTerms, hparams: HParams) -> jax.Array:
@@ -187,6 +183,9 @@ _REINFORCE: dict[str, float | None] = {
     "ent_coef": 0.0,
     "max_grad_norm": None,
 }
+EVERYWHERE: dict[str, float | None] = {"reward_scale": None, "reward_clip": None}
+"""Hyperparameters that every algorithm uses."""
+
 _PPO = "Schulman et al. 2017, arXiv:1707.06347"
 _WILLIAMS = "Williams 1992, Machine Learning 8"
 
@@ -352,7 +351,7 @@ def complete(hparams: HParams | None, config: Config) -> HParams:
     >>> complete(HParams(clip_eps=0.1), Config()).gamma
     0.99
     """
-    used = dict(get_algorithm(config.algorithm).hparams)
+    used = {**get_algorithm(config.algorithm).hparams, **EVERYWHERE}
     if config.lr_schedule == "kl_adaptive":
         used["desired_kl"] = 0.01
     if config.n_step is not None:

@@ -1,17 +1,32 @@
 """From a policy to what it can learn from: a rollout, the critic's opinion, the advantages."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax import objectives
+from ppo_jax import objectives, running_stats
+from ppo_jax.advantages import discounted_returns
 from ppo_jax.algorithms import Values, get_algorithm
 from ppo_jax.config import Config, HParams
 from ppo_jax.envs.environment import Environment
-from ppo_jax.policy.policy import Policy, head_of
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import ObsStats, head_of
 from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import Batch, EpisodeStats, RolloutState, Trajectory
+from ppo_jax.types import Batch, EpisodeStats, RolloutState, Statistics, Trajectory
+
+
+class Collected(NamedTuple):
+    """What one rollout leaves."""
+
+    rollout: RolloutState
+    """Where the environments stand now."""
+    batch: Batch
+    """`[T, N]`, to learn from."""
+    ended: EpisodeStats
+    """The episodes that ended."""
+    statistics: Statistics
+    """Including this rollout."""
 
 
 def collect(
@@ -20,10 +35,11 @@ def collect(
     env_params: Any,
     policy: Policy,
     state: RolloutState,
+    statistics: Statistics,
     key: jax.Array,
     hparams: HParams,
     axis_name: str | None = None,
-) -> tuple[RolloutState, Batch, EpisodeStats]:
+) -> Collected:
     """One rollout as a batch.
 
     Args:
@@ -32,24 +48,33 @@ def collect(
       env_params: its parameters.
       policy: acts; its critic, if it has one, judges.
       state: where the environments stand; an algorithm of whole episodes starts them anew.
+      statistics: so far. Observations of the batch are normalised as they were when the policy
+        acted, without this rollout; rewards, which no action has seen yet, with it.
       key: random key.
       hparams: complete, with no value left to the algorithm.
       axis_name: mesh axis of the devices that hold the other environments; None for one device.
-
-    Returns:
-      Where the environments stand then, the batch `[T, N]`, and the episodes that ended.
     """
     algorithm = get_algorithm(config.algorithm)
     if algorithm.whole_episodes:
         reset_key, key = jax.random.split(key)
-        state = reset(env, env_params, reset_key, num_envs=config.num_envs)
+        state = reset(env, env_params, reset_key, num_envs=config.num_envs, memory=state.memory)
+    start, carried = state.start, state.memory
     state, trajectory, ended = rollout(
         env, env_params, policy, state, key, num_steps=config.num_steps
     )
-    values = None
-    if algorithm.has_critic:
-        values = _values(policy, trajectory)
-    estimates = algorithm.estimate(config, trajectory, values, hparams)
+    if carried is None:
+        starts = None
+        values = _values(policy, trajectory) if algorithm.has_critic else None
+    else:
+        starts = jnp.concatenate([start[None], trajectory.done[:-1]])
+        values = None
+        if algorithm.has_critic:
+            values, memory = _values_in_sequence(policy, trajectory, carried, starts)
+            state = state.replace(memory={**state.memory, **memory})
+    reward, state, statistics = _learned_reward(
+        config, trajectory, state, statistics, hparams, axis_name
+    )
+    estimates = algorithm.estimate(config, trajectory._replace(reward=reward), values, hparams)
     advantages = estimates.advantages
     if config.normalize_advantage == "batch":
         advantages = objectives.standardize(advantages, estimates.mask, axis_name)
@@ -57,7 +82,7 @@ def collect(
         ended = _first_episodes(trajectory, estimates.mask)
     distribution = head_of(policy.spec).distribution(trajectory.action_params)
     batch = Batch(
-        obs=trajectory.obs,
+        obs=policy.normalized(trajectory.obs),
         action=trajectory.action,
         action_params=trajectory.action_params,
         log_prob=distribution.log_prob(trajectory.action),
@@ -65,9 +90,15 @@ def collect(
         value=None if values is None else values.value,
         targets=estimates.targets,
         mask=estimates.mask,
-        done=jnp.logical_or(trajectory.terminated, trajectory.truncated),
+        done=trajectory.done,
+        start=starts,
+        memory=carried,
     )
-    return state, batch, ended
+    if statistics.obs is not None:
+        statistics = statistics._replace(
+            obs=_updated_obs_stats(statistics.obs, trajectory.obs, axis_name)
+        )
+    return Collected(state, batch, ended, statistics)
 
 
 _VALUED_AT_ONCE = 2**13
@@ -90,6 +121,58 @@ def _values(policy: Policy, trajectory: Trajectory) -> Values:
     blocks = jax.tree.map(split, (trajectory.obs, trajectory.final_obs))
     values = jax.lax.map(of_block, blocks)
     return jax.tree.map(lambda x: x.reshape(num_steps, num_envs), values)
+
+
+def _values_in_sequence(
+    policy: Policy, trajectory: Trajectory, carried: Any, starts: jax.Array
+) -> tuple[Values, Any]:
+    """V(s_t) and V(s'_t), `[T, N]`, of a critic with a memory, and what it carries then.
+
+    A true successor is judged from what is remembered after s_t, before any reset forgets it.
+    """
+    num_steps, num_envs = trajectory.reward.shape
+    value, memories = policy.values(trajectory.obs, carried, starts)
+    flat = jax.tree.map(
+        lambda x: x.reshape(1, num_steps * num_envs, *x.shape[2:]), trajectory.final_obs
+    )
+    before = jax.tree.map(lambda x: x.reshape(num_steps * num_envs, *x.shape[2:]), memories)
+    goes_on = jnp.zeros((1, num_steps * num_envs), bool)
+    next_value, _ = policy.values(flat, before, goes_on)
+    last = jax.tree.map(lambda x: x[-1], memories)
+    return Values(value, next_value.reshape(num_steps, num_envs)), last
+
+
+def _learned_reward(
+    config: Config,
+    trajectory: Trajectory,
+    state: RolloutState,
+    statistics: Statistics,
+    hparams: HParams,
+    axis_name: str | None,
+) -> tuple[jax.Array, RolloutState, Statistics]:
+    """Rewards as they are learned from: normalised, scaled, clipped, in this order."""
+    reward = trajectory.reward
+    if config.normalize_reward:
+        assert statistics.reward is not None
+        returns, last = discounted_returns(
+            reward, trajectory.done, state.discounted_return, gamma=hparams.gamma
+        )
+        state = state.replace(discounted_return=last)
+        stats = running_stats.update(statistics.reward, returns, axis_name)
+        statistics = statistics._replace(reward=stats)
+        reward = running_stats.scale(stats, reward)
+    if hparams.reward_scale is not None:
+        reward = reward * hparams.reward_scale
+    if hparams.reward_clip is not None:
+        reward = jnp.clip(reward, -hparams.reward_clip, hparams.reward_clip)
+    return reward, state, statistics
+
+
+def _updated_obs_stats(stats: ObsStats, obs: Any, axis_name: str | None) -> ObsStats:
+    return tuple(
+        None if old is None else running_stats.update(old, x, axis_name)
+        for old, x in zip(stats, jax.tree.leaves(obs), strict=True)
+    )
 
 
 def _first_episodes(trajectory: Trajectory, mask: jax.Array) -> EpisodeStats:

@@ -1,4 +1,4 @@
-"""Means over the devices that share one training."""
+"""Means and sums over the devices that share one training."""
 
 from typing import Any
 
@@ -17,3 +17,8 @@ def mean_over(tree: Any, axis_name: str | None) -> Any:
         return tree
     flat, unravel = ravel_pytree(tree)
     return unravel(jax.lax.pmean(flat, axis_name))
+
+
+def sum_over(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """The sum over the devices of a mesh axis; `x` itself for None."""
+    return x if axis_name is None else jax.lax.psum(x, axis_name)

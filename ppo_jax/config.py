@@ -17,6 +17,9 @@ Activation = Literal["tanh", "relu", "elu", "gelu", "silu"]
 LearningRateSchedule = Literal["linear", "cosine", "constant", "kl_adaptive"]
 AdvantageNormalization = Literal["minibatch", "batch", "none"]
 ValueTarget = Literal["gae", "td"]
+Network = Literal["mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"]
+MemoryKind = Literal["gru", "lstm", "mingru"]
+ActionDistribution = Literal["gaussian", "tanh_gaussian", "beta"]
 
 
 class ConfigError(ValueError):
@@ -58,6 +61,9 @@ got 4 * 128 and 3. Try 2 or 4.
     """Arguments of the environment's constructor, as name value pairs (a dict in Python)."""
     env_params: tuple[tuple[str, Value], ...] = ()
     """Changes to the environment's default parameters, as name value pairs (a dict in Python)."""
+    wrappers: tuple[tuple[str, Value], ...] = ()
+    """Wrappers of the environment, innermost first, as name value pairs (a dict in Python); see
+    `ppo_jax.envs.wrappers`."""
     algorithm: str = "ppo"
     """Name of the algorithm: a row of `ppo_jax.algorithms.ALGORITHMS`."""
     total_timesteps: int = 1_000_000
@@ -73,12 +79,38 @@ got 4 * 128 and 3. Try 2 or 4.
     """Passes over the data of one rollout. None, here and below: the algorithm's."""
     num_minibatches: int | None = None
     """Gradient steps per epoch; each uses num_envs * num_steps / num_minibatches samples."""
+    network: Any = "mlp"
+    """What images pass before the hidden layers: nothing ("mlp"), convolutions or a residual
+    network, by name. Or a flax.linen module of your own in place of all hidden layers, from
+    observations [B, ...] to features [B, F]."""
+    conv_layers: tuple[tuple[int, int, int], ...] = ()
+    """Features, kernel and stride of each convolution of network "cnn"."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of actor and critic."""
     activation: Activation = "tanh"
     """Activation after each hidden layer."""
+    layer_norm: bool = False
+    """Layer normalisation before each activation of the hidden layers."""
+    embedding_size: int | None = None
+    """Width of a learned embedding of integer observations. None: one-hot."""
     shared_torso: bool = False
-    """Actor and critic share their hidden layers."""
+    """Actor and critic share their hidden layers, and their memory."""
+    actor_keys: tuple[str, ...] | None = None
+    """Entries of a dict observation that the actor sees. None, here and below: all."""
+    critic_keys: tuple[str, ...] | None = None
+    """Entries of a dict observation that the critic sees."""
+    memory: MemoryKind | None = None
+    """A recurrent cell after the hidden layers; minibatches are then of whole environments."""
+    memory_size: int = 128
+    """Width of the recurrent cell."""
+    action_distribution: ActionDistribution | None = None
+    """Distribution of continuous actions. None: gaussian, clipped by the environment."""
+    state_dependent_std: bool = False
+    """A Gaussian's standard deviation is an output of the network, not a parameter of its own."""
+    normalize_obs: bool = False
+    """Standardise floating-point observations by their running mean and variance."""
+    normalize_reward: bool = False
+    """Divide rewards by the running deviation of the discounted return."""
     optimizer: str = "adam"
     """Name of an optax optimiser."""
     optimizer_kwargs: tuple[tuple[str, Value], ...] = ()
@@ -100,11 +132,16 @@ got 4 * 128 and 3. Try 2 or 4.
     """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 
     def __post_init__(self) -> None:
-        for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
+        for name in ("env_kwargs", "env_params", "wrappers", "optimizer_kwargs"):
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
-        object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
-        for name in ("total_timesteps", "num_envs", "num_steps", "num_devices"):
+        for name in ("hidden_sizes", "actor_keys", "critic_keys"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "conv_layers", tuple(map(tuple, self.conv_layers)))
+        for name in ("total_timesteps", "num_envs", "num_steps", "num_devices", "memory_size"):
             _require_positive_integer(name, getattr(self, name))
+        if self.embedding_size is not None:
+            _require_positive_integer("embedding_size", self.embedding_size)
         for name in ALGORITHM_SETTINGS:
             if name not in _CHOICES and getattr(self, name) is not None:
                 _require_positive_integer(name, getattr(self, name))
@@ -113,6 +150,9 @@ got 4 * 128 and 3. Try 2 or 4.
         for name, choices in _CHOICES.items():
             if getattr(self, name) is not None and getattr(self, name) not in choices:
                 raise unknown_name(name, str(getattr(self, name)), choices)
+        if isinstance(self.network, str) and self.network not in get_args(Network):
+            raise unknown_name("network", self.network, get_args(Network))
+        self._check_conv_layers()
         if self.num_envs % self.num_devices:
             raise ConfigError(
                 f"num_envs must be divisible by num_devices; got {self.num_envs} and "
@@ -131,6 +171,35 @@ got 4 * 128 and 3. Try 2 or 4.
                 "total_timesteps must be at least one update, num_envs * num_steps; got "
                 f"{self.total_timesteps} and {self.num_envs} * {self.num_steps} = "
                 f"{self.batch_size}. Raise total_timesteps or lower num_envs or num_steps."
+            )
+
+        if self.memory is not None:
+            self._check_whole_environments()
+
+    def _check_conv_layers(self) -> None:
+        if (self.network == "cnn") != bool(self.conv_layers):
+            raise ConfigError(
+                'conv_layers must be given with network "cnn" and with no other; got '
+                f"{self.conv_layers} and {self.network!r}. Write, for example, "
+                'network="cnn", conv_layers=((16, 3, 1), (32, 3, 1)).'
+            )
+        for layer in self.conv_layers:
+            if len(layer) != 3:
+                raise ConfigError(
+                    "every entry of conv_layers must be features, kernel and stride; got "
+                    f"{layer}. Write, for example, (16, 3, 1)."
+                )
+            for number in layer:
+                _require_positive_integer("every number in conv_layers", number)
+
+    def _check_whole_environments(self) -> None:
+        own = self.num_envs // self.num_devices
+        if self.num_minibatches is not None and own % self.num_minibatches:
+            raise ConfigError(
+                "num_envs must be divisible by num_minibatches where a policy has a memory, "
+                "whose minibatches are of whole environments; got "
+                f"{own}{' a device' if self.num_devices > 1 else ''} and {self.num_minibatches}. "
+                f"Try {_nearest_divisors(own, self.num_minibatches)}."
             )
 
     @property
@@ -207,6 +276,10 @@ class HParams:
     """β of discovered policy optimisation's drift where the advantage is negative."""
     desired_kl: Any = None
     """KL per update to which lr_schedule="kl_adaptive" steers the learning rate."""
+    reward_scale: Any = None
+    """Factor of every reward before anything is learned from it; reported returns are without."""
+    reward_clip: Any = None
+    """Largest absolute reward that is learned from, after all scaling. None: no clipping."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in HPARAM_RANGES.items():
@@ -244,6 +317,8 @@ HPARAM_RANGES: dict[str, tuple[float, float]] = {
     "dpo_alpha": (1e-6, _LARGEST),
     "dpo_beta": (1e-6, _LARGEST),
     "desired_kl": (0.0, _LARGEST),
+    "reward_scale": (0.0, _LARGEST),
+    "reward_clip": (0.0, math.inf),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -251,6 +326,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_schedule": get_args(LearningRateSchedule),
     "normalize_advantage": get_args(AdvantageNormalization),
     "value_target": get_args(ValueTarget),
+    "memory": get_args(MemoryKind),
+    "action_distribution": get_args(ActionDistribution),
 }
 
 ALGORITHM_SETTINGS = (

@@ -61,13 +61,13 @@ def evaluate(
     )
 
     def unfinished(carry: tuple) -> jax.Array:
-        time, _, _, result = carry
+        time, *_, result = carry
         return (time < max_steps) & ~jnp.all(result.finished)
 
     def step(carry: tuple) -> tuple:
-        time, env_state, obs, result = carry
+        time, env_state, obs, memory, result = carry
         action_key, env_key = jax.random.split(jax.random.fold_in(act_key, time))
-        action = policy(obs, None if greedy else action_key)
+        action, memory = policy.act(obs, memory, None if greedy else action_key)
         step_keys = jax.random.split(env_key, num_episodes)
         step = jax.vmap(env.step, in_axes=(0, 0, 0, None))(step_keys, env_state, action, env_params)
         running = ~result.finished
@@ -76,8 +76,9 @@ def evaluate(
             lengths=result.lengths + running,
             finished=result.finished | step.terminated | step.truncated,
         )
-        return time + 1, step.state, step.obs, result
+        return time + 1, step.state, step.obs, memory, result
 
     time = jnp.zeros((), jnp.int32)
-    *_, result = jax.lax.while_loop(unfinished, step, (time, env_state, obs, start))
+    memory = policy.initial_memory((num_episodes,))
+    *_, result = jax.lax.while_loop(unfinished, step, (time, env_state, obs, memory, start))
     return result

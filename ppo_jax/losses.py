@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ppo_jax import objectives
 from ppo_jax.collective import mean_over
 from ppo_jax.config import Config, HParams
-from ppo_jax.policy.policy import PolicySpec, head_of, network_of
+from ppo_jax.policy.spec import PolicySpec, head_of, network_of
 from ppo_jax.types import Batch, Metrics
 
 
@@ -34,7 +34,8 @@ LossFn = Callable[[Any, Batch, HParams], tuple[jax.Array, Metrics]]
 
 
 class Losses(NamedTuple):
-    """Functions of parameters and a batch, whose leaves are `[B, ...]` or `[T, N, ...]`.
+    """Functions of parameters and a batch, whose leaves are `[B, ...]` or `[T, N, ...]`; with a
+    memory always the latter.
 
     Losses, metrics and the KL are shares of means over the devices of `axis_name`; see
     `objectives.mean_share`.
@@ -97,7 +98,7 @@ def make_losses(
         return objectives.standardize(advantages, mask, axis_name)
 
     def actor(params: Any, batch: Batch) -> Any:
-        return network.apply(params, batch.obs, method="actor")
+        return network.apply(params, batch.obs, batch.memory, batch.start, method="actor")[0]
 
     def log_ratio_of(distribution: Any, batch: Batch) -> jax.Array:
         return distribution.log_prob(batch.action) - batch.log_prob
@@ -152,11 +153,11 @@ def make_losses(
         return composed(terms, policy_weights(hparams), batch)
 
     def value(params: Any, batch: Batch, hparams: HParams) -> tuple[jax.Array, Metrics]:
-        values = network.apply(params, batch.obs, method="critic")
+        values, _ = network.apply(params, batch.obs, batch.memory, batch.start, method="critic")
         return composed(value_terms(values, batch, hparams), {"train/value_loss": 1.0}, batch)
 
     def joint(params: Any, batch: Batch, hparams: HParams) -> tuple[jax.Array, Metrics]:
-        action_params, values = network.apply(params, batch.obs)
+        action_params, values = network.apply(params, batch.obs, batch.memory, batch.start)
         terms = policy_terms(action_params, batch, hparams) | value_terms(values, batch, hparams)
         weights = policy_weights(hparams) | {"train/value_loss": hparams.vf_coef}
         return composed(terms, weights, batch)

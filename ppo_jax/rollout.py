@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.envs.environment import Environment
-from ppo_jax.policy.policy import Policy, head_of
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import head_of
 from ppo_jax.types import EpisodeStats, RolloutState, Trajectory, strongly_typed
 
 Carry = tuple[RolloutState, EpisodeStats]
 
 
-def reset(env: Environment, env_params: Any, key: jax.Array, *, num_envs: int) -> RolloutState:
-    """N environments at the start of an episode."""
+def reset(
+    env: Environment, env_params: Any, key: jax.Array, *, num_envs: int, memory: Any = None
+) -> RolloutState:
+    """N environments at the start of an episode; `memory` is what the policy carries, if any."""
     keys = jax.random.split(key, num_envs)
     obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
     return RolloutState(
@@ -21,6 +24,8 @@ def reset(env: Environment, env_params: Any, key: jax.Array, *, num_envs: int) -
         obs=obs,
         episode_return=jnp.zeros(num_envs, jnp.float32),
         episode_length=jnp.zeros(num_envs, jnp.int32),
+        discounted_return=jnp.zeros(num_envs, jnp.float32),
+        memory=memory,
     )
 
 
@@ -50,9 +55,9 @@ def rollout(
     def act(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
         state, ended = carry
         noise_t, step_keys_t, reset_keys_t = inputs
-        action_params = policy.action_params(state.obs)
+        action_params, memory = policy.step(state.obs, state.memory, state.start)
         action = head.sample(action_params, noise_t)
-        step = env_step(step_keys_t, state.env_state, action, env_params)
+        step = env_step(step_keys_t, state.env_state, head.to_env(action), env_params)
         transition = Trajectory(
             obs=state.obs,
             action=action,
@@ -62,7 +67,7 @@ def rollout(
             truncated=step.truncated,
             final_obs=step.obs,
         )
-        done = jnp.logical_or(step.terminated, step.truncated)
+        done = transition.done
         episode_return = state.episode_return + step.reward
         episode_length = state.episode_length + 1
         ended = EpisodeStats(  # [N] each: sums over environments wait until after the loop
@@ -74,11 +79,12 @@ def rollout(
         fresh_obs, fresh_state = env_reset(reset_keys_t, env_params)
         fresh = fresh_obs, strongly_typed(fresh_state)
         obs, env_state = _where(done, fresh, (step.obs, step.state))
-        state = RolloutState(
+        state = state.replace(
             env_state=env_state,
             obs=obs,
             episode_return=jnp.where(done, 0.0, episode_return),
             episode_length=jnp.where(done, 0, episode_length),
+            memory=memory,
         )
         return (state, ended), transition
 

@@ -8,17 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ppo_jax import envs, objectives
+from ppo_jax import envs, objectives, running_stats
 from ppo_jax.algorithms import complete, complete_config, get_algorithm
 from ppo_jax.collect import collect
 from ppo_jax.collective import mean_over
 from ppo_jax.config import Config, ConfigError, HParams
+from ppo_jax.envs import wrappers
 from ppo_jax.envs.environment import Environment
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import SCHEDULES, adapt_lr_factor, make_optimizer
-from ppo_jax.policy.policy import Policy, make_spec, network_of
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import init_params, initial_memory_of, initial_obs_stats, make_spec
 from ppo_jax.rollout import reset
-from ppo_jax.types import EpisodeStats, Learner, Metrics, TrainState, strongly_typed
+from ppo_jax.types import (
+    EpisodeStats,
+    Learner,
+    Metrics,
+    Statistics,
+    TrainState,
+    strongly_typed,
+)
 
 
 class Trainer(NamedTuple):
@@ -64,11 +73,15 @@ def make_trainer(config: Config) -> Trainer:
     complete(None, config)
     optimizer = make_optimizer(config)
     env = envs.make(config.env, **dict(config.env_kwargs))
+    env = wrappers.apply(env, config.wrappers)
     env = env._replace(params=envs.override_params(env.name, env.params, dict(config.env_params)))
     if algorithm.whole_episodes:
         _require_whole_episodes(config, env)
     spec = make_spec(config, env, has_critic=algorithm.has_critic)
-    network = network_of(spec)
+    statistics = Statistics(
+        obs=initial_obs_stats(env.observation_space) if config.normalize_obs else None,
+        reward=running_stats.initial(()) if config.normalize_reward else None,
+    )
     mesh = _make_mesh(config.num_devices)
     axis_name = None if mesh is None else _ENV_AXIS
     # Of one device: the stages see its share of the environments.
@@ -94,8 +107,9 @@ def make_trainer(config: Config) -> Trainer:
         hparams = _opaque(complete(hparams, config))
         env_params = _opaque(env.params if env_params is None else env_params)
         network_key, reset_key, key = jax.random.split(key, 3)
-        rollout_state = reset(env, env_params, reset_key, num_envs=config.num_envs)
-        params = network.init(network_key, rollout_state.obs)
+        memory = initial_memory_of(spec, (config.num_envs,))
+        rollout_state = reset(env, env_params, reset_key, num_envs=config.num_envs, memory=memory)
+        params = init_params(spec, network_key, rollout_state.obs)
         learner = Learner(
             params=params,
             opt_state=rule.init(params, hparams),
@@ -105,6 +119,7 @@ def make_trainer(config: Config) -> Trainer:
         state = TrainState(
             learner=learner,
             rollout=rollout_state,
+            statistics=statistics,
             env_params=env_params,
             key=key,
             update=jnp.zeros((), jnp.int32),
@@ -133,12 +148,13 @@ def make_trainer(config: Config) -> Trainer:
             rollout_key, update_key = (
                 jax.random.fold_in(key, device) for key in (rollout_key, update_key)
             )
-        rollout_state, batch, ended = collect(
+        rollout_state, batch, ended, statistics = collect(
             own,
             env,
             state.env_params,
             policy(state),
             state.rollout,
+            state.statistics,
             rollout_key,
             hparams,
             axis_name,
@@ -160,7 +176,11 @@ def make_trainer(config: Config) -> Trainer:
             if getattr(hparams, name) is not None:
                 metrics[f"train/{name}"] = getattr(hparams, name) * anneal
         state = state.replace(
-            learner=learner, rollout=rollout_state, key=next_key, update=state.update + 1
+            learner=learner,
+            rollout=rollout_state,
+            statistics=statistics,
+            key=next_key,
+            update=state.update + 1,
         )
         if axis_name is not None:
             ended = jax.lax.psum(ended, axis_name)
@@ -184,7 +204,7 @@ def make_trainer(config: Config) -> Trainer:
         return jax.lax.scan(lambda state, _: step(state, hparams), state, length=config.num_updates)
 
     def policy(state: TrainState) -> Policy:
-        return Policy(params=state.learner.params, spec=spec)
+        return Policy(state.learner.params, state.statistics.obs, spec=spec)
 
     return Trainer(init=init, step=step, run=run, policy=policy, env=env)
 
@@ -204,6 +224,7 @@ _ENV_AXIS = "env"
 _STATE_SPECS = TrainState(
     learner=PartitionSpec(),
     rollout=PartitionSpec(_ENV_AXIS),  # every leaf is [N, ...]
+    statistics=PartitionSpec(),
     env_params=PartitionSpec(),
     key=PartitionSpec(),
     update=PartitionSpec(),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppo_jax.config import HParams
+from ppo_jax.running_stats import RunningStats
 
 Metrics = dict[str, jax.Array]
 """Scalars that a person wants to see; keys are "train/…" and "episode/…"."""
@@ -28,27 +29,42 @@ class RolloutState(struct.PyTreeNode):
     """Where the environments stand between two rollouts."""
 
     env_state: Any  # [N, ...]
-    obs: jax.Array  # [N, ...]
+    obs: Any  # [N, ...]
     episode_return: jax.Array  # [N], of the episodes under way
     episode_length: jax.Array  # [N]
+    discounted_return: jax.Array  # [N], Σ γ^(t−i) r_i of the episodes under way
+    memory: Any = None  # [N, ...], what the policy carries into obs; None without a memory
+
+    @property
+    def start(self) -> jax.Array:
+        """`[N]`: obs is the first of its episode, and what the policy carries is forgotten."""
+        return self.episode_length == 0
 
 
 class Trajectory(NamedTuple):
     """What one rollout saw and did; every leaf is [T, N, ...]."""
 
-    obs: jax.Array  # [T, N, ...]
-    action: jax.Array  # [T, N, ...], as sampled: not clipped to a box's bounds
+    obs: Any  # [T, N, ...], raw, in the environment's dtypes
+    action: jax.Array  # [T, N, ...], as sampled: before a head's `to_env`
     action_params: Any  # [T, N, ...], parameters of the distribution that was sampled from
     reward: jax.Array  # [T, N]
     terminated: jax.Array  # [T, N]
     truncated: jax.Array  # [T, N]
-    final_obs: jax.Array  # [T, N, ...], the true successor of obs, before any reset
+    final_obs: Any  # [T, N, ...], the true successor of obs, before any reset
+
+    @property
+    def done(self) -> jax.Array:
+        """`[T, N]`: an episode ended here."""
+        return jnp.logical_or(self.terminated, self.truncated)
 
 
 class Batch(NamedTuple):
-    """What an update learns from: per sample [T, N], or [B] within a minibatch."""
+    """What an update learns from: per sample [T, N], or [B] within a minibatch.
 
-    obs: jax.Array  # [B, ...]
+    With a memory, minibatches are of whole environments, [T, B].
+    """
+
+    obs: Any  # [B, ...], as the network sees them
     action: jax.Array  # [B, ...]
     action_params: Any  # [B, ...], of the policy that acted
     log_prob: jax.Array  # [B], of the policy that acted
@@ -57,6 +73,17 @@ class Batch(NamedTuple):
     targets: jax.Array | None  # [B], what the critic should learn; None without a critic
     mask: jax.Array | None  # [B], samples that count; None where all do
     done: jax.Array  # [B], an episode ended here
+    start: jax.Array | None = None  # [T, B], obs is an episode's first; None without a memory
+    memory: Any = None  # [B, ...], what the policy carried into the rollout
+
+
+class Statistics(NamedTuple):
+    """What observations and rewards are normalised by; None where they are not."""
+
+    obs: tuple[RunningStats | None, ...] | None = None
+    """Of each array of an observation, in the order of its leaves; None for those not floating."""
+    reward: RunningStats | None = None
+    """Of the discounted return."""
 
 
 class Learner(struct.PyTreeNode):
@@ -73,6 +100,7 @@ class TrainState(struct.PyTreeNode):
 
     learner: Learner
     rollout: RolloutState
+    statistics: Statistics
     env_params: Any
     key: jax.Array
     update: jax.Array  # [], updates done

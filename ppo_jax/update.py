@@ -208,10 +208,12 @@ def _gradient(
     """The gradient of the mean loss and the metrics, accumulated over chunks that fit a cache.
 
     A masked minibatch is one chunk: its samples do not all count, so chunks would need weights.
+    So is one of sequences.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     size = minibatch.log_prob.size
-    if chunk_size is None or size <= chunk_size or size % chunk_size or minibatch.mask is not None:
+    is_whole = minibatch.mask is not None or minibatch.memory is not None
+    if chunk_size is None or size <= chunk_size or size % chunk_size or is_whole:
         return gradient(params, minibatch, hparams)
     num_chunks = size // chunk_size
     chunks = jax.tree.map(lambda x: x.reshape(num_chunks, chunk_size, *x.shape[1:]), minibatch)
@@ -256,17 +258,25 @@ def _epochs(
     batch: Batch,
     key: jax.Array,
 ) -> tuple[Carry, Any]:
-    """Passes every sample of `batch` `[T, N]` once an epoch, in a new random order each."""
-    batch_size, num_minibatches = config.batch_size, config.num_minibatches or 1
-    batch = jax.tree.map(lambda x: x.reshape(batch_size, *x.shape[2:]), batch)
+    """Passes every sample of `batch` `[T, N]` once an epoch, in a new random order each.
+
+    With a memory, what is shuffled is environments: a minibatch holds whole sequences.
+    """
+    num_minibatches = config.num_minibatches or 1
+    in_sequences = batch.memory is not None
+    if in_sequences:
+        count, batch = config.num_envs, _swap_time_and_envs(batch)
+    else:
+        count = config.batch_size
+        batch = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), batch)
 
     def minibatch(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Any]:
         indices, advantages = inputs
-        samples = jax.tree.map(lambda x: x[indices], batch)
-        return gradient_step(carry, samples._replace(advantages=advantages))
+        samples = jax.tree.map(lambda x: x[indices], batch)._replace(advantages=advantages)
+        return gradient_step(carry, _swap_time_and_envs(samples) if in_sequences else samples)
 
     def epoch(carry: Carry, key: jax.Array) -> tuple[Carry, Any]:
-        order = shuffled(key, jnp.arange(batch_size), size=batch_size)
+        order = shuffled(key, jnp.arange(count), size=count)
         order = order.reshape(num_minibatches, -1)
         # Of all minibatches at once: devices meet once an epoch for it, not at every step.
         mask = None if batch.mask is None else batch.mask[order]
@@ -274,3 +284,9 @@ def _epochs(
         return jax.lax.scan(minibatch, carry, (order, advantages))
 
     return jax.lax.scan(epoch, carry, jax.random.split(key, config.num_epochs or 1))
+
+
+def _swap_time_and_envs(batch: Batch) -> Batch:
+    """`[T, N, ...]` to `[N, T, ...]` and back; what is carried into a rollout has no time."""
+    swapped = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch._replace(memory=None))
+    return swapped._replace(memory=batch.memory)

@@ -7,7 +7,7 @@ import pytest
 
 import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
-from ppo_jax.algorithms import ALGORITHMS, complete
+from ppo_jax.algorithms import ALGORITHMS, EVERYWHERE, complete
 from ppo_jax.config import ALGORITHM_SETTINGS, HPARAM_RANGES
 
 
@@ -49,7 +49,18 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
         ({"optimizer": "adm"}, "unknown optimizer 'adm'. Did you mean adam"),
         ({"optimizer_kwargs": {"epz": 1.0}}, "unknown argument of optax.adam 'epz'"),
         ({"env_params": {"gravty": 1.0}}, "unknown parameter of CartPole-v1 'gravty'.*gravity"),
-        ({"env": "FrozenLake-misc"}, "observations must be arrays.*FrozenLake-misc has Discrete"),
+        ({"wrappers": {"time_limt": 3}}, "unknown wrapper 'time_limt'. Did you mean time_limit"),
+        ({"wrappers": {"time_limit": 0}}, "time_limit must be at least 1 step; got 0"),
+        ({"wrappers": {"observe_only": "0,7"}}, "observe_only takes entries from 0 to 3; got 0,7"),
+        ({"network": "minatar_cnn"}, "network minatar_cnn needs images.*Use mlp"),
+        ({"env": "Breakout-MinAtar", "network": "nature_cnn"}, "kernel 4 with stride 2 leaves"),
+        ({"env": "FrozenLake-misc", "normalize_obs": True}, "needs floating-point observations"),
+        ({"actor_keys": ("position",)}, "need observations that are dicts"),
+        ({"action_distribution": "beta"}, "must be left out where actions are integers"),
+        (
+            {"env": "Pendulum-v1", "action_distribution": "beta", "state_dependent_std": True},
+            "state_dependent_std must be off",
+        ),
     ],
 )
 def test_a_name_that_is_unknown_is_said_before_anything_is_traced(fields, message):
@@ -76,7 +87,7 @@ def test_every_hyperparameter_has_a_range_and_a_user():
     fields = set(vars(HParams()))
     assert set(HPARAM_RANGES) == fields
     used = set().union(*(row.hparams for row in ALGORITHMS.values()))
-    assert used | {"desired_kl"} == fields  # that one belongs to a schedule
+    assert used | {"desired_kl", *EVERYWHERE} == fields  # that one belongs to a schedule
     settings = set().union(*(row.settings for row in ALGORITHMS.values()))
     assert settings == set(ALGORITHM_SETTINGS)
 

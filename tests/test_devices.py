@@ -16,9 +16,10 @@ from ppo_jax.algorithms import complete, complete_config, get_algorithm
 from ppo_jax.collect import collect
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import make_optimizer
-from ppo_jax.policy.policy import Policy, make_spec, network_of
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import make_spec, network_of
 from ppo_jax.rollout import reset
-from ppo_jax.types import Learner
+from ppo_jax.types import Learner, Statistics
 from tests.conftest import FAST_COMPILE
 
 SHARDS = 4
@@ -61,7 +62,8 @@ def test_chunks_of_a_minibatch_add_up_to_its_gradient():
     params = network_of(spec).init(jax.random.key(1), obs)
     policy = Policy(params=params, spec=spec)
     state = reset(env, env.params, jax.random.key(2), num_envs=8)
-    _, batch, _ = collect(config, env, env.params, policy, state, jax.random.key(3), hparams)
+    key = jax.random.key(3)
+    batch = collect(config, env, env.params, policy, state, Statistics(), key, hparams).batch
     learned = []
     for chunk_size in (None, 4, 5):  # 5 divides nothing here: one chunk
         losses = make_losses(

@@ -14,8 +14,10 @@ from ppo_jax.collect import collect
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.losses import make_losses
-from ppo_jax.policy.policy import Policy, make_spec, network_of
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import make_spec, network_of
 from ppo_jax.rollout import reset, rollout
+from ppo_jax.types import Statistics
 
 STATES, ACTIONS, HORIZON = 4, 2, 3
 _RNG = np.random.default_rng(0)
@@ -118,8 +120,9 @@ class Fixture:
         """One rollout of whole episodes, by the stage that the trainer uses."""
         reset_key, key = jax.random.split(key)
         start = reset(self.env, (), reset_key, num_envs=self.config.num_envs)
-        policy = Policy(self.params, self.spec)
-        _, batch, _ = collect(self.config, self.env, (), policy, start, key, hparams)
+        policy = Policy(self.params, spec=self.spec)
+        stats = Statistics()
+        batch = collect(self.config, self.env, (), policy, start, stats, key, hparams).batch
         # Only first episodes start from START; later ones in the rollout are cut by its end.
         mask = (jnp.cumsum(batch.done, axis=0) - batch.done) == 0
         return batch._replace(mask=mask if batch.mask is None else batch.mask)
@@ -190,7 +193,7 @@ def test_the_td_error_gives_the_exact_gradient_when_the_critic_is_exact():
     def gradient(key):
         reset_key, roll_key = jax.random.split(key)
         start = reset(fixture.env, (), reset_key, num_envs=64)
-        acting = Policy(fixture.params, fixture.spec)
+        acting = Policy(fixture.params, spec=fixture.spec)
         _, trajectory, _ = rollout(fixture.env, (), acting, start, roll_key, num_steps=HORIZON)
         values = Values(exact_value(trajectory.obs), exact_value(trajectory.final_obs))
         estimates = fixture.row.estimate(fixture.config, trajectory, values, hparams)
@@ -235,7 +238,7 @@ def test_episodes_that_the_rollout_cuts_do_not_count():
     fixture = Fixture("reinforce")
     config = fixture.config.replace(num_steps=2)
     start = reset(fixture.env, (), jax.random.key(0), num_envs=64)
-    policy = Policy(fixture.params, fixture.spec)
+    policy = Policy(fixture.params, spec=fixture.spec)
     _, trajectory, _ = rollout(fixture.env, (), policy, start, jax.random.key(1), num_steps=2)
     estimates = fixture.row.estimate(config, trajectory, None, fixture.hparams())
     cut = ~np.asarray(trajectory.terminated).any(axis=0)

@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "ppo_jax"
 
 # From the bottom up; a module may import from its own layer's package and from layers below.
 LAYERS = [
-    ["config", "types", "presets"],
+    ["config", "presets"],
     ["collective"],
-    ["advantages", "importance", "natural_gradient", "objectives", "shuffle"],
+    ["advantages", "importance", "natural_gradient", "objectives", "running_stats", "shuffle"],
+    ["types"],
     ["envs", "policy"],
     ["optimizers", "rollout", "losses", "update", "algorithms"],
     ["collect"],

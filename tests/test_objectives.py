@@ -8,7 +8,7 @@ from ppo_jax.algorithms import ALGORITHMS, complete, complete_config
 from ppo_jax.config import Config, HParams
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.losses import make_losses
-from ppo_jax.policy.policy import PolicySpec, network_of
+from ppo_jax.policy.spec import PolicySpec, network_of
 from ppo_jax.types import Batch
 
 B = 32
@@ -90,7 +90,7 @@ def _forward(params, obs, has_log_std):
     p = params["params"]
 
     def mlp(torso, out):
-        hidden = p[torso]["Dense_0"]
+        hidden = p[torso]["MLP_0"]["Dense_0"]
         x = jnp.tanh(obs @ hidden["kernel"] + hidden["bias"][None])
         return x @ p[out]["kernel"] + p[out]["bias"][None]
 

@@ -11,7 +11,9 @@ from ppo_jax.config import Config
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.policy.distributions import GaussianParams, make_head
 from ppo_jax.policy.initializers import orthogonal
-from ppo_jax.policy.policy import Policy, PolicySpec, load_policy, network_of, save_policy
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.saving import load_policy, save_policy
+from ppo_jax.policy.spec import PolicySpec, network_of
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (4, 64), (64, 2), (64, 1), (300, 64), (1, 1)])

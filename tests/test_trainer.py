@@ -11,6 +11,7 @@ import pytest
 from ppo_jax import Config, HParams, make_train, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, complete
 from ppo_jax.rollout import rollout
+from tests.conftest import quick_jit
 
 UPDATES = 6
 
@@ -46,7 +47,7 @@ class Case:
         self.init = self.jit(self.trainer.init)
         self.step = self.jit(self.trainer.step)
         self.run = self.jit(self.trainer.run)
-        self.run_lanes = jax.jit(jax.vmap(self.trainer.run))
+        self.run_lanes = quick_jit(jax.vmap(self.trainer.run))
 
     def jit(self, function):
         """`jax.jit` that counts how often the function is traced."""
@@ -55,7 +56,7 @@ class Case:
             self.traced[function.__name__] += 1
             return function(*args)
 
-        return jax.jit(traced)
+        return quick_jit(traced)
 
     def lanes(self, gammas):
         """Hyperparameters that are the same in every lane but for gamma."""

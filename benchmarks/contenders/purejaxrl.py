@@ -1,6 +1,8 @@
 """PureJaxRL, from the checkout that PUREJAXRL names.
 
-Its network for continuous actions has 256 units a layer, whatever the workload says.
+Its network for continuous actions has 256 units a layer, whatever the workload says. Weights
+start as scaled Gaussians and not as orthogonal matrices, whose QR decompositions, many under one
+vmap, can wait for each other forever on a CPU with two threads (jaxlib 0.10.2).
 """
 
 import importlib
@@ -10,7 +12,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+import flax.linen
 import gymnax
+import jax
 import numpy as np
 from jax_timing import compile_and_time
 from serving import serve
@@ -27,12 +31,18 @@ def import_ppo(*, continuous: bool) -> Any:
         sys.modules[name] = types.ModuleType(name)
     vars(sys.modules["brax"])["envs"] = sys.modules["brax.envs"]
     vars(sys.modules[training]).update(EpisodeWrapper=object, AutoResetWrapper=object)
+    flax.linen.initializers.orthogonal = scaled_gaussian
     sys.path.insert(0, str(Path(os.environ["PUREJAXRL"]) / "purejaxrl"))
     if not continuous:
         return importlib.import_module("ppo")
     ppo = importlib.import_module("ppo_continuous_action")
     ppo.BraxGymnaxWrapper = WithDefaults
     return ppo
+
+
+def scaled_gaussian(gain: float) -> Any:
+    """Of the same variance as the entries of an orthogonal matrix."""
+    return jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "normal")
 
 
 class WithDefaults:

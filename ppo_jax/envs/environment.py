@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ppo_jax.envs.spaces import Box, Space
+from ppo_jax.envs.spaces import Leaf, Space
 
 
 class Step(NamedTuple):
     """What one step returns: the true successor, whether or not the episode ends there."""
 
-    obs: jax.Array
+    obs: Any
     state: Any
     reward: jax.Array
     """float32 scalar."""
@@ -26,14 +26,15 @@ class Environment(NamedTuple):
 
     `reset(key, params) -> (obs, state)`; `step(key, state, action, params) -> Step`. A step does
     not reset: the rollout does.
-    Observations have the dtype of `observation_space`, rewards are float32, and actions are
-    clipped to the bounds of a box before they reach the suite's code.
+    Observations have the dtypes of `observation_space` (plain dicts and tuples of arrays where it
+    has several), rewards are float32, and actions are clipped to the bounds of a box before they
+    reach the suite's code.
     """
 
     name: str
-    reset: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+    reset: Callable[[jax.Array, Any], tuple[Any, Any]]
     step: Callable[[jax.Array, Any, jax.Array, Any], Step]
     params: Any
     """Default parameters: a pytree of scalars, traced."""
-    observation_space: Box
-    action_space: Space
+    observation_space: Space
+    action_space: Leaf

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppo_jax.config import ConfigError
+from ppo_jax.envs import spaces
 from ppo_jax.envs.environment import Environment, Step
-from ppo_jax.envs.spaces import Box, Discrete, Space
+from ppo_jax.envs.spaces import Box, Discrete, Leaf, MultiDiscrete, Space
 
 
 def make(name: str, **kwargs: Any) -> Environment:
@@ -27,18 +29,20 @@ def adapt(name: str, env: Any) -> Environment:
     grids of zeros and ones are bool: a trajectory of them is a quarter as large.
 
     Raises:
-      ConfigError: a space that no policy can handle yet.
+      ConfigError: a space that no policy can handle.
     """
     params = env.default_params
-    observation_space = _observation_space(name, env.observation_space(params))
+    observation_space = _space(name, env.observation_space(params))
+    if isinstance(observation_space, Box) and name.endswith("-MinAtar"):
+        observation_space = observation_space._replace(dtype="bool")
     action_space = _action_space(name, env.action_space(params))
 
     transition = _without_reset(env)
 
-    def cast_obs(obs: jax.Array) -> jax.Array:
-        return jnp.asarray(obs, observation_space.dtype)
+    def cast_obs(obs: Any) -> Any:
+        return _cast(observation_space, obs)
 
-    def reset(key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
         return cast_obs(obs), state
 
@@ -76,25 +80,44 @@ def _without_reset(env: Any) -> Callable[..., tuple]:
     return transition if type(env).step is Gymnax.step else step
 
 
-def _box(space: Any) -> Box:
-    return Box(tuple(space.shape), jnp.dtype(space.dtype).name)
-
-
-def _observation_space(name: str, space: Any) -> Box:
-    if hasattr(space, "n") or not hasattr(space, "shape"):
-        raise ConfigError(
-            f"observations must be arrays (a Box space); {name} has {space}. "
-            "Encode them as an array in the environment, for example one-hot."
-        )
-    return Box(tuple(space.shape), "bool") if name.endswith("-MinAtar") else _box(space)
-
-
-def _action_space(name: str, space: Any) -> Space:
+def _space(name: str, space: Any) -> Space:
+    """Gymnax's description as ours."""
+    if hasattr(space, "spaces"):
+        if hasattr(space.spaces, "items"):
+            return spaces.Dict.of({key: _space(name, entry) for key, entry in space.spaces.items()})
+        return spaces.Tuple(tuple(_space(name, entry) for entry in space.spaces))
+    if hasattr(space, "nvec"):  # as gymnasium calls it; gymnax has no such space
+        return MultiDiscrete(tuple(map(int, space.nvec)))
     if hasattr(space, "n"):
         return Discrete(int(space.n))
-    if hasattr(space, "low") and jnp.issubdtype(space.dtype, jnp.floating):
-        return _box(space)
+    if hasattr(space, "shape"):
+        return Box(tuple(space.shape), jnp.dtype(space.dtype).name)
     raise ConfigError(
-        f"actions must be Discrete or a floating-point Box; {name} has {space}. "
+        f"a space must be a Box, Discrete, MultiDiscrete, or a dict or tuple of them; {name} has "
+        f"{space}. Describe it by one of these."
+    )
+
+
+def _action_space(name: str, space: Any) -> Leaf:
+    ours = _space(name, space)
+    if isinstance(ours, (Discrete, MultiDiscrete)):
+        return ours
+    if isinstance(ours, Box) and jnp.issubdtype(ours.dtype, jnp.floating):
+        low, high = (
+            tuple(np.broadcast_to(np.asarray(bound, float), ours.shape).ravel().tolist())
+            for bound in (space.low, space.high)
+        )
+        return ours._replace(low=low, high=high)
+    raise ConfigError(
+        f"actions must be Discrete, MultiDiscrete or a floating-point Box; {name} has {space}. "
         "Choose another environment, or flatten its actions into one of these spaces."
     )
+
+
+def _cast(space: Space, obs: Any) -> Any:
+    """An observation as plain dicts, tuples and arrays of the dtypes that its space says."""
+    if isinstance(space, spaces.Dict):
+        return {name: _cast(entry, obs[name]) for name, entry in space.spaces}
+    if isinstance(space, spaces.Tuple):
+        return tuple(map(_cast, space.spaces, obs))
+    return jnp.asarray(obs, spaces.dtype_of(space))

@@ -4,6 +4,7 @@ A `Head` splits sampling in two: noise is drawn in bulk, outside the rollout's l
 `sample` is a deterministic function of parameters and noise inside it.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,12 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     import distrax
 
-from ppo_jax.envs.spaces import Box, Discrete, Space
+from ppo_jax.config import ConfigError
+from ppo_jax.envs.spaces import Box, Discrete, MultiDiscrete, Space
+
+MASKED = -1e30
+"""The logit of an action that is not allowed: its probability is exactly 0 in float32, and
+unlike −∞ it leaves 0 · log 0 and all gradients finite."""
 
 
 class GaussianParams(NamedTuple):
@@ -25,6 +31,13 @@ class GaussianParams(NamedTuple):
 
     mean: jax.Array  # [..., *shape]
     log_std: jax.Array  # [..., *shape]
+
+
+class BetaParams(NamedTuple):
+    """Parameters of independent Beta distributions, both above 1: one mode, inside."""
+
+    alpha: jax.Array  # [..., *shape]
+    beta: jax.Array  # [..., *shape]
 
 
 class Distribution(Protocol):
@@ -62,6 +75,85 @@ class Categorical(NamedTuple):
         return jnp.sum(jnp.exp(self.log_probs) * (self.log_probs - other.log_probs), axis=-1)
 
 
+class TanhNormal(NamedTuple):
+    """tanh(x) of a Gaussian x, stretched to an interval of half width w.
+
+    Its actions are the x: tanh rounds to ±1 long before x is large, and cannot be inverted
+    there. The densities are those of the stretched action. Haarnoja et al. 2018
+    (arXiv:1801.01290), appendix C.
+    """
+
+    normal: Any
+    log_width: jax.Array
+    """log w."""
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log N(x) − log(1 − tanh² x) − log w."""
+        return self.normal.log_prob(action) - _log_slope(action) - self.log_width
+
+    def entropy(self) -> jax.Array:
+        """H(x) + E[log(1 − tanh² x)] + log w; the expectation, which has no closed form, by
+        Gauss and Hermite's quadrature.
+        """
+        nodes = self.normal.loc[..., None] + self.normal.scale[..., None] * _like(
+            _NODES, self.normal.loc[..., None]
+        )
+        expected = jnp.sum(_log_slope(nodes) * _like(_WEIGHTS, nodes), axis=-1)
+        return self.normal.entropy() + expected + self.log_width
+
+    def kl_divergence(self, other: "TanhNormal") -> jax.Array:
+        """That of the Gaussians: a bijection changes no KL."""
+        return self.normal.kl_divergence(other.normal)
+
+
+class StretchedBeta(NamedTuple):
+    """A Beta distribution stretched from [0, 1] to an interval; its actions are those in [0, 1]."""
+
+    unit: Any
+    log_width: jax.Array
+    """Of the whole interval."""
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log Beta(u) − log width."""
+        return self.unit.log_prob(action) - self.log_width
+
+    def entropy(self) -> jax.Array:
+        """H(u) + log width."""
+        return self.unit.entropy() + self.log_width
+
+    def kl_divergence(self, other: "StretchedBeta") -> jax.Array:
+        """That of the unit interval's."""
+        return self.unit.kl_divergence(other.unit)
+
+
+class Product(NamedTuple):
+    """Independent distributions of the entries of an action: everything adds up over them."""
+
+    factors: Distribution
+    """Whose results are `[..., *shape]`."""
+    ndim: int
+    """Axes of `shape`."""
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Σ log π(a_i)."""
+        return self._sum(self.factors.log_prob(action))
+
+    def entropy(self) -> jax.Array:
+        """Σ H_i."""
+        return self._sum(self.factors.entropy())
+
+    def kl_divergence(self, other: "Product") -> jax.Array:
+        """Σ KL_i."""
+        return self._sum(self.factors.kl_divergence(other.factors))
+
+    def _sum(self, x: jax.Array) -> jax.Array:
+        return jnp.sum(x, axis=tuple(range(x.ndim - self.ndim, x.ndim)))
+
+
+def _unchanged(action: jax.Array) -> jax.Array:
+    return action
+
+
 class Head(NamedTuple):
     """A family of action distributions. `params` is the pytree that `parametrize` makes."""
 
@@ -76,14 +168,53 @@ class Head(NamedTuple):
     sample: Callable[[Any, jax.Array], jax.Array]
     """`(params, noise) -> action`."""
     mode: Callable[[Any], jax.Array]
-    """`params -> action`, the most likely one."""
+    """`params -> action`, the most likely one; of a squashed Gaussian the median."""
     distribution: Callable[[Any], Distribution]
     """`params -> distribution`."""
+    to_env: Callable[[jax.Array], jax.Array] = _unchanged
+    """`action -> action`, from what the distribution is over to what the environment takes."""
 
 
-def make_head(space: Space) -> Head:
-    """The head for an action space: categorical for Discrete, diagonal Gaussian for Box."""
-    return _categorical(space) if isinstance(space, Discrete) else _gaussian(space)
+def make_head(
+    space: Space, distribution: str | None = None, *, state_dependent_std: bool = False
+) -> Head:
+    """The head for an action space.
+
+    Args:
+      space: of the actions.
+      distribution: of a Box: "gaussian", "tanh_gaussian" or "beta"; None is "gaussian".
+      state_dependent_std: a Gaussian's log standard deviation is an output of the network.
+
+    Raises:
+      ConfigError: the distribution does not fit the space.
+    """
+    if isinstance(space, Box):
+        distribution = distribution or "gaussian"
+        if distribution == "beta":
+            if state_dependent_std:
+                raise ConfigError(
+                    "state_dependent_std must be off for a distribution without a standard "
+                    "deviation; action_distribution is beta. Leave state_dependent_std out."
+                )
+            return _beta(space)
+        return _gaussian(
+            space,
+            squashed=distribution == "tanh_gaussian",
+            state_dependent_std=state_dependent_std,
+        )
+    if distribution is not None or state_dependent_std:
+        raise ConfigError(
+            "action_distribution and state_dependent_std must be left out where actions are "
+            f"integers; got {distribution} and {state_dependent_std} for {space}."
+        )
+    if isinstance(space, Discrete):
+        return _categorical(space)
+    if isinstance(space, MultiDiscrete):
+        return _multi_categorical(space)
+    raise ConfigError(
+        f"actions must be Discrete, MultiDiscrete or a Box; got {space}. "
+        "Flatten them into one of these spaces."
+    )
 
 
 def _categorical(space: Discrete) -> Head:
@@ -99,21 +230,127 @@ def _categorical(space: Discrete) -> Head:
     )
 
 
-def _gaussian(space: Box) -> Head:
+def _multi_categorical(space: MultiDiscrete) -> Head:
+    """Categoricals in a row, of the width of the widest: what the others lack is masked."""
+    sizes = space.num_values
+    one = _categorical(Discrete(max(sizes)))
+
+    def parametrize(outputs: jax.Array, _: jax.Array | None) -> jax.Array:
+        def widen(logits: jax.Array) -> jax.Array:
+            missing = max(sizes) - logits.shape[-1]
+            pads = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+            return jnp.pad(logits, pads, constant_values=MASKED)
+
+        parts = jnp.split(outputs, np.cumsum(sizes)[:-1], axis=-1)
+        return jnp.stack([widen(part) for part in parts], axis=-2)
+
+    return one._replace(
+        num_outputs=sum(sizes),
+        parametrize=parametrize,
+        noise=lambda key, shape: one.noise(key, (*shape, len(sizes))),
+        distribution=lambda logits: Product(one.distribution(logits), 1),
+    )
+
+
+_LOG_STD_RANGE = (-10.0, 2.0)
+"""Of a standard deviation that the network gives: outside, float32's densities break down."""
+
+
+def _gaussian(space: Box, *, squashed: bool, state_dependent_std: bool) -> Head:
+    size = math.prod(space.shape)
+    ndim = len(space.shape)
+    low, high = _bounds(space, "tanh_gaussian") if squashed else (None, None)
+
+    def shaped(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], *space.shape)
+
     def parametrize(outputs: jax.Array, log_std: jax.Array | None) -> GaussianParams:
-        mean = outputs.reshape(*outputs.shape[:-1], *space.shape)
+        mean = shaped(outputs[..., :size])
+        if state_dependent_std:
+            return GaussianParams(mean, jnp.clip(shaped(outputs[..., size:]), *_LOG_STD_RANGE))
         assert log_std is not None, "a head with log_std_shape is given one"
         return GaussianParams(mean, jnp.broadcast_to(log_std, mean.shape))
 
+    def distribution(params: GaussianParams) -> Distribution:
+        normal = distrax.Normal(params.mean, jnp.exp(params.log_std))
+        if low is None:
+            return Product(normal, ndim)
+        return Product(TanhNormal(normal, _like(np.log((high - low) / 2), params.mean)), ndim)
+
+    def to_env(action: jax.Array) -> jax.Array:
+        if low is None:
+            return action
+        return _like(low, action) + _like(high - low, action) * (jnp.tanh(action) + 1) / 2
+
     return Head(
-        num_outputs=int(np.prod(space.shape)),
-        log_std_shape=space.shape,
+        num_outputs=2 * size if state_dependent_std else size,
+        log_std_shape=None if state_dependent_std else space.shape,
         parametrize=parametrize,
         noise=lambda key, shape: jax.random.normal(key, (*shape, *space.shape)),
         sample=lambda params, noise: params.mean + jnp.exp(params.log_std) * noise,
         mode=lambda params: params.mean,
-        distribution=lambda params: distrax.Independent(
-            distrax.Normal(params.mean, jnp.exp(params.log_std)),
-            reinterpreted_batch_ndims=len(space.shape),
-        ),
+        distribution=distribution,
+        to_env=to_env,
     )
+
+
+_EDGE = 1e-6
+"""Actions keep so far from 0 and 1, where a Beta's log-density is infinite."""
+
+
+def _beta(space: Box) -> Head:
+    """Chou et al. 2017 (PMLR 70): α = 1 + softplus(·) and β alike, so that the mode is inside."""
+    size = math.prod(space.shape)
+    low, high = _bounds(space, "beta")
+
+    def parametrize(outputs: jax.Array, _: jax.Array | None) -> BetaParams:
+        alpha, beta = jnp.split(1.0 + jax.nn.softplus(outputs), 2, axis=-1)
+        shape = (*outputs.shape[:-1], *space.shape)
+        return BetaParams(alpha.reshape(shape), beta.reshape(shape))
+
+    def sample(params: BetaParams, keys: jax.Array) -> jax.Array:
+        def one(key: jax.Array, params: BetaParams) -> jax.Array:
+            return jax.random.beta(key, params.alpha, params.beta)
+
+        flat = jax.tree.map(lambda x: x.reshape(keys.size, *space.shape), params)
+        action = jax.vmap(one)(keys.reshape(-1), flat).reshape(params.alpha.shape)
+        return jnp.clip(action, _EDGE, 1.0 - _EDGE)
+
+    def distribution(params: BetaParams) -> Distribution:
+        unit = distrax.Beta(params.alpha, params.beta)
+        return Product(StretchedBeta(unit, _like(np.log(high - low), params.alpha)), len(low.shape))
+
+    return Head(
+        num_outputs=2 * size,
+        log_std_shape=None,
+        parametrize=parametrize,
+        noise=jax.random.split,  # rejection sampling: how many numbers it takes is not known
+        sample=sample,
+        mode=lambda params: (params.alpha - 1) / (params.alpha + params.beta - 2),
+        distribution=distribution,
+        to_env=lambda action: _like(low, action) + _like(high - low, action) * action,
+    )
+
+
+def _bounds(space: Box, distribution: str) -> tuple[np.ndarray, np.ndarray]:
+    if space.low is None or space.high is None or not np.all(np.isfinite([space.low, space.high])):
+        raise ConfigError(
+            f"action_distribution {distribution} needs actions with finite bounds; got "
+            f"{space.low} and {space.high}. Use gaussian."
+        )
+    return np.reshape(space.low, space.shape), np.reshape(space.high, space.shape)
+
+
+def _like(constant: np.ndarray, x: jax.Array) -> jax.Array:
+    """The constant as one of x's dtype, for every entry of its batch."""
+    shape = (1,) * (x.ndim - constant.ndim) + constant.shape
+    return jnp.asarray(constant, x.dtype).reshape(shape)
+
+
+def _log_slope(x: jax.Array) -> jax.Array:
+    """log(1 − tanh² x), without the cancellation."""
+    return 2.0 * (math.log(2.0) - x - jax.nn.softplus(-2.0 * x))
+
+
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
+_WEIGHTS /= math.sqrt(2.0 * math.pi)

@@ -1,15 +1,18 @@
 """The networks: observations in, parameters of an action distribution and values out."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.policy.distributions import Head
+from ppo_jax.config import ConfigError, unknown_name
+from ppo_jax.envs.spaces import Box, Dict, Discrete, Leaf, Space, leaves, shape_of
+from ppo_jax.policy.distributions import MASKED, Head
 from ppo_jax.policy.initializers import orthogonal
+from ppo_jax.policy.memory import Memory, read
 
 _HIDDEN_GAIN = np.sqrt(2.0)
 # A small gain makes the first policy nearly uniform, or centred: Andrychowicz et al. 2021
@@ -17,75 +20,246 @@ _HIDDEN_GAIN = np.sqrt(2.0)
 _ACTOR_GAIN = 0.01
 _CRITIC_GAIN = 1.0
 
+ACTION_MASK = "action_mask"
+"""The entry of a dict observation that says which actions are allowed; no torso sees it."""
+
+Convolutions = tuple[tuple[int, int, int], ...]
+"""Features, width of the kernel and stride of each layer."""
+
+CONVOLUTIONS: dict[str, Convolutions] = {
+    "minatar_cnn": ((16, 3, 1),),  # Young & Tian 2019, arXiv:1903.03176, appendix A
+    "nature_cnn": ((32, 8, 4), (64, 4, 2), (64, 3, 1)),  # Mnih et al. 2015, doi:10.1038/nature14236
+}
+
 
 class MLP(nn.Module):
     """Dense layers, each followed by an activation; orthogonal initialisation."""
 
     hidden_sizes: tuple[int, ...]
     activation: Callable[[jax.Array], jax.Array]
+    layer_norm: bool = False
+    """Normalise before each activation: Ba et al. 2016 (arXiv:1607.06450)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., F]` to `[..., hidden_sizes[-1]]`."""
         for size in self.hidden_sizes:
-            x = self.activation(_dense(size, _HIDDEN_GAIN)(x))
+            x = _dense(size, _HIDDEN_GAIN)(x)
+            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
         return x
+
+
+class CNN(nn.Module):
+    """Convolutions without padding, each followed by an activation."""
+
+    layers: Convolutions
+    activation: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, height, width, channels]` to `[B, F]`."""
+        for features, kernel, stride in self.layers:
+            x = self.activation(_conv(features, kernel, stride, "VALID")(x))
+            if 0 in x.shape:
+                raise ConfigError(
+                    f"convolutions must leave something of an image; kernel {kernel} with stride "
+                    f"{stride} leaves {x.shape[1:]}. Use smaller ones, as minatar_cnn does."
+                )
+        return x.reshape(x.shape[0], -1)
+
+
+class ResNet(nn.Module):
+    """The residual network of Espeholt et al. 2018 (arXiv:1802.01561), figure 3."""
+
+    activation: Callable[[jax.Array], jax.Array]
+    widths: tuple[int, ...] = (16, 32, 32)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, height, width, channels]` to `[B, F]`."""
+        for width in self.widths:
+            x = _conv(width, 3, 1, "SAME")(x)
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+            for _ in range(2):
+                residual = _conv(width, 3, 1, "SAME")(self.activation(x))
+                x = x + _conv(width, 3, 1, "SAME")(self.activation(residual))
+        return self.activation(x).reshape(x.shape[0], -1)
+
+
+class Torso(nn.Module):
+    """Any observation to features: images by `image`, all else flattened, then `dense` layers.
+
+    Integers are one-hot, or embedded. Bytes of images are scaled to [0, 1].
+    """
+
+    space: Space
+    image: Callable[[], nn.Module] | None
+    """Makes what takes one image `[B, height, width, channels]` to `[B, F]`; None flattens."""
+    dense: Callable[[], nn.Module]
+    """Makes what takes the features of all entries `[B, F]` to the torso's."""
+    embedding_size: int | None = None
+
+    @nn.compact
+    def __call__(self, obs: Any) -> jax.Array:
+        """`[B, ...]` to `[B, F]`."""
+        entries = zip(leaves(self.space), jax.tree.leaves(obs), strict=True)
+        features = [self._encode(leaf, x) for leaf, x in entries]
+        return self.dense()(features[0] if len(features) == 1 else jnp.concatenate(features, -1))
+
+    def _encode(self, leaf: Leaf, x: jax.Array) -> jax.Array:
+        if isinstance(leaf, Box):
+            scale = 255.0 if is_image(leaf) and leaf.dtype == "uint8" else 1.0
+            x = x.astype(jnp.float32) / scale
+            if self.image is not None and is_image(leaf):
+                return self.image()(x)
+            return x.reshape(x.shape[0], -1)
+        sizes = (leaf.num_values,) if isinstance(leaf, Discrete) else leaf.num_values
+        x = x.reshape(x.shape[0], len(sizes))
+        if self.embedding_size is None:
+            parts = [jax.nn.one_hot(x[:, i], size) for i, size in enumerate(sizes)]
+        else:
+            parts = [nn.Embed(size, self.embedding_size)(x[:, i]) for i, size in enumerate(sizes)]
+        return jnp.concatenate(parts, axis=-1)
+
+
+def is_image(leaf: Leaf) -> bool:
+    """Height, width and channels."""
+    return isinstance(leaf, Box) and len(leaf.shape) == 3
+
+
+class View(NamedTuple):
+    """What one part of a policy sees of an observation."""
+
+    space: Space
+    names: tuple[str, ...] | None
+    """Entries of a dict observation; None for all of it."""
+
+    def __call__(self, obs: Any) -> Any:
+        """The part that is seen."""
+        return obs if self.names is None else {name: obs[name] for name in self.names}
+
+
+def make_view(space: Space, names: tuple[str, ...] | None) -> View:
+    """What `names` show of a dict observation; None shows all but the action mask.
+
+    Raises:
+      ConfigError: the observation has no such entries.
+    """
+    if not isinstance(space, Dict):
+        if names is not None:
+            raise ConfigError(
+                f"actor_keys and critic_keys need observations that are dicts; got {names} "
+                f"and {space}. Leave them out."
+            )
+        return View(space, None)
+    if names is None:
+        names = tuple(name for name in space.names if name != ACTION_MASK)
+    for name in names:
+        if name not in space.names:
+            raise unknown_name("entry of the observation", name, space.names)
+    entries = dict(space.spaces)
+    return View(Dict.of({name: entries[name] for name in names}), tuple(names))
 
 
 class ActorCritic(nn.Module):
     """An actor and a critic over observations of any batch shape.
 
-    Each has hidden layers of its own unless `shared_torso`. The two are methods because a
-    rollout needs only the actor: values come from one batched call afterwards.
+    Each has a torso, and a memory if any, of its own, unless the critic has none and shares the
+    actor's. The two are methods because a rollout needs only the actor: values come from
+    batched calls afterwards. With memories, observations are sequences `[T, N, ...]`, and
+    `memory` holds what each part carried before them, `{"actor": …, "critic": …}`.
     """
 
     head: Head
-    obs_ndim: int
-    hidden_sizes: tuple[int, ...]
-    activation: Callable[[jax.Array], jax.Array]
-    shared_torso: bool
+    space: Space
+    actor_view: View
+    critic_view: View
+    actor_torso: nn.Module
+    critic_torso: nn.Module | None
+    actor_memory: Memory | None
+    critic_memory: Memory | None
     has_critic: bool = True
 
     def setup(self) -> None:
-        """Makes the layers; flax calls this."""
-        self.actor_torso = MLP(self.hidden_sizes, self.activation)
+        """Makes the last layers; flax calls this."""
         self.actor_out = _dense(self.head.num_outputs, _ACTOR_GAIN)
         if self.has_critic:
-            if not self.shared_torso:
-                self.critic_torso = MLP(self.hidden_sizes, self.activation)
             self.critic_out = _dense(1, _CRITIC_GAIN)
         if self.head.log_std_shape is not None:
             self.actor_log_std = _LogStd(self.head.log_std_shape)
 
-    def __call__(self, obs: jax.Array) -> tuple[Any, jax.Array | None]:
+    def __call__(
+        self, obs: Any, memory: Any = None, start: jax.Array | None = None
+    ) -> tuple[Any, jax.Array | None]:
         """Distribution parameters `[..., *]` and values `[...]`, None without a critic."""
-        x = self._flat(obs)
-        features = self.actor_torso(x)
-        action_params = self._parametrize(features)
+        features, _ = self._features("actor", obs, memory, start)
+        action_params = self._parametrize(features, obs)
         if not self.has_critic:
             return action_params, None
-        return action_params, self._value(features if self.shared_torso else x)
+        if self._judge != "actor":
+            features, _ = self._features(self._judge, obs, memory, start)
+        return action_params, self._value(features)
 
-    def actor(self, obs: jax.Array) -> Any:
-        """Distribution parameters `[..., *]`."""
-        return self._parametrize(self.actor_torso(self._flat(obs)))
+    def actor(
+        self, obs: Any, memory: Any = None, start: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """Distribution parameters `[..., *]`, and what the actor carries after every step."""
+        features, memories = self._features("actor", obs, memory, start)
+        return self._parametrize(features, obs), memories
 
-    def critic(self, obs: jax.Array) -> jax.Array:
-        """Values `[...]`."""
-        x = self._flat(obs)
-        return self._value(self.actor_torso(x) if self.shared_torso else x)
+    def critic(
+        self, obs: Any, memory: Any = None, start: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Values `[...]`, and what the critic, or the shared torso, carries after every step."""
+        features, memories = self._features(self._judge, obs, memory, start)
+        return self._value(features), memories
 
-    def _flat(self, obs: jax.Array) -> jax.Array:
-        batch_shape = obs.shape[: obs.ndim - self.obs_ndim]
-        return obs.reshape(*batch_shape, -1).astype(jnp.float32)
+    @property
+    def _judge(self) -> str:
+        """Whose features the value is of."""
+        return "actor" if self.critic_torso is None else "critic"
 
-    def _parametrize(self, features: jax.Array) -> Any:
+    def _features(
+        self, part: str, obs: Any, memory: Any, start: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        view, torso, cell = {
+            "actor": (self.actor_view, self.actor_torso, self.actor_memory),
+            "critic": (self.critic_view, self.critic_torso, self.critic_memory),
+        }[part]
+        x = self._flat(torso, view, obs)
+        if cell is None:
+            return x, None
+        memories = cell(memory[part], x, start)
+        return read(memories), {part: memories}
+
+    def _flat(self, torso: nn.Module, view: View, obs: Any) -> jax.Array:
+        """The torso sees one batch axis, whatever the batch."""
+        batch_shape = batch_shape_of(self.space, obs)
+        ndim = len(batch_shape)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[ndim:]), view(obs))
+        features = torso(flat)
+        return features.reshape(*batch_shape, features.shape[-1])
+
+    def _parametrize(self, features: jax.Array, obs: Any) -> Any:
+        outputs = self.actor_out(features)
+        if has_action_mask(self.space):
+            outputs = jnp.where(obs[ACTION_MASK], outputs, MASKED)
         log_std = None if self.head.log_std_shape is None else self.actor_log_std()
-        return self.head.parametrize(self.actor_out(features), log_std)
+        return self.head.parametrize(outputs, log_std)
 
-    def _value(self, x: jax.Array) -> jax.Array:
-        features = x if self.shared_torso else self.critic_torso(x)
+    def _value(self, features: jax.Array) -> jax.Array:
         return self.critic_out(features).squeeze(-1)
+
+
+def has_action_mask(space: Space) -> bool:
+    """Observations say which actions are allowed."""
+    return isinstance(space, Dict) and ACTION_MASK in space.names
+
+
+def batch_shape_of(space: Space, obs: Any) -> tuple[int, ...]:
+    """The leading axes of an observation, those that its space does not have."""
+    leaf, x = leaves(space)[0], jax.tree.leaves(obs)[0]
+    return x.shape[: x.ndim - len(shape_of(leaf))]
 
 
 class _LogStd(nn.Module):
@@ -113,3 +287,13 @@ def merge_params(actor: Any, critic: Any) -> Any:
 
 def _dense(size: int, gain: float) -> nn.Dense:
     return nn.Dense(size, kernel_init=orthogonal(gain))
+
+
+def _conv(features: int, kernel: int, stride: int, padding: str) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=padding,
+        kernel_init=orthogonal(_HIDDEN_GAIN),
+    )

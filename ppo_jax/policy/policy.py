@@ -1,127 +1,109 @@
-"""A policy as a value: it acts, it is a pytree, and it can be saved and loaded."""
+"""A policy as a value: it acts, and it is a pytree."""
 
-import functools
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import serialization, struct
+from flax import struct
 
-from ppo_jax.config import Config, ConfigError
-from ppo_jax.envs.environment import Environment
-from ppo_jax.envs.spaces import Box, Discrete, Space
-from ppo_jax.policy.distributions import Head, make_head
-from ppo_jax.policy.networks import ActorCritic
-
-
-class PolicySpec(NamedTuple):
-    """The static part of a policy: enough to build its network again. Hashable."""
-
-    observation_space: Box
-    action_space: Space
-    hidden_sizes: tuple[int, ...]
-    activation: str
-    shared_torso: bool
-    has_critic: bool = True
+from ppo_jax import running_stats
+from ppo_jax.config import ConfigError
+from ppo_jax.policy import networks
+from ppo_jax.policy.spec import ObsStats, PolicySpec, head_of, initial_memory_of, network_of
 
 
 class Policy(struct.PyTreeNode):
     """A policy that acts.
 
     `policy(obs, key)` samples an action, `policy(obs)` takes the most likely one; `obs` may
-    have leading batch axes. Actions in a box are not clipped to its bounds; environments of
+    have leading batch axes. One with a memory is asked by `act`, which takes and returns what it
+    remembers. Actions of a Gaussian are not clipped to a box's bounds; environments of
     `ppo_jax.envs` do that themselves. A pytree: it can be passed to jitted functions, and a
     population of them is the same value with leading axes, for `jax.vmap`.
     """
 
     params: Any
-    spec: PolicySpec = struct.field(pytree_node=False)
+    obs_stats: ObsStats | None = None
+    """What observations are normalised by; None leaves them as they are."""
+    spec: PolicySpec = struct.field(pytree_node=False, kw_only=True)
 
-    def __call__(self, obs: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, obs: Any, key: jax.Array | None = None) -> jax.Array:
         """Actions `[..., *action shape]` for observations `[..., *observation shape]`."""
+        if self.spec.memory is not None:
+            raise ConfigError(
+                f"a policy with a memory ({self.spec.memory}) must be told what it remembers. "
+                "Call policy.act(obs, memory, key), starting from policy.initial_memory()."
+            )
+        return self.act(obs, None, key)[0]
+
+    def act(self, obs: Any, memory: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """Actions as `__call__` gives them, and the memory for the next observation.
+
+        `memory` is `initial_memory(batch_shape)` at the start of an episode, and `None` will do
+        for a policy without one.
+        """
         head = head_of(self.spec)
-        action_params = self.action_params(obs)
+        batch_shape = networks.batch_shape_of(self.spec.observation_space, obs)
+        ndim = len(batch_shape)
+        flat, carried = (
+            jax.tree.map(lambda x: x.reshape(-1, *x.shape[ndim:]), tree) for tree in (obs, memory)
+        )
+        action_params, carried = self.step(flat, carried)
         if key is None:
-            return head.mode(action_params)
-        batch_shape = obs.shape[: obs.ndim - len(self.spec.observation_space.shape)]
-        return head.sample(action_params, head.noise(key, batch_shape))
+            action = head.mode(action_params)
+        else:
+            batch = jax.tree.leaves(action_params)[0].shape[0]
+            action = head.sample(action_params, head.noise(key, (batch,)))
+        return jax.tree.map(
+            lambda x: x.reshape(*batch_shape, *x.shape[1:]), (head.to_env(action), carried)
+        )
 
-    def action_params(self, obs: jax.Array) -> Any:
-        """Parameters of the action distribution: logits, or mean and log standard deviation."""
-        return network_of(self.spec).apply(self.params, obs, method="actor")
+    def initial_memory(self, batch_shape: tuple[int, ...] = ()) -> Any:
+        """What a policy remembers when nothing happened yet; None without a memory."""
+        return initial_memory_of(self.spec, batch_shape)
 
-    def value(self, obs: jax.Array) -> jax.Array:
-        """The critic's V(s), `[...]`; a `ConfigError` if the algorithm has no critic."""
+    def step(self, obs: Any, memory: Any, start: jax.Array | None = None) -> tuple[Any, Any]:
+        """Distribution parameters `[N, *]` for one step of N environments, and the memory then.
+
+        `start` `[N]` says which observations begin an episode; None: none of them.
+        """
+        obs = self.normalized(obs)
+        network = network_of(self.spec)
+        if memory is None:
+            return network.apply(self.params, obs, method="actor")[0], None
+        num_envs = jax.tree.leaves(memory)[0].shape[0]
+        start = jnp.zeros(num_envs, bool) if start is None else start
+        sequence = jax.tree.map(lambda x: x[None], obs)
+        result = network.apply(self.params, sequence, memory, start[None], method="actor")
+        action_params, carried = jax.tree.map(lambda x: x[0], result)
+        return action_params, {**memory, **carried}
+
+    def action_params(self, obs: Any) -> Any:
+        """Parameters of the action distribution of a policy without a memory."""
+        return network_of(self.spec).apply(self.params, self.normalized(obs), method="actor")[0]
+
+    def value(self, obs: Any) -> jax.Array:
+        """The critic's V(s), `[...]`, of a policy without a memory.
+
+        Raises:
+          ConfigError: the algorithm has no critic.
+        """
+        return self.values(obs)[0]
+
+    def values(
+        self, obs: Any, memory: Any = None, start: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """V(s) of a sequence `[T, N, ...]`, and what the critic remembers after every step."""
         if not self.spec.has_critic:
             raise ConfigError("value needs a critic; this policy was trained without one.")
-        return network_of(self.spec).apply(self.params, obs, method="critic")
+        network = network_of(self.spec)
+        return network.apply(self.params, self.normalized(obs), memory, start, method="critic")
 
-
-def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> PolicySpec:
-    """The spec of the policies that `config` trains in `env`."""
-    return PolicySpec(
-        observation_space=env.observation_space,
-        action_space=env.action_space,
-        hidden_sizes=config.hidden_sizes,
-        activation=config.activation,
-        shared_torso=config.shared_torso,
-        has_critic=has_critic,
-    )
-
-
-@functools.cache
-def head_of(spec: PolicySpec) -> Head:
-    """The action head of a spec."""
-    return make_head(spec.action_space)
-
-
-@functools.cache
-def network_of(spec: PolicySpec) -> ActorCritic:
-    """The network of a spec."""
-    return ActorCritic(
-        head=head_of(spec),
-        obs_ndim=len(spec.observation_space.shape),
-        hidden_sizes=spec.hidden_sizes,
-        activation=getattr(nn, spec.activation),
-        shared_torso=spec.shared_torso,
-        has_critic=spec.has_critic,
-    )
-
-
-def save_policy(policy: Policy, path: Path) -> None:
-    """Writes a policy, parameters and spec, into one msgpack file."""
-    record = {"spec": json.dumps(_spec_to_plain(policy.spec)), "params": policy.params}
-    path.write_bytes(serialization.msgpack_serialize(record))
-
-
-def load_policy(path: Path) -> Policy:
-    """Reads what `save_policy` wrote; needs no environment."""
-    record = serialization.msgpack_restore(path.read_bytes())
-    params = jax.tree.map(jnp.asarray, record["params"])
-    return Policy(params=params, spec=_spec_from_plain(json.loads(record["spec"])))
-
-
-_SPACES = {kind.__name__: kind for kind in (Box, Discrete)}
-
-
-def _spec_to_plain(spec: PolicySpec) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        is_space = isinstance(value, (Box, Discrete))
-        return {"kind": type(value).__name__, **value._asdict()} if is_space else value
-
-    return {name: plain(value) for name, value in spec._asdict().items()}
-
-
-def _spec_from_plain(plain: dict[str, Any]) -> PolicySpec:
-    def value_of(value: Any) -> Any:
-        if isinstance(value, list):
-            return tuple(value)
-        if isinstance(value, dict):
-            fields = {name: value_of(field) for name, field in value.items()}
-            return _SPACES[fields.pop("kind")](**fields)
-        return value
-
-    return PolicySpec(**{name: value_of(value) for name, value in plain.items()})
+    def normalized(self, obs: Any) -> Any:
+        """Observations as the network sees them."""
+        if self.obs_stats is None:
+            return obs
+        leaves, structure = jax.tree.flatten(obs)
+        pairs = zip(self.obs_stats, leaves, strict=True)
+        seen = [x if stats is None else running_stats.normalize(stats, x) for stats, x in pairs]
+        return jax.tree.unflatten(structure, seen)

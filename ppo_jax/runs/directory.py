@@ -83,13 +83,13 @@ class RunDirectory:
 
     def write_policy(self, policy: "Policy") -> None:
         """Writes the policy."""
-        from ppo_jax.policy.policy import save_policy
+        from ppo_jax.policy.saving import save_policy
 
         save_policy(policy, self.path / POLICY)
 
     def read_policy(self) -> "Policy":
         """What `write_policy` wrote; `ConfigError` if the run has none yet."""
-        from ppo_jax.policy.policy import load_policy
+        from ppo_jax.policy.saving import load_policy
 
         if not (self.path / POLICY).is_file():
             raise ConfigError(f"a finished run must hold {POLICY}; {self.path} does not.")

@@ -1,0 +1,238 @@
+"""Environments around environments. Each takes an `Environment` and returns one.
+
+Those in `WRAPPERS` can be named in `Config.wrappers`, innermost first; each has one argument.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.config import ConfigError, Value, unknown_name
+from ppo_jax.envs import spaces
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import Box, Dict, Discrete
+
+
+def time_limit(env: Environment, steps: int) -> Environment:
+    """Truncates an episode after `steps` steps, besides whatever ends it anyway."""
+    _require(steps >= 1, f"time_limit must be at least 1 step; got {steps}.")
+
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
+        obs, state = env.reset(key, params)
+        return obs, (state, jnp.zeros((), jnp.int32))
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        inner, time = state
+        result = env.step(key, inner, action, params)
+        truncated = jnp.logical_or(result.truncated, time + 1 >= steps)
+        return result._replace(state=(result.state, time + 1), truncated=truncated)
+
+    return env._replace(reset=reset, step=step)
+
+
+def sticky_actions(env: Environment, probability: float) -> Environment:
+    """Repeats the previous action instead of the given one, with some probability.
+
+    Machado et al. 2018 (arXiv:1709.06009), section 5.2. An episode's first action is as given.
+    """
+    _require(
+        0 <= probability < 1,
+        f"the probability of sticky_actions must be in [0, 1); got {probability}.",
+    )
+
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
+        obs, state = env.reset(key, params)
+        nothing = jnp.zeros(spaces.shape_of(env.action_space), spaces.dtype_of(env.action_space))
+        return obs, (state, nothing, jnp.array(False))
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        inner, previous, has_previous = state
+        stick_key, step_key = jax.random.split(key)
+        sticks = jnp.logical_and(has_previous, jax.random.bernoulli(stick_key, probability))
+        action = jnp.where(sticks, previous, action)
+        result = env.step(step_key, inner, action, params)
+        return result._replace(state=(result.state, action, jnp.array(True)))
+
+    return env._replace(reset=reset, step=step)
+
+
+def action_repeat(env: Environment, times: int) -> Environment:
+    """Takes every action several times, adds up the rewards, and stops where the episode does."""
+    _require(times >= 1, f"action_repeat must be at least 1; got {times}.")
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        first_key, *keys = jax.random.split(key, times)
+        result = env.step(first_key, state, action, params)
+        for key_i in keys:
+            done = jnp.logical_or(result.terminated, result.truncated)
+            after = env.step(key_i, result.state, action, params)
+            after = after._replace(reward=result.reward + after.reward)
+            result = jax.tree.map(
+                lambda old, new, done=done: jnp.where(done, old, new), result, after
+            )
+        return result
+
+    return env._replace(step=step)
+
+
+def frame_stack(env: Environment, frames: int) -> Environment:
+    """The last observations in a row, oldest first, joined along their last axis.
+
+    At an episode's start its first observation stands for those before it.
+    """
+    _require(frames >= 1, f"frame_stack must be at least 1; got {frames}.")
+    space = env.observation_space
+    if not (isinstance(space, Box) and space.shape):
+        raise ConfigError(
+            f"frame_stack needs observations that are arrays; {env.name} has {space}. "
+            "Put flatten_observation before it."
+        )
+    width = space.shape[-1]
+
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
+        obs, state = env.reset(key, params)
+        stacked = jnp.concatenate([obs] * frames, axis=-1)
+        return stacked, (state, stacked)
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        inner, stacked = state
+        result = env.step(key, inner, action, params)
+        stacked = jnp.concatenate([stacked[..., width:], result.obs], axis=-1)
+        return result._replace(obs=stacked, state=(result.state, stacked))
+
+    stacked_space = Box((*space.shape[:-1], width * frames), space.dtype)
+    return env._replace(reset=reset, step=step, observation_space=stacked_space)
+
+
+def transform_observation(
+    env: Environment, function: Callable[[Any], Any], space: spaces.Space
+) -> Environment:
+    """`function` of every observation, which then is in `space`."""
+
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
+        obs, state = env.reset(key, params)
+        return function(obs), state
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        result = env.step(key, state, action, params)
+        return result._replace(obs=function(result.obs))
+
+    return env._replace(reset=reset, step=step, observation_space=space)
+
+
+def flatten_observation(env: Environment) -> Environment:
+    """All entries of an observation in one float32 vector, integers one-hot."""
+    leaves = spaces.leaves(env.observation_space)
+
+    def flat(leaf: spaces.Leaf, x: jax.Array) -> jax.Array:
+        if isinstance(leaf, Box):
+            return x.astype(jnp.float32).reshape(-1)
+        if isinstance(leaf, Discrete):
+            return jax.nn.one_hot(x, leaf.num_values)
+        parts = [jax.nn.one_hot(x[i], size) for i, size in enumerate(leaf.num_values)]
+        return jnp.concatenate(parts)
+
+    def function(obs: Any) -> jax.Array:
+        return jnp.concatenate(list(map(flat, leaves, jax.tree.leaves(obs))))
+
+    sizes = [
+        int(np.prod(leaf.shape)) if isinstance(leaf, Box) else int(np.sum(leaf.num_values))
+        for leaf in leaves
+    ]
+    return transform_observation(env, function, Box((sum(sizes),)))
+
+
+def observe_only(env: Environment, entries: str | int) -> Environment:
+    """Hides all entries of a vector but those, such as "0,2": CartPole without velocities."""
+    space = env.observation_space
+    indices = [int(word) for word in str(entries).split(",")]
+    if not (isinstance(space, Box) and len(space.shape) == 1):
+        raise ConfigError(f"observe_only needs vectors; {env.name} has {space}.")
+    if not all(0 <= index < space.shape[0] for index in indices):
+        raise ConfigError(
+            f"observe_only takes entries from 0 to {space.shape[0] - 1}; got {entries}."
+        )
+    kept = Box((len(indices),), space.dtype)
+    return transform_observation(env, lambda obs: obs[np.array(indices)], kept)
+
+
+def previous_action_reward(env: Environment) -> Environment:
+    """Shows what was done and what it gave: `{"obs", "previous_action", "previous_reward"}`.
+
+    Zeros at an episode's start. For policies with a memory: Duan et al. 2016
+    (arXiv:1611.02779), section 2.2.
+    """
+    action_space = env.action_space
+
+    def observed(obs: Any, action: jax.Array, reward: jax.Array) -> dict[str, Any]:
+        return {"obs": obs, "previous_action": action, "previous_reward": reward}
+
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
+        obs, state = env.reset(key, params)
+        action = jnp.zeros(spaces.shape_of(action_space), spaces.dtype_of(action_space))
+        return observed(obs, action, jnp.zeros(())), state
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        result = env.step(key, state, action, params)
+        action = action.astype(spaces.dtype_of(action_space))
+        return result._replace(obs=observed(result.obs, action, result.reward))
+
+    entries = {
+        "obs": env.observation_space,
+        "previous_action": action_space,
+        "previous_reward": Box(()),
+    }
+    return env._replace(reset=reset, step=step, observation_space=Dict.of(entries))
+
+
+def transform_reward(env: Environment, function: Callable[[jax.Array], jax.Array]) -> Environment:
+    """`function` of every reward; returns are reported of what it gives."""
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        result = env.step(key, state, action, params)
+        return result._replace(reward=function(result.reward))
+
+    return env._replace(step=step)
+
+
+def scale_reward(env: Environment, factor: float) -> Environment:
+    """Rewards times a factor. `HParams.reward_scale` is the same, but for reported returns."""
+    return transform_reward(env, lambda reward: factor * reward)
+
+
+def _if_asked(wrapper: Callable[[Environment], Environment]) -> Callable[..., Environment]:
+    return lambda env, wanted: wrapper(env) if wanted else env
+
+
+WRAPPERS: dict[str, Callable[..., Environment]] = {
+    "time_limit": time_limit,
+    "sticky_actions": sticky_actions,
+    "action_repeat": action_repeat,
+    "frame_stack": frame_stack,
+    "observe_only": observe_only,
+    "scale_reward": scale_reward,
+    "flatten_observation": _if_asked(flatten_observation),
+    "previous_action_reward": _if_asked(previous_action_reward),
+}
+"""Name → `(env, argument) -> env`; the last two take True."""
+
+
+def apply(env: Environment, wrappers: Iterable[tuple[str, Value]]) -> Environment:
+    """`env` in the named wrappers, the first of them innermost.
+
+    Raises:
+      ConfigError: unknown wrapper, or an argument or an environment that it cannot take.
+    """
+    for name, argument in wrappers:
+        if name not in WRAPPERS:
+            raise unknown_name("wrapper", name, WRAPPERS)
+        env = WRAPPERS[name](env, argument)
+    return env
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ConfigError(rule)

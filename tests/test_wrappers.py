@@ -1,0 +1,151 @@
+"""Each wrapper by itself around an environment that counts, and several together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import Config, make_trainer
+from ppo_jax.envs import wrappers
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete
+from tests.conftest import quick_jit
+from tests.random_env import random_env
+
+
+def counter(ends=10):
+    """Observes the time and the last action; the reward is the action; ends after a while."""
+
+    def reset(key, params):
+        del key, params
+        return jnp.zeros(2), jnp.zeros((), jnp.int32)
+
+    def step(key, state, action, params):
+        del key, params
+        obs = jnp.stack([state + 1.0, jnp.float32(action)])
+        return Step(obs, state + 1, jnp.float32(action), state + 1 >= ends, jnp.array(False))
+
+    return Environment("counter", reset, step, (), Box((2,)), Discrete(5))
+
+
+def play(env, actions, seed=0):
+    """The reset's observation, and the steps that the actions lead to."""
+    key = jax.random.key(seed)
+    obs, state = env.reset(key, ())
+    step = quick_jit(env.step)
+    steps = []
+    for i, action in enumerate(actions):
+        result = step(jax.random.fold_in(key, i), state, jnp.int32(action), ())
+        state = result.state
+        steps.append(result)
+    return obs, steps
+
+
+def test_time_limit_truncates_and_does_not_terminate():
+    _, steps = play(wrappers.time_limit(counter(ends=5), 3), [0] * 5)
+    assert [bool(step.truncated) for step in steps] == [False, False, True, True, True]
+    assert [bool(step.terminated) for step in steps] == [False] * 4 + [True]
+
+
+def test_sticky_actions_repeat_as_often_as_they_should():
+    env = wrappers.sticky_actions(counter(ends=10**6), 0.25)
+    actions = jnp.arange(20_000, dtype=jnp.int32) % 5  # never the same twice in a row
+    _, state = env.reset(jax.random.key(0), ())
+
+    def step(state, inputs):
+        key, action = inputs
+        result = env.step(key, state, action, ())
+        return result.state, result.reward
+
+    keys = jax.random.split(jax.random.key(1), len(actions))
+    _, done = jax.lax.scan(step, state, (keys, actions))
+    stuck = np.asarray(done != actions)
+    assert not stuck[0]
+    # What is repeated is what was done, so two sticks in a row take the action before both.
+    np.testing.assert_array_equal(np.asarray(done)[1:][stuck[1:]], np.asarray(done)[:-1][stuck[1:]])
+    assert abs(stuck.mean() - 0.25) < 0.015
+
+
+def test_action_repeat_adds_rewards_and_stops_at_the_end():
+    _, steps = play(wrappers.action_repeat(counter(ends=5), 3), [2, 3])
+    first, last = steps
+    assert first.reward == 6
+    np.testing.assert_array_equal(first.obs, [3, 2])
+    assert not first.terminated
+    assert last.reward == 6  # two steps, then the end
+    np.testing.assert_array_equal(last.obs, [5, 3])
+    assert last.terminated
+
+
+def test_frame_stack_keeps_the_last_frames_in_order():
+    env = wrappers.frame_stack(counter(), 3)
+    assert env.observation_space == Box((6,))
+    obs, steps = play(env, [1, 2, 3, 4])
+    np.testing.assert_array_equal(obs, np.zeros(6))
+    np.testing.assert_array_equal(steps[1].obs, [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(steps[3].obs, [2, 2, 3, 3, 4, 4])
+
+
+def test_flatten_observation_joins_all_entries():
+    space = Dict.of(
+        {"a": Box((2, 2), "uint8"), "b": Discrete(3), "c": MultiDiscrete((2, 3)), "d": Box(())}
+    )
+    inner = random_env(space, Discrete(2))
+    env = wrappers.flatten_observation(inner)
+    assert env.observation_space == Box((4 + 3 + 5 + 1,))
+    key = jax.random.key(3)
+    raw, flat = inner.reset(key, ())[0], env.reset(key, ())[0]
+    np.testing.assert_array_equal(flat[:4], raw["a"].ravel())
+    np.testing.assert_array_equal(flat[4:7], np.eye(3)[raw["b"]])
+    np.testing.assert_array_equal(flat[7:9], np.eye(2)[raw["c"][0]])
+    np.testing.assert_array_equal(flat[9:12], np.eye(3)[raw["c"][1]])
+    assert flat[12] == raw["d"]
+
+
+def test_observe_only_hides_the_rest():
+    env = wrappers.observe_only(counter(), "1")
+    assert env.observation_space == Box((1,))
+    _, steps = play(env, [4])
+    np.testing.assert_array_equal(steps[0].obs, [4])
+
+
+def test_previous_action_reward_shows_both():
+    env = wrappers.previous_action_reward(wrappers.scale_reward(counter(), 0.5))
+    obs, steps = play(env, [4, 1])
+    assert obs["previous_action"] == 0
+    assert obs["previous_reward"] == 0
+    assert steps[0].obs["previous_action"] == 4
+    assert steps[0].obs["previous_reward"] == 2
+    np.testing.assert_array_equal(steps[1].obs["obs"], [2, 1])
+    assert env.observation_space.names == ("obs", "previous_action", "previous_reward")
+
+
+def test_transforms_of_rewards_and_observations():
+    env = wrappers.transform_reward(counter(), jnp.sign)
+    assert play(env, [3])[1][0].reward == 1
+    env = wrappers.transform_observation(counter(), jnp.sum, Box(()))
+    assert play(env, [3])[1][0].obs == 4
+
+
+def test_wrappers_compose_from_the_inside_out():
+    inner = wrappers.apply(counter(), [("action_repeat", 2), ("time_limit", 2)])
+    outer = wrappers.apply(counter(), [("time_limit", 2), ("action_repeat", 2)])
+    assert [bool(step.truncated) for step in play(inner, [0, 0])[1]] == [False, True]
+    assert [bool(step.truncated) for step in play(outer, [0])[1]] == [True]
+
+
+@pytest.mark.parametrize("name", wrappers.WRAPPERS)
+def test_every_wrapper_trains(name):
+    argument = {"sticky_actions": 0.25, "observe_only": "0,2", "scale_reward": 0.1}.get(name, 2)
+    config = Config(
+        num_envs=2, num_steps=8, hidden_sizes=(4,), total_timesteps=32, wrappers={name: argument}
+    )
+    trainer = make_trainer(config)
+    state, metrics = quick_jit(trainer.run)(jax.random.key(0))
+    assert np.isfinite(metrics["train/value_loss"]).all()
+    for leaf, space in zip(
+        jax.tree.leaves(state.rollout.obs),
+        jax.tree.leaves(trainer.env.reset(jax.random.key(0), trainer.env.params)[0]),
+        strict=True,
+    ):
+        assert leaf.dtype == space.dtype
