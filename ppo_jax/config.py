@@ -342,6 +342,25 @@ ALGORITHM_SETTINGS = (
 """Fields of `Config` that belong to some algorithms: None leaves them to its row."""
 
 
+MODULE = "a module: "
+"""What a file holds of a network that is not one of ours: this, and its name."""
+
+
+def named_network(name: str, network: Any) -> Any:
+    """The network that a file names: one of ours, or `network`, the user's own.
+
+    Raises:
+      ConfigError: a user's own is needed and not given.
+    """
+    if not name.startswith(MODULE):
+        return name
+    if network is None:
+        raise ConfigError(
+            f"a file does not hold a network that is {name}; it must be passed as network=…"
+        )
+    return network
+
+
 def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
     known = [field.name for field in dataclasses.fields(instance)]
     for name in changes:

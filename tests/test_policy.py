@@ -11,6 +11,7 @@ from ppo_jax.config import Config
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.policy.distributions import GaussianParams, make_head
 from ppo_jax.policy.initializers import orthogonal
+from ppo_jax.policy.networks import Conv
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.saving import load_policy, save_policy
 from ppo_jax.policy.spec import PolicySpec, network_of
@@ -137,3 +138,19 @@ def test_activations_of_the_config_exist_in_flax():
 
     for name in get_args(Config.__annotations__["activation"]):
         assert callable(getattr(nn, name))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "pads"), [(3, 1, False), (4, 2, False), (3, 1, True)])
+def test_a_convolution_is_that_of_the_compiler(kernel, stride, pads):
+    layer = Conv(5, kernel, stride, pads)
+    x = jax.random.normal(jax.random.key(0), (2, 10, 9, 3))
+    params = layer.init(jax.random.key(1), x)
+    matrix = params["params"]["Dense_0"]["kernel"]
+    expected = jax.lax.conv_general_dilated(
+        x,
+        matrix.reshape(kernel, kernel, 3, 5),
+        (stride, stride),
+        "SAME" if pads else "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(layer.apply(params, x), expected, atol=1e-5)

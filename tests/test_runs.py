@@ -69,7 +69,8 @@ def test_a_watched_run_has_the_numbers_of_trainer_run_bit_for_bit(run):
 
 
 def test_what_a_run_writes_can_be_read(run):
-    config, hparams, seeds = RunDirectory.open(run.run_dir).read_config()
+    directory = RunDirectory.open(run.run_dir)
+    (config, hparams), seeds = directory.read_config(), directory.read_seeds()
     assert config == CONFIG
     assert seeds == 3
     assert hparams.learning_rate == 1e-3

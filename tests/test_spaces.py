@@ -310,5 +310,5 @@ def test_spaces_that_do_not_fit_are_told_so(spaces, message):
 
 def test_a_policy_with_a_module_asks_for_it_when_loaded(tmp_path):
     save_policy(collected("own-module").policy, tmp_path / "policy")
-    with pytest.raises(ConfigError, match=r"a module: Doubled.*Pass it as network=…"):
+    with pytest.raises(ConfigError, match=r"a module: Doubled; it must be passed as network=…"):
         load_policy(tmp_path / "policy")

@@ -12,8 +12,6 @@ _ITERATIONS = 40
 def orthogonal(gain: float) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
     """`gain` times a matrix with orthonormal rows or columns, uniform over all of them.
 
-    A kernel of more axes, as a convolution's, is the matrix that maps all but the last to it.
-
     Saxe et al. 2014 (arXiv:1312.6120). JAX's own initialiser takes the QR decomposition of a
     Gaussian matrix. Several of these under one `vmap` wait for each other forever on a CPU with
     two threads (jaxlib 0.10.2), and batched QR is slow on GPUs. The polar factor of a
@@ -25,8 +23,7 @@ def orthogonal(gain: float) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]
     def initialize(
         key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
     ) -> jax.Array:
-        inputs, outputs = int(np.prod(shape[:-1])), shape[-1]
-        rows, columns = max(inputs, outputs), min(inputs, outputs)
+        rows, columns = max(shape), min(shape)
         identity = jnp.eye(columns)
         # √rows + √columns bounds the largest singular value but for rare tails; √3 of slack.
         x = jax.random.normal(key, (rows, columns)) / (np.sqrt(rows) + np.sqrt(columns))
@@ -36,6 +33,6 @@ def orthogonal(gain: float) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]
             return jnp.matmul(x, 1.5 * identity - 0.5 * gram, precision="highest")
 
         x = jax.lax.fori_loop(0, _ITERATIONS, improve, x)
-        return (gain * (x if inputs == rows else x.T)).reshape(shape).astype(dtype)
+        return (gain * (x if shape == x.shape else x.T)).astype(dtype)
 
     return initialize

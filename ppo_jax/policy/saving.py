@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-from ppo_jax.config import ConfigError
+from ppo_jax.config import MODULE, named_network
 from ppo_jax.envs import spaces
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import PolicySpec
@@ -51,27 +51,20 @@ def load_policy(path: Path, network: nn.Module | None = None) -> Policy:
 
 
 _SPACES = ("observation_space", "action_space")
-_MODULE = "a module: "
 
 
 def _spec_to_plain(spec: PolicySpec) -> dict[str, Any]:
     plain = spec._asdict()
     plain |= {name: spaces.to_plain(plain[name]) for name in _SPACES}
     if not isinstance(spec.network, str):
-        plain["network"] = f"{_MODULE}{type(spec.network).__name__}"
+        plain["network"] = f"{MODULE}{type(spec.network).__name__}"
     return plain
 
 
 def _spec_from_plain(plain: dict[str, Any], network: nn.Module | None) -> PolicySpec:
     fields = {name: _tupled(value) for name, value in plain.items()}
     fields |= {name: spaces.from_plain(plain[name]) for name in _SPACES}
-    if fields["network"].startswith(_MODULE):
-        if network is None:
-            raise ConfigError(
-                f"this policy's network is {fields['network']}, which its file does not hold. "
-                "Pass it as network=…"
-            )
-        fields["network"] = network
+    fields["network"] = named_network(plain["network"], network)
     return PolicySpec(**fields)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppo_jax.config import Config, ConfigError, HParams
+from ppo_jax.config import MODULE, Config, ConfigError, HParams, named_network
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
@@ -64,17 +64,33 @@ class RunDirectory:
 
     def write_config(self, config: Config, hparams: HParams, *, seeds: int | Iterable[int]) -> None:
         """Writes what is needed to start the same run again."""
+        fields = dict(vars(config))
+        if not isinstance(config.network, str):
+            fields["network"] = f"{MODULE}{type(config.network).__name__}"
         record = {
-            "config": dataclasses.asdict(config),
+            "config": fields,
             "hparams": {k: v for k, v in vars(hparams).items() if v is not None},
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
         }
         _write_json(self.path / CONFIG, record)
 
-    def read_config(self) -> tuple[Config, HParams, int | list[int]]:
-        """What `write_config` wrote."""
+    def read_config(self, network: Any = None) -> tuple[Config, HParams]:
+        """What `write_config` wrote.
+
+        Args:
+          network: the module that was `Config.network`, where it was not one of ours by name.
+
+        Raises:
+          ConfigError: the module is needed and not given.
+        """
         record = json.loads((self.path / CONFIG).read_text())
-        return Config(**record["config"]), HParams(**record["hparams"]), record["seeds"]
+        fields = dict(record["config"])
+        fields["network"] = named_network(fields["network"], network)
+        return Config(**fields), HParams(**record["hparams"])
+
+    def read_seeds(self) -> int | list[int]:
+        """The seed, or the seeds, that `write_config` wrote."""
+        return json.loads((self.path / CONFIG).read_text())["seeds"]
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows to the metrics' file."""
@@ -87,13 +103,13 @@ class RunDirectory:
 
         save_policy(policy, self.path / POLICY)
 
-    def read_policy(self) -> "Policy":
+    def read_policy(self, network: Any = None) -> "Policy":
         """What `write_policy` wrote; `ConfigError` if the run has none yet."""
         from ppo_jax.policy.saving import load_policy
 
         if not (self.path / POLICY).is_file():
             raise ConfigError(f"a finished run must hold {POLICY}; {self.path} does not.")
-        return load_policy(self.path / POLICY)
+        return load_policy(self.path / POLICY, network)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Writes the result of an evaluation."""

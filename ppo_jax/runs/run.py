@@ -144,19 +144,20 @@ def train(
     )
 
 
-def load(run_dir: str | Path, *, seed: int | None = None) -> Policy:
+def load(run_dir: str | Path, *, seed: int | None = None, network: Any = None) -> Policy:
     """The policy of a run, as a value that acts.
 
     Args:
       run_dir: what `train` wrote.
       seed: which policy of a run of several seeds; None is the only seed or the first.
+      network: the module that was `Config.network`, where it was not one of ours by name.
 
     Raises:
       ConfigError: no run is there, it has no policy yet, or not that seed.
     """
     directory = RunDirectory.open(run_dir)
-    _, _, seeds = directory.read_config()
-    policy = directory.read_policy()
+    seeds = directory.read_seeds()
+    policy = directory.read_policy(network)
     if isinstance(seeds, int):
         if seed not in (None, seeds):
             raise ConfigError(f"seed must be one of the run's; got {seed}. It has {seeds}.")
@@ -168,12 +169,21 @@ def load(run_dir: str | Path, *, seed: int | None = None) -> Policy:
 
 
 def evaluate_run(
-    run_dir: str | Path, *, seed: int = 0, num_episodes: int = 128, greedy: bool = True
+    run_dir: str | Path,
+    *,
+    seed: int = 0,
+    num_episodes: int = 128,
+    greedy: bool = True,
+    network: Any = None,
 ) -> dict[str, Any]:
-    """Evaluates every policy of a run again; returns what `summarize` makes of it."""
+    """Evaluates every policy of a run again; returns what `summarize` makes of it.
+
+    `network` is as in `load`.
+    """
     directory = RunDirectory.open(run_dir)
-    config, _, seeds = directory.read_config()
-    policy = directory.read_policy()
+    config, _ = directory.read_config(network)
+    seeds = directory.read_seeds()
+    policy = directory.read_policy(network)
     env = make_trainer(config).env
     key = jax.random.key(seed)
     keys = key if isinstance(seeds, int) else jax.random.split(key, len(seeds))
