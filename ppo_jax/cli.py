@@ -11,7 +11,7 @@ import tyro
 
 import ppo_jax
 from ppo_jax import envs, presets
-from ppo_jax.config import Config, ConfigError, HParams
+from ppo_jax.config import Config, ConfigError, HParams, Network
 from ppo_jax.runs.directory import RunDirectory
 
 
@@ -21,6 +21,9 @@ class _ConfigFlags(Config):
 
     env: tyro.conf.Positional[str] = "CartPole-v1"
     """Name of the environment (`ppo-jax envs` lists them)."""
+    network: Network = "mlp"
+    """What images pass before the hidden layers: nothing ("mlp"), convolutions or a residual
+    network. In Python also a module of your own."""
 
     def __post_init__(self) -> None:
         """Checks nothing: `config` does, where an error can be told from a fault in parsing."""

@@ -132,8 +132,10 @@ got 4 * 128 and 3. Try 2 or 4.
     """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 
     def __post_init__(self) -> None:
-        for name in ("env_kwargs", "env_params", "wrappers", "optimizer_kwargs"):
-            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
+            pairs = _pairs(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(sorted(pairs)))  # equal when equal
+        object.__setattr__(self, "wrappers", _pairs("wrappers", self.wrappers))
         for name in ("hidden_sizes", "actor_keys", "critic_keys"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -370,9 +372,9 @@ def _replace(instance: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _pairs(name: str, value: Any) -> tuple[tuple[str, Value], ...]:
-    """A mapping, or pairs, as a sorted tuple of pairs: hashable, and equal when equal."""
+    """A mapping, or pairs, as a tuple of pairs, which is hashable."""
     try:
-        return tuple(sorted(dict(value).items()))
+        return tuple(dict(value).items())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} must map names to values; got {value!r}.") from error
 

@@ -134,6 +134,11 @@ def test_wrappers_compose_from_the_inside_out():
     assert [bool(step.truncated) for step in play(outer, [0])[1]] == [True]
 
 
+def test_a_config_keeps_the_order_of_its_wrappers():
+    config = Config(wrappers={"time_limit": 2, "action_repeat": 2})
+    assert config.wrappers == (("time_limit", 2), ("action_repeat", 2))
+
+
 @pytest.mark.parametrize("name", wrappers.WRAPPERS)
 def test_every_wrapper_trains(name):
     argument = {"sticky_actions": 0.25, "observe_only": "0,2", "scale_reward": 0.1}.get(name, 2)
