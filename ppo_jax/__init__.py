@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
     from ppo_jax.presets import preset
     from ppo_jax.runs.run import load, train
+    from ppo_jax.runs.sweep import sweep
     from ppo_jax.trainer import Trainer, make_train, make_trainer
     from ppo_jax.types import HParams
 
@@ -37,6 +38,7 @@ _HOMES = {
     "make_train": "trainer",
     "make_trainer": "trainer",
     "preset": "presets",
+    "sweep": "runs.sweep",
     "train": "runs.run",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "make_train",
     "make_trainer",
     "preset",
+    "sweep",
     "train",
 ]
 

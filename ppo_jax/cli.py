@@ -5,7 +5,7 @@ import datetime
 import itertools
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -121,6 +121,105 @@ class Train:
         return 0
 
 
+_SpaceFlags: Any = dataclasses.make_dataclass(
+    "_SpaceFlags",
+    [
+        (field.name, Annotated[str | None, tyro.conf.arg(metavar="VALUES")], None)
+        for kind in (Config, HParams)
+        for field in dataclasses.fields(kind)
+        if field.name == "hidden_sizes" or not str(field.type).startswith("tuple")
+        if field.name != "env"
+    ],
+    frozen=True,
+)
+_SpaceFlags.__doc__ = """As of `train`; values with commas, uniform(LOW,HIGH), loguniform(LOW,HIGH)
+or choice(VALUES) are varied. hidden_sizes are written 64x64,128x128; parameters of the environment,
+env_params.NAME, are for --file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Train every combination of some settings with many seeds, compiled together.
+
+    Starts from the preset, as `train` does. A directory of a sweep that was cut off is continued.
+    """
+
+    space: tyro.conf.OmitArgPrefixes[_SpaceFlags]
+    env: tyro.conf.Positional[str] = "CartPole-v1"
+    """Name of the environment (`ppo-jax envs` lists them)."""
+    file: Path | None = None
+    """YAML with a mapping of settings to a value, a list or a distribution; flags override it."""
+    seeds: int = 8
+    """Seeds of every configuration."""
+    draws: int | None = None
+    """Draws of the distributions."""
+    sampler: Literal["random", "sobol"] = "random"
+    """How they are drawn."""
+    run_dir: Path | None = None
+    """Where results are kept; runs/ENV_sweep_TIME by default."""
+    chunk: int | None = None
+    """Members at once; by default as many as fit."""
+    eval_episodes: int = 64
+    """Episodes of each member's final evaluation."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        envs.check_name(self.env)
+        from ppo_jax.population import space as spaces
+
+        given = {} if self.file is None else spaces.read(self.file)
+        given |= {name: text for name, text in vars(self.space).items() if text is not None}
+        space = {name: spaces.parse(entry) for name, entry in given.items()}
+        fixed = {name: v[0] for name, v in space.items() if isinstance(v, list) and len(v) == 1}
+        varied = {name: entry for name, entry in space.items() if name not in fixed}
+        settings = {name: fixed.pop(name) for name in vars(Config()) if name in fixed}
+        values = {name: fixed.pop(name) for name in vars(HParams()) if name in fixed}
+        algorithm = settings.pop("algorithm", "ppo")
+        config, hparams = presets.preset(self.env, algorithm, **settings)
+        hparams = hparams.replace(**values)
+        # What is left has one value and no place of its own, as a parameter of the environment.
+        varied |= {name: [value] for name, value in fixed.items()}
+        time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        run_dir = self.run_dir or Path("runs") / f"{self.env}_sweep_{time}"
+        _enable_compilation_cache()
+        from ppo_jax.runs.sweep import sweep
+
+        result = sweep(
+            config,
+            varied,
+            seeds=self.seeds,
+            hparams=hparams,
+            num_draws=self.draws,
+            sampler=self.sampler,
+            run_dir=run_dir,
+            chunk=self.chunk,
+            eval_episodes=self.eval_episodes,
+            say=_say,
+        )
+        print(
+            f"trained {len(result.members)} members in {result.run_seconds:.1f} s, compiled in "
+            f"{result.compile_seconds:.1f} s"
+        )
+        if not result.is_complete:
+            print(f"stopped by Ctrl-C; the same command with --run-dir {run_dir} goes on")
+            return 130
+        _print_report(run_dir)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Compare the configurations of a sweep, and draw them."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory that `ppo-jax sweep` wrote."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        _print_report(self.run_dir)
+        return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """Evaluate the policy of a run over complete episodes."""
@@ -195,6 +294,8 @@ def _commands(argv: list[str]) -> Any:
     return (
         Annotated[Train, subcommand("train", default=default)]
         | Annotated[Eval, subcommand("eval")]
+        | Annotated[Sweep, subcommand("sweep")]
+        | Annotated[Report, subcommand("report")]
         | Annotated[Envs, subcommand("envs")]
     )
 
@@ -226,6 +327,35 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         )
     if len(per_seed) > 1:
         print(f"mean return over {len(per_seed)} seeds: {result['eval/return']:.1f}")
+
+
+def _print_report(run_dir: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ppo_jax.runs import report as reports
+
+    members, curves = reports.load_tables(run_dir)
+    report = reports.make_report(members, curves)
+    shown = report.configurations.drop(columns="configuration").head(20)
+    console = Console()
+    for title, frame in {
+        "configurations, the best first (interquartile mean and 95 % interval)": shown,
+        "what mattered": report.sensitivity,
+    }.items():
+        table = Table(*frame.columns, title=title, box=None)
+        for row in frame.itertuples(index=False):
+            table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+        if len(frame):
+            console.print(table)
+    if report.improvement is not None:
+        console.print(
+            "probability that the best improves on the second: {:.2f} ({:.2f} to {:.2f})".format(
+                *report.improvement
+            )
+        )
+    written = reports.write_pictures(members, curves, report, run_dir)
+    console.print(f"tables and pictures ({', '.join(path.name for path in written)}): {run_dir}")
 
 
 def _preset_summary(name: str) -> str:

@@ -17,6 +17,14 @@ class Evaluation(NamedTuple):
     finished: jax.Array  # [E], False where max_steps cut the episode
 
 
+_EVALUATION_STREAM = 0xE7A1  # folded into a seed's key, away from training's splits
+
+
+def evaluation_key(key: jax.Array) -> jax.Array:
+    """The key of the final evaluation of the training that started from `key`."""
+    return jax.random.fold_in(key, _EVALUATION_STREAM)
+
+
 def evaluate(
     policy: Policy,
     env: Environment,

@@ -33,6 +33,18 @@ _PENDULUM_HPARAMS = {
     "max_grad_norm": 10.0,
 }
 
+# Normalised rewards make of a far reward one worth looking for; observations of the two mountain
+# cars differ a hundredfold in size.
+_NORMALIZED = {
+    "num_envs": 32,
+    "num_steps": 128,
+    "num_minibatches": 8,
+    "normalize_obs": True,
+    "normalize_reward": True,
+}
+_SHORT = {"num_envs": 16, "num_steps": 64, "total_timesteps": 200_000}
+_FAST = {**_CLIPPED_VALUE, "learning_rate": 2e-3}
+
 # Layer normalisation is what makes these networks learn: without it they stop at 7 to 12 points
 # of Breakout's 40.
 _MINATAR = _Preset(
@@ -89,13 +101,59 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
     },
     "MountainCar-v0": {
         "ppo": _Preset(
+            {**_NORMALIZED, "total_timesteps": 1_500_000},
+            {"learning_rate": 2e-3, "gamma": 0.995},
+        ),
+    },
+    "MountainCarContinuous-v0": {
+        "ppo": _Preset(
+            {**_NORMALIZED, "total_timesteps": 1_000_000},
+            {"learning_rate": 1e-3, "gamma": 0.999},
+        ),
+    },
+    "Catch-bsuite": {"ppo": _Preset(_SHORT, _FAST)},
+    "DeepSea-bsuite": {
+        "ppo": _Preset(
+            {"num_envs": 64, "num_steps": 64, "total_timesteps": 1_000_000},
+            {**_CLIPPED_VALUE, "ent_coef": 0.03},
+        ),
+    },
+    "DiscountingChain-bsuite": {
+        "ppo": _Preset(
+            {**_SHORT, "num_steps": 128},
+            {"learning_rate": 1e-3, "gamma": 1.0, "gae_lambda": 1.0, "ent_coef": 0.03},
+        ),
+    },
+    "MemoryChain-bsuite": {
+        "ppo": _Preset(
             {
-                "num_envs": 128,
-                "num_steps": 128,
-                "num_minibatches": 8,
-                "total_timesteps": 3_000_000,
+                "env_params": {"memory_length": 20},
+                "memory": "gru",
+                "memory_size": 64,
+                "num_envs": 64,
+                "num_steps": 64,
+                "total_timesteps": 500_000,
             },
-            {"learning_rate": 3e-3, "gae_lambda": 0.98, "ent_coef": 0.03},
+            _CLIPPED_VALUE,
+        ),
+    },
+    "CartPole-v1-positions": {
+        "ppo": _Preset(
+            {
+                "memory": "gru",
+                "memory_size": 32,
+                "hidden_sizes": (32,),
+                "num_envs": 16,
+                "num_steps": 128,
+                "total_timesteps": 500_000,
+            },
+            _FAST,
+        ),
+    },
+    "UmbrellaChain-bsuite": {"ppo": _Preset(_SHORT, _FAST)},
+    "FourRooms-misc": {
+        "ppo": _Preset(
+            {"num_envs": 32, "num_steps": 128, "total_timesteps": 500_000}, _CLIPPED_VALUE
         ),
     },
     "Asterix-MinAtar": {"ppo": _MINATAR},

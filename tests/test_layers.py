@@ -19,6 +19,7 @@ LAYERS = [
     ["optimizers", "rollout", "losses", "update", "algorithms"],
     ["collect"],
     ["trainer", "evaluation"],
+    ["population"],
     ["runs"],
     ["cli", "__main__"],
 ]

@@ -42,6 +42,9 @@ GYMNAX_NAMES = (
     "Swimmer-misc",
 )
 
+VARIANTS = {"CartPole-v1-positions": ("CartPole-v1", (("observe_only", "0,2"),))}
+"""Name → the environment of gymnax and its wrappers: tasks that need a memory."""
+
 _registered: dict[str, Callable[..., Any]] = {}
 
 
@@ -51,7 +54,7 @@ def names() -> tuple[str, ...]:
     >>> "CartPole-v1" in names()
     True
     """
-    return (*GYMNAX_NAMES, *_registered)
+    return (*GYMNAX_NAMES, *VARIANTS, *_registered)
 
 
 def check_name(name: str) -> None:
@@ -79,11 +82,14 @@ def make(name: str, **kwargs: Any) -> "Environment":
       ConfigError: unknown name, or spaces that no policy can handle.
     """
     check_name(name)
-    from ppo_jax.envs import gymnax_adapter
+    from ppo_jax.envs import gymnax_adapter, wrappers
     from ppo_jax.envs.environment import Environment
 
     if name in GYMNAX_NAMES:
         return gymnax_adapter.make(name, **kwargs)
+    if name in VARIANTS:
+        base, inside = VARIANTS[name]
+        return wrappers.apply(gymnax_adapter.make(base, **kwargs), inside)._replace(name=name)
     env = _registered[name](**kwargs)
     return env if isinstance(env, Environment) else gymnax_adapter.adapt(name, env)
 

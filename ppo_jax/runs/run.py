@@ -12,7 +12,7 @@ import numpy as np
 from ppo_jax.algorithms import complete
 from ppo_jax.config import Config, ConfigError, HParams
 from ppo_jax.envs.environment import Environment
-from ppo_jax.evaluation import Evaluation, evaluate
+from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.policy.policy import Policy
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
@@ -24,7 +24,6 @@ from ppo_jax.types import Metrics, TrainState
 _CHUNK_SECONDS = 1.0
 _MAX_CHUNK = 1024  # updates; bounds the buffer of metrics on the device
 _LOGGED_ROWS = 1000  # at most about this many rows per seed, unless log_every is given
-_EVALUATION_STREAM = 0xE7A1  # folded into a seed's key, away from training's splits
 
 
 class Run(NamedTuple):
@@ -268,10 +267,7 @@ def _compile(
 
 
 def _evaluation_keys(keys: jax.Array) -> jax.Array:
-    def fold_in(key: jax.Array) -> jax.Array:
-        return jax.random.fold_in(key, _EVALUATION_STREAM)
-
-    return jax.vmap(fold_in)(keys) if keys.ndim else fold_in(keys)
+    return jax.vmap(evaluation_key)(keys) if keys.ndim else evaluation_key(keys)
 
 
 def _mean_return(metrics: Mapping[str, np.ndarray]) -> float:

@@ -1,0 +1,199 @@
+"""What a sweep varies: grids, random draws, and lists of rows."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ppo_jax.config import Config, ConfigError, HParams, unknown_name
+
+Row = dict[str, Any]
+"""One configuration: name → value. Names are fields of `HParams` or `Config`, or
+"env_params.NAME"."""
+
+Sampler = Literal["random", "sobol"]
+
+ENV_PARAMS = "env_params."
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Uniform on [low, high)."""
+
+    low: float
+    high: float
+
+    def at(self, u: float) -> float:
+        """The value at quantile u."""
+        return self.low + (self.high - self.low) * u
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """Uniform in the logarithm on [low, high); both are positive."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ConfigError(
+                f"a log-uniform range needs 0 < low < high; got {self.low} and {self.high}."
+            )
+
+    def at(self, u: float) -> float:
+        """The value at quantile u."""
+        return math.exp(Uniform(math.log(self.low), math.log(self.high)).at(u))
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some values, each as likely."""
+
+    values: tuple[Any, ...]
+
+    def at(self, u: float) -> Any:
+        """The value at quantile u."""
+        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+
+
+Distribution = Uniform | LogUniform | Choice
+Space = Mapping[str, Sequence[Any] | Distribution] | Sequence[Row]
+
+
+def rows(
+    space: Space, *, num_draws: int | None = None, sampler: Sampler = "random", seed: int = 0
+) -> list[Row]:
+    """The configurations of a space, in a fixed order.
+
+    Args:
+      space: a list of rows; or a mapping from names to lists, of which every combination is
+        taken, and to distributions, which are drawn for each of these combinations.
+      num_draws: draws of the distributions; needed if and only if there are any.
+      sampler: "random", or "sobol" for draws that fill the space evenly.
+      seed: of the draws.
+
+    Raises:
+      ConfigError: an unknown name, an empty list, or draws without distributions.
+
+    >>> rows({"learning_rate": [1e-3, 3e-3], "num_steps": [32, 64]})[1]
+    {'learning_rate': 0.001, 'num_steps': 64}
+    >>> len(rows({"gamma": Uniform(0.9, 0.99), "ent_coef": [0.0, 0.01]}, num_draws=8))
+    16
+    """
+    if not isinstance(space, Mapping):
+        found = [dict(row) for row in space]
+        for row in found:
+            _check_names(row)
+        if num_draws is not None:
+            raise ConfigError(
+                f"num_draws needs distributions; the space is a list of {len(found)} rows. "
+                "Leave num_draws out."
+            )
+        return found or [{}]
+    _check_names(space)
+    drawn = {name: entry for name, entry in space.items() if isinstance(entry, Distribution)}
+    if (num_draws is None) != (not drawn):
+        raise ConfigError(
+            f"num_draws must be given if and only if something is drawn; got {num_draws} and "
+            f"{', '.join(drawn) or 'no distribution'}."
+        )
+    listed = {
+        name: list(entry) for name, entry in space.items() if not isinstance(entry, Distribution)
+    }
+    for name, values in listed.items():
+        if not values:
+            raise ConfigError(f"every list of a space must hold a value; {name} holds none.")
+    draws: list[Row] = [{}]
+    if drawn:
+        assert num_draws is not None
+        quantiles = _quantiles(num_draws, len(drawn), sampler, seed)
+        draws = [
+            {name: entry.at(u) for (name, entry), u in zip(drawn.items(), point, strict=True)}
+            for point in quantiles
+        ]
+    grid = [
+        dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())
+    ]
+    # In the space's own order of names, so that tables read as it was written.
+    return [{name: {**one, **draw}[name] for name in space} for draw in draws for one in grid]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A space in a YAML file: settings, each with a value, a list or the text of a distribution.
+
+    Raises:
+      ConfigError: there is no such file, or it holds something else.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise ConfigError(f"file must name a YAML file; there is none at {path}.")
+    found = yaml.safe_load(path.read_text())
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must map settings to values; it holds {found!r}.")
+    return found
+
+
+def parse(entry: Any) -> list[Any] | Distribution:
+    """An entry of a space as a command line or a file writes it.
+
+    >>> parse("1e-4,3e-4")
+    [0.0001, 0.0003]
+    >>> parse("loguniform(1e-4,1e-2)")
+    LogUniform(low=0.0001, high=0.01)
+    >>> parse("relu,tanh")
+    ['relu', 'tanh']
+    >>> parse("64x64,256")
+    [(64, 64), 256]
+    """
+    if not isinstance(entry, str):
+        return [_scalar(str(x)) for x in entry] if isinstance(entry, list) else [entry]
+    text = entry
+    name, bracket, inside = text.partition("(")
+    if bracket and name in ("uniform", "loguniform", "choice") and inside.endswith(")"):
+        values = [_scalar(word) for word in inside[:-1].split(",")]
+        if name == "choice":
+            return Choice(tuple(values))
+        if len(values) != 2:
+            raise ConfigError(f"{name} takes a low and a high value; got {text}.")
+        return Uniform(*values) if name == "uniform" else LogUniform(*values)
+    return [_scalar(word) for word in text.split(",")]
+
+
+def _scalar(word: str) -> Any:
+    known = {"none": None, "true": True, "false": False}
+    if word.lower() in known:
+        return known[word.lower()]
+    if re.fullmatch(r"\d+(x\d+)+", word):
+        return tuple(map(int, word.split("x")))
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
+
+
+def _quantiles(num_draws: int, dimensions: int, sampler: Sampler, seed: int) -> np.ndarray:
+    if sampler == "random":
+        return np.random.default_rng(seed).random((num_draws, dimensions))
+    if sampler == "sobol":
+        from scipy.stats import qmc
+
+        # Whole powers of 2 are balanced, and the first draws of them are what is asked for.
+        engine = qmc.Sobol(dimensions, rng=np.random.default_rng(seed))
+        return engine.random_base2(math.ceil(math.log2(num_draws)))[:num_draws]
+    raise unknown_name("sampler", sampler, ("random", "sobol"))
+
+
+def _check_names(names: Mapping[str, Any]) -> None:
+    known = [field.name for kind in (HParams, Config) for field in dataclasses.fields(kind)]
+    for name in names:
+        if name not in known and not name.startswith(ENV_PARAMS):
+            raise unknown_name("name in the space", name, [*known, "env_params.NAME"])

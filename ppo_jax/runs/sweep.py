@@ -1,0 +1,411 @@
+"""A sweep that a person starts: groups, chunks that fit, devices, and results on disk."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ppo_jax.config import MODULE, Config, ConfigError, HParams
+from ppo_jax.envs import override_params
+from ppo_jax.population.member import Outcome, train_member
+from ppo_jax.population.plan import Group, Member, make_plan
+from ppo_jax.population.space import Sampler, Space, rows
+from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.trainer import Trainer, make_trainer
+
+_MEMBER_AXIS = "member"
+_LARGEST_CHUNK = 1024
+_MEMORY_SHARE = 0.8  # of a device's memory; what is left is for the runtime
+
+
+class Sweep(NamedTuple):
+    """What a sweep leaves, as tidy tables."""
+
+    members: pd.DataFrame
+    """One row per member: its values, its seed, its final evaluation, where it failed if it did."""
+    curves: pd.DataFrame
+    """One row per member and logged update."""
+    names: tuple[str, ...]
+    """The columns that were varied."""
+    run_dir: Path | None
+    compile_seconds: float
+    run_seconds: float
+    is_complete: bool
+    """False after Ctrl-C."""
+
+
+def sweep(
+    config: Config,
+    space: Space,
+    *,
+    seeds: int | Sequence[int] = 8,
+    hparams: HParams | None = None,
+    num_draws: int | None = None,
+    sampler: Sampler = "random",
+    run_dir: str | Path | None = None,
+    chunk: int | None = None,
+    eval_episodes: int = 64,
+    num_rows: int = 50,
+    say: Callable[[str], None] | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Trains every configuration of a space with every seed, in as few compilations as can be.
+
+    Members that differ in traced values only (hyperparameters, environment parameters, seeds)
+    are one vmapped population, compiled once, and run in chunks that fit the device's memory.
+    With several devices, a chunk's members are divided among them. A member's numbers do not
+    depend on its chunk or its neighbours: in every bit for chunks of two and more on one
+    platform, to rounding otherwise. A member whose parameters become NaN is frozen.
+
+    Args:
+      config: what the space does not say.
+      space: see `ppo_jax.population.space.rows`.
+      seeds: a number, for 0 to that, or a list.
+      hparams: what the space does not say.
+      num_draws: draws of the space's distributions.
+      sampler: how they are drawn, "random" or "sobol".
+      run_dir: where finished members are kept; a directory with the same sweep is continued.
+        None keeps nothing.
+      chunk: members at once; by default as many as fit, at most 1024.
+      eval_episodes: episodes of each member's final greedy evaluation.
+      num_rows: rows of each member's curve; each is the mean over a window of updates.
+      say: takes lines about what will be done; None is silent.
+      progress: show a progress bar on standard error.
+
+    Raises:
+      ConfigError: a setting breaks a rule, or `run_dir` holds something else.
+    """
+    for name, count in {"chunk": chunk, "eval_episodes": eval_episodes, "rows": num_rows}.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1; got {count}.")
+    hparams = HParams() if hparams is None else hparams
+    seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
+    configurations = rows(space, num_draws=num_draws, sampler=sampler)
+    plan = make_plan(config, hparams, configurations, seeds)
+    trainers = [make_trainer(group.config) for group in plan]
+    names = tuple(dict.fromkeys(itertools.chain.from_iterable(configurations)))
+    store = _Store.open(run_dir, _description(config, hparams, configurations, seeds))
+    done = store.finished()
+    todo = [
+        group._replace(members=tuple(m for m in group.members if m.number not in done))
+        for group in plan
+    ]
+    say = say or _silent
+    _announce(say, plan, todo, done)
+    timesteps = sum(
+        len(group.members) * group.config.num_updates * group.config.batch_size for group in todo
+    )
+    compile_seconds = run_seconds = 0.0
+    with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+        bar.start(timesteps)
+        for group, trainer in zip(todo, trainers, strict=True):
+            population = _Population(trainer, group, num_rows, eval_episodes, chunk, say)
+            for members, outcome, seconds in population.run():
+                store.add(_tables(group, members, outcome, num_rows))
+                run_seconds += seconds
+                steps = len(members) * group.config.num_updates * group.config.batch_size
+                bar.advance(
+                    steps,
+                    steps_per_second=steps / seconds,
+                    episode_return=float(np.mean(outcome.returns)),
+                )
+                if interrupt.requested:
+                    break
+            compile_seconds += population.compile_seconds
+            if interrupt.requested:
+                break
+    members, curves = store.collect()
+    return Sweep(
+        members,
+        curves,
+        names,
+        store.path,
+        compile_seconds,
+        run_seconds,
+        is_complete=len(members) == len(configurations) * len(seeds),
+    )
+
+
+class _Population:
+    """The members of a group, compiled once and run in chunks."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        group: Group,
+        num_rows: int,
+        num_episodes: int,
+        chunk: int | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._trainer = trainer
+        self._group = group
+        self._say = say
+        self._devices = jax.devices()
+        self.compile_seconds = 0.0
+        num_updates = group.config.num_updates
+        one = functools.partial(
+            train_member,
+            trainer,
+            num_updates,
+            num_rows=min(num_rows, num_updates),
+            num_episodes=num_episodes,
+        )
+        mesh = Mesh(np.array(self._devices), (_MEMBER_AXIS,))
+        by_member = NamedSharding(mesh, PartitionSpec(_MEMBER_AXIS))
+        self._program = jax.jit(jax.vmap(one), in_shardings=by_member, out_shardings=by_member)
+        self._compiled: dict[int, Any] = {}
+        self._chunk = self._rounded(min(chunk or _LARGEST_CHUNK, len(group.members)))
+        self._is_given = chunk is not None
+
+    def run(self) -> Iterator[tuple[Sequence[Member], Outcome, float]]:
+        """Chunk by chunk: members, what became of them, and the seconds it took."""
+        waiting = list(self._group.members)
+        while waiting:
+            members = waiting[: self._chunk]
+            try:
+                program = self._compile(members)
+                if program is None or len(members) > self._chunk:  # it was found not to fit
+                    continue
+                start = time.perf_counter()
+                outcome = jax.device_get(program(*self._arguments(members)))
+                seconds = time.perf_counter() - start
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or self._chunk <= len(self._devices):
+                    raise
+                self._shrink(self._chunk // 2)
+                continue
+            waiting = waiting[len(members) :]
+            yield members, _first(len(members), outcome), seconds
+
+    def _compile(self, members: Sequence[Member]) -> Any:
+        if self._chunk not in self._compiled:
+            start = time.perf_counter()
+            compiled = self._program.lower(*self._arguments(members)).compile()
+            self.compile_seconds += time.perf_counter() - start
+            self._compiled[self._chunk] = compiled
+            memory = _bytes_of(compiled)
+            self._say(f"{self._chunk} members at once take {memory / 2**20:,.0f} MiB a device")
+            limit = _memory_limit(self._devices[0])
+            if limit is not None and memory > limit and not self._is_given and self._chunk > 1:
+                self._shrink(int(self._chunk * limit / memory))
+        return self._compiled.get(self._chunk)
+
+    def _shrink(self, chunk: int) -> None:
+        self._chunk = self._rounded(max(1, chunk), down=True)
+        self._say(f"that does not fit; going on with {self._chunk} members at once")
+
+    def _rounded(self, chunk: int, *, down: bool = False) -> int:
+        """A whole number of members for each device."""
+        count = len(self._devices)
+        shares = chunk // count if down else math.ceil(chunk / count)
+        return max(1, shares) * count
+
+    def _arguments(self, members: Sequence[Member]) -> tuple[jax.Array, HParams, Any]:
+        """Stacked, and filled up with the last member where a chunk has more lanes."""
+        padded = [*members, *[members[-1]] * (self._chunk - len(members))]
+        keys = jax.vmap(jax.random.key)(np.array([member.seed for member in padded]))
+        hparams = _stacked([jax.tree.map(np.float32, member.hparams) for member in padded])
+        env = self._trainer.env
+        env_params = _stacked(
+            [override_params(env.name, env.params, member.env_params) for member in padded]
+        )
+        return keys, hparams, env_params
+
+
+def _first(count: int, outcome: Outcome) -> Outcome:
+    """Of the members, without the lanes that fill up a chunk."""
+    return jax.tree.map(lambda x: x[:count], outcome)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    def stack(*leaves: Any) -> np.ndarray:
+        return np.stack([np.asarray(leaf, jnp.result_type(leaf)) for leaf in leaves])
+
+    return jax.tree.map(stack, *trees)
+
+
+def _bytes_of(compiled: Any) -> int:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+
+def _memory_limit(device: jax.Device) -> float | None:
+    """Bytes that a program may take; None where nobody knows."""
+    stats = device.memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return _MEMORY_SHARE * stats["bytes_limit"]
+    if device.platform == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return _MEMORY_SHARE * total / len(jax.devices())
+    return None
+
+
+def _tables(
+    group: Group, members: Sequence[Member], outcome: Outcome, num_rows: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of the members and of their curves."""
+    config = group.config
+    num_rows = min(num_rows, config.num_updates)
+    # Update i belongs to window i * num_rows // num_updates: the last one of window r.
+    ends = [math.ceil((row + 1) * config.num_updates / num_rows) for row in range(num_rows)]
+    summaries, curves = [], []
+    for i, member in enumerate(members):
+        label = {
+            "member": member.number,
+            "configuration": member.configuration,
+            "seed": member.seed,
+            **member.row,
+        }
+        returns = np.asarray(outcome.returns[i])
+        failed_at = int(outcome.failed_at[i])
+        summaries.append(
+            {
+                **label,
+                "timesteps": config.num_updates * config.batch_size,
+                "eval/return": float(returns.mean()),
+                "eval/return_std": float(returns.std()),
+                "failed_at": failed_at if failed_at >= 0 else None,
+            }
+        )
+        curves.append(
+            pd.DataFrame(
+                {
+                    **label,
+                    "update": ends,
+                    "timesteps": [end * config.batch_size for end in ends],
+                    **{name: values[i] for name, values in sorted(outcome.curves.items())},
+                }
+            )
+        )
+    table = pd.DataFrame(summaries).astype({"failed_at": "Int64"})
+    return table, pd.concat(curves, ignore_index=True)
+
+
+_SWEEP = "sweep.json"
+_PARTS = "parts"
+RESULTS = ("members", "curves")
+
+
+@dataclasses.dataclass
+class _Store:
+    """Finished members, in memory and, with a path, on disk.
+
+    Each chunk is two files, renamed into place when they are whole, the members' last: what is
+    there is complete, whatever moment a process was killed in.
+    """
+
+    path: Path | None
+    parts: list[tuple[pd.DataFrame, pd.DataFrame]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: str | Path | None, description: dict[str, Any]) -> "_Store":
+        """A new store, or the one of the same sweep that is there already."""
+        if path is None:
+            return cls(None)
+        path = Path(path)
+        wanted = json.loads(json.dumps(description))
+        if (path / _SWEEP).is_file():
+            found = json.loads((path / _SWEEP).read_text())
+            if found != wanted:
+                changed = [name for name in wanted if found.get(name) != wanted[name]]
+                raise ConfigError(
+                    f"run_dir must be new or hold this very sweep; {path} holds another "
+                    f"({', '.join(changed)} differ). Choose another directory."
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"run_dir must be new, empty or a sweep; {path} is something else. Choose another."
+            )
+        else:
+            (path / _PARTS).mkdir(parents=True)
+            _write(path / _SWEEP, lambda file: file.write_text(json.dumps(wanted, indent=2)))
+        store = cls(path)
+        for file in sorted((path / _PARTS).glob("members-*.parquet")):
+            curves = file.with_name(file.name.replace("members-", "curves-"))
+            store.parts.append((pd.read_parquet(file), pd.read_parquet(curves)))
+        return store
+
+    def finished(self) -> set[int]:
+        """Indices of the members that are there."""
+        return {int(index) for members, _ in self.parts for index in members["member"]}
+
+    def add(self, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+        """Keeps a chunk."""
+        self.parts.append(tables)
+        if self.path is not None:
+            first = int(tables[0]["member"].iloc[0])
+            for name, table in reversed(list(zip(RESULTS, tables, strict=True))):
+                _write(self.path / _PARTS / f"{name}-{first:06d}.parquet", table.to_parquet)
+
+    def collect(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """All tables in the sweep's order; with a path, also written there as Parquet and CSV."""
+        if not self.parts:
+            return pd.DataFrame(), pd.DataFrame()
+        order = {"members": ["member"], "curves": ["member", "update"]}
+        tables = []
+        for i, name in enumerate(RESULTS):
+            table = pd.concat([part[i] for part in self.parts], ignore_index=True)
+            table = table.sort_values(order[name], ignore_index=True)
+            tables.append(table)
+            if self.path is not None:
+                _write(self.path / f"{name}.parquet", table.to_parquet)
+                _write(self.path / f"{name}.csv", functools.partial(table.to_csv, index=False))
+        return tables[0], tables[1]
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def _description(
+    config: Config, hparams: HParams, configurations: Sequence[Any], seeds: Sequence[int]
+) -> dict[str, Any]:
+    fields = dict(vars(config))
+    if not isinstance(config.network, str):
+        fields["network"] = f"{MODULE}{type(config.network).__name__}"
+    return {
+        "config": fields,
+        "hparams": {name: value for name, value in vars(hparams).items() if value is not None},
+        "configurations": list(configurations),
+        "seeds": list(seeds),
+    }
+
+
+def _announce(
+    say: Callable[[str], None], plan: Sequence[Group], todo: Sequence[Group], done: set[int]
+) -> None:
+    members = sum(len(group.members) for group in plan)
+    steps = sum(
+        len(group.members) * group.config.num_updates * group.config.batch_size for group in todo
+    )
+    compilations = sum(1 for group in todo if group.members)
+    say(
+        f"{members} members in {len(plan)} group{'s' * (len(plan) > 1)}"
+        f"{f', {len(done)} of them done already' if done else ''}: "
+        f"{compilations} compilation{'s' * (compilations != 1)}, {steps:,} steps to go"
+    )
+
+
+def _silent(line: str) -> None:
+    del line

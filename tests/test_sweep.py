@@ -1,0 +1,276 @@
+"""Populations: spaces, plans, chunks, failures, resuming, reports."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+import ppo_jax
+from ppo_jax import Config, ConfigError, HParams, make_trainer
+from ppo_jax.cli import main
+from ppo_jax.population.plan import make_plan
+from ppo_jax.population.space import Choice, LogUniform, Uniform, parse, rows
+from ppo_jax.runs import report as reports
+from ppo_jax.runs import sweep as sweeps
+
+CONFIG = Config(num_envs=2, num_steps=16, hidden_sizes=(8,), total_timesteps=6 * 32)
+RATES = [1e-4, 3e-3, 1e-3]
+sweep = functools.partial(ppo_jax.sweep, eval_episodes=4, num_rows=3, progress=False)
+
+
+@functools.cache
+def done(chunk=4):
+    return sweep(CONFIG, {"learning_rate": RATES}, seeds=2, chunk=chunk)
+
+
+def test_a_grid_has_every_combination_once_in_order():
+    found = rows({"gamma": [0.9, 0.99], "num_steps": [8, 16, 32]})
+    assert len(found) == 6
+    assert [tuple(row.values()) for row in found][:4] == [(0.9, 8), (0.9, 16), (0.9, 32), (0.99, 8)]
+    assert rows([{"gamma": 0.9}, {"num_steps": 8}]) == [{"gamma": 0.9}, {"num_steps": 8}]
+    assert rows({}) == [{}]
+
+
+@pytest.mark.parametrize("sampler", ["random", "sobol"])
+def test_draws_follow_their_distributions(sampler):
+    space = {
+        "learning_rate": LogUniform(1e-5, 1e-1),
+        "gamma": Uniform(0.9, 1.0),
+        "activation": Choice(("relu", "tanh")),
+    }
+    table = pd.DataFrame(rows(space, num_draws=1000, sampler=sampler))
+    assert list(table.columns) == list(space)
+    for column, (low, high) in {"gamma": (0.9, 1.0), "learning_rate": (-5.0, -1.0)}.items():
+        values = table[column] if column == "gamma" else np.log10(table[column])
+        assert scipy.stats.kstest(values, scipy.stats.uniform(low, high - low).cdf).pvalue > 1e-3
+    assert 450 < (table["activation"] == "relu").sum() < 550
+    again = pd.DataFrame(rows(space, num_draws=1000, sampler=sampler))
+    pd.testing.assert_frame_equal(table, again)
+
+
+@pytest.mark.parametrize(
+    ("space", "draws", "message"),
+    [
+        ({"learning_rat": [1.0]}, None, "unknown name in the space 'learning_rat'. Did you mean"),
+        ([{"gama": 1.0}], None, "unknown name in the space 'gama'"),
+        ({"gamma": []}, None, "every list of a space must hold a value; gamma holds none"),
+        ({"gamma": [0.9]}, 3, "num_draws must be given if and only if something is drawn; got 3"),
+        ({"gamma": Uniform(0.0, 1.0)}, None, "got None and gamma"),
+        ([{"gamma": 0.9}], 3, "num_draws needs distributions"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(space, draws, message):
+    with pytest.raises(ConfigError, match=message):
+        rows(space, num_draws=draws)
+
+
+def test_entries_of_a_command_line():
+    assert parse("1e-4,3e-4") == [1e-4, 3e-4]
+    assert parse("uniform(0.9,1)") == Uniform(0.9, 1)
+    assert parse("choice(relu,tanh)") == Choice(("relu", "tanh"))
+    assert parse("none,true,64x64") == [None, True, (64, 64)]
+    assert parse([0.1, "1e-3"]) == [0.1, 1e-3]
+    with pytest.raises(ConfigError, match="uniform takes a low and a high value"):
+        parse("uniform(1)")
+    with pytest.raises(ConfigError, match="needs 0 < low < high; got 0 and 1"):
+        parse("loguniform(0,1)")
+
+
+def test_only_what_is_compiled_in_makes_groups():
+    space = {
+        "gamma": [0.9, 0.99],
+        "num_steps": [16, 32],
+        "value_clip_eps": [None, 0.2],
+        "env_params.gravity": [9.8, 12.0],
+    }
+    plan = make_plan(CONFIG, HParams(), rows(space), seeds=(3, 5))
+    assert len(plan) == 4
+    members = [member for group in plan for member in group.members]
+    assert sorted(member.number for member in members) == list(range(32))
+    for group in plan:
+        for member in group.members:
+            assert group.config.num_steps == member.row["num_steps"]
+            assert member.hparams.gamma == member.row["gamma"]
+            assert member.env_params == {"gravity": member.row["env_params.gravity"]}
+            assert member.seed == (3, 5)[member.number % 2]
+
+
+def test_a_member_is_the_single_run():
+    result = done()
+    trainer = make_trainer(CONFIG)
+    run = jax.jit(trainer.run)
+    for number, rate in enumerate(RATES):
+        _, metrics = run(jax.random.key(1), HParams(learning_rate=rate))
+        curve = result.curves[result.curves["member"] == 2 * number + 1]
+        assert list(curve["update"]) == [2, 4, 6]
+        assert list(curve["timesteps"]) == [64, 128, 192]
+        assert (curve["learning_rate"] == rate).all()
+        entropy = np.asarray(metrics["train/entropy"]).reshape(3, 2).mean(1)
+        np.testing.assert_allclose(curve["train/entropy"], entropy, rtol=1e-3)
+        count = np.asarray(metrics["episode/count"]).reshape(3, 2)
+        total = np.nansum(np.asarray(metrics["episode/return"]).reshape(3, 2) * count, axis=1)
+        np.testing.assert_array_equal(curve["episode/count"], count.sum(1))
+        np.testing.assert_allclose(curve["episode/return"], total / count.sum(1), rtol=1e-5)
+
+
+def test_chunks_change_nothing():
+    one, other = done(4), done(2)
+    pd.testing.assert_frame_equal(one.members, other.members, check_exact=True)
+    pd.testing.assert_frame_equal(one.curves, other.curves, check_exact=True)
+
+
+def test_a_member_that_fails_is_frozen_and_the_others_are_untouched():
+    rates = [RATES[0], 1e38, RATES[2]]
+    result = sweep(CONFIG, {"learning_rate": rates}, seeds=2, chunk=4)
+    failed = result.members["learning_rate"] == 1e38
+    assert (result.members.loc[failed, "failed_at"] == 0).all()
+    assert result.members.loc[~failed, "failed_at"].isna().all()
+    assert np.isfinite(result.members["eval/return"]).all()
+    kept = result.members["configuration"] != 1
+    pd.testing.assert_frame_equal(
+        result.members[kept], done().members[kept], check_exact=True, check_dtype=False
+    )
+
+
+def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    add = sweeps._Store.add
+    calls = []
+
+    def cut_off(store, tables):
+        if len(calls) == 1:
+            raise RuntimeError("the power went")
+        calls.append(tables)
+        add(store, tables)
+
+    again = functools.partial(
+        sweep, CONFIG, {"learning_rate": RATES}, seeds=2, chunk=4, run_dir=tmp_path / "run"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps._Store, "add", cut_off)
+        with pytest.raises(RuntimeError, match="the power went"):
+            again()
+    # A file that was being written when the power went is no result.
+    (tmp_path / "run" / "parts" / ".members-000004.parquet.unfinished").write_text("")
+    said = []
+    result = again(say=said.append)
+    assert said[0] == "6 members in 1 group, 4 of them done already: 1 compilation, 384 steps to go"
+    pd.testing.assert_frame_equal(result.members, done().members, check_dtype=False)
+    pd.testing.assert_frame_equal(result.curves, done().curves, check_dtype=False)
+    read = pd.read_parquet(tmp_path / "run" / "curves.parquet")
+    pd.testing.assert_frame_equal(read, result.curves)
+    assert len(pd.read_csv(tmp_path / "run" / "members.csv")) == 6
+    with pytest.raises(ConfigError, match=r"holds another \(seeds differ\)"):
+        again(seeds=3)
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="run_dir must be new, empty or a sweep"):
+        sweep(CONFIG, {}, run_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_does_not_fit_runs_in_smaller_chunks(monkeypatch):
+    said = []
+    limit = iter([1.0])
+    monkeypatch.setattr(sweeps, "_memory_limit", lambda device: next(limit, None))
+    result = sweep(CONFIG, {"learning_rate": RATES}, seeds=2, say=said.append)
+    assert any("going on with 1 members at once" in line for line in said)
+    assert len(result.members) == 6
+    np.testing.assert_allclose(
+        result.curves["train/entropy"], done().curves["train/entropy"], rtol=1e-3
+    )
+
+
+def make_tables():
+    """Three configurations of eight seeds with known returns."""
+    rng = np.random.default_rng(0)
+    members, curves = [], []
+    for configuration, (rate, mean) in enumerate([(1e-3, 10.0), (1e-2, 30.0), (1e-1, 20.0)]):
+        for seed in range(8):
+            label = {"member": len(members), "configuration": configuration, "seed": seed}
+            label |= {"learning_rate": rate, "gamma": 0.9}
+            value = mean + rng.normal()
+            members.append({**label, "timesteps": 9, "eval/return": value, "failed_at": None})
+            for update, share in enumerate((0.0, 0.5, 1.0)):
+                curves.append(
+                    {
+                        **label,
+                        "update": update,
+                        "timesteps": 3 * update,
+                        "episode/return": share * value,
+                    }
+                )
+    return pd.DataFrame(members), pd.DataFrame(curves)
+
+
+def test_a_report_finds_the_best_and_says_how_sure_it_is(tmp_path):
+    members, curves = make_tables()
+    report = reports.make_report(members, curves)
+    table = report.configurations
+    assert list(table["learning_rate"]) == [1e-2, 1e-1, 1e-3]
+    for _, row in table.iterrows():
+        own = members.loc[members["configuration"] == row["configuration"], "eval/return"]
+        middle = np.sort(own)[2:6].mean()  # the middle half of eight
+        np.testing.assert_allclose(row["iqm"], middle)
+        assert own.min() < row["low"] < row["iqm"] < row["high"] < own.max()
+        np.testing.assert_allclose(row["area"], own.mean() / 2)
+    assert report.improvement.estimate == 1.0
+    first = report.sensitivity.iloc[0]
+    assert (first["name"], first["best"], first["worst"]) == ("learning_rate", "0.01", "0.001")
+    assert report.sensitivity.iloc[1]["difference"] == 0
+    written = reports.write_pictures(members, curves, report, tmp_path)
+    assert {path.suffix for path in written} == {".png", ".svg"}
+    assert all(path.stat().st_size > 5_000 for path in written)
+
+
+def test_the_bootstrap_s_interval_is_scipy_s():
+    x = np.random.default_rng(3).normal(size=20)
+    ours = reports.interval(x)
+    theirs = scipy.stats.bootstrap(
+        (x,), reports.iqm, method="percentile", n_resamples=5000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    np.testing.assert_allclose(ours[1:], theirs, atol=0.06)
+
+
+def test_the_probability_of_improvement_is_that_of_mann_and_whitney():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0.5, 1.0, 12), rng.normal(0.0, 1.0, 9)
+    ours = reports.probability_of_improvement(x, y)
+    np.testing.assert_allclose(ours.estimate, scipy.stats.mannwhitneyu(x, y).statistic / (12 * 9))
+    assert ours.low < ours.estimate < ours.high
+
+
+def test_the_commands(tmp_path, capsys):
+    file = tmp_path / "space.yaml"
+    file.write_text("env_params.gravity: [9.8, 12.0]\nlearning_rate: loguniform(1e-4,1e-2)\n")
+    run_dir = tmp_path / "run"
+    arguments = ["sweep", "CartPole-v1", "--file", str(file), "--seeds", "2", "--draws", "2"]
+    arguments += ["--num-envs", "2", "--num-steps", "16", "--hidden-sizes", "8x8"]
+    arguments += ["--total-timesteps", "64", "--eval-episodes", "2", "--run-dir", str(run_dir)]
+    assert main(arguments) == 0
+    seen = capsys.readouterr()
+    assert "8 members in 1 group: 1 compilation, 512 steps to go" in seen.err
+    assert "configurations, the best first" in seen.out
+    record = json.loads((run_dir / "sweep.json").read_text())
+    assert record["config"]["hidden_sizes"] == [8, 8]
+    assert len(record["configurations"]) == 4
+    assert main(["report", str(run_dir)]) == 0
+    assert main(["report", str(tmp_path)]) == 2
+    assert "must hold members.parquet" in capsys.readouterr().err
+
+
+def test_a_population_of_keys_and_values_is_one_call():
+    """The documented one-liner: seeds by vmap over keys, values by vmap over HParams."""
+    train = jax.vmap(ppo_jax.make_train(CONFIG), in_axes=(None, 0))
+    _, metrics = jax.jit(train)(jax.random.key(1), HParams(learning_rate=jnp.array(RATES)))
+    curves = done().curves
+    for number in range(3):
+        own = curves[curves["member"] == 2 * number + 1]["train/entropy"]
+        mean = np.asarray(metrics["train/entropy"][number]).reshape(3, 2).mean(1)
+        np.testing.assert_allclose(own, mean, rtol=1e-4)
