@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, ConfigError, evaluate, make_trainer
+from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer, sweep
 
 PARAMS = {"max_steps_in_episode": 16}
 
@@ -66,14 +66,16 @@ def numbers(tree):
     return [np.asarray(x, np.float64) for x in leaves]
 
 
-def check_devices_equal_shards_on_one_device(algorithm):
-    state, metrics = jax.jit(make_trainer(config(algorithm, 4)).run)(jax.random.key(0))
+def check_devices_equal_shards_on_one_device(algorithm, **changes):
+    described = config(algorithm, 4, **changes)
+    state, metrics = jax.jit(make_trainer(described).run)(jax.random.key(0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "shard_map", on_one_device)
-        emulated = make_trainer(config(algorithm, 4)).run  # new, for `jit` knows the other
+        emulated = make_trainer(described).run  # new, for `jit` knows the other
         expected, expected_metrics = jax.jit(emulated)(jax.random.key(0))
     for ours, theirs in (
         (numbers(state.learner), numbers(expected.learner)),
+        (numbers(state.statistics), numbers(expected.statistics)),
         (numbers(metrics), numbers(expected_metrics)),
     ):
         for x, y in zip(ours, theirs, strict=True):
@@ -108,6 +110,22 @@ def check_devices_see_different_data():
     assert len(np.unique(np.asarray(after.rollout.obs), axis=0)) == 8
 
 
+def check_a_sweep_s_members_are_divided():
+    described = config("ppo", 1).replace(num_envs=2)
+    rates = [1e-4, 1e-3, 1e-2]
+    result = sweep(
+        described, {"learning_rate": rates}, seeds=2, eval_episodes=2, num_rows=4, progress=False
+    )
+    run = jax.jit(make_trainer(described).run)
+    for number, rate in enumerate(rates):
+        _, metrics = run(jax.random.key(1), HParams(learning_rate=rate))
+        curve = result.curves[result.curves["member"] == 2 * number + 1]
+        entropy = metrics["train/entropy"].reshape(4, -1).mean(axis=1)
+        np.testing.assert_allclose(curve["train/entropy"], entropy, rtol=1e-3)
+    with pytest.raises(ConfigError, match="num_devices must be 1 in a sweep"):
+        sweep(described.replace(num_devices=2), {})
+
+
 def check_one_device_too_many_is_an_error():
     with pytest.raises(ConfigError, match="at most the devices there are; got 8 and 4"):
         make_trainer(config("ppo", 8))
@@ -116,8 +134,17 @@ def check_one_device_too_many_is_an_error():
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    for algorithm in ("ppo_adaptive", "trpo", "reinforce_baseline"):  # one for each rule
+    for algorithm in ("trpo", "reinforce_baseline"):
         check_devices_equal_shards_on_one_device(algorithm)
+    check_devices_equal_shards_on_one_device(
+        "ppo_adaptive",
+        memory="gru",
+        memory_size=8,
+        num_minibatches=2,
+        normalize_obs=True,
+        normalize_reward=True,
+    )
+    check_a_sweep_s_members_are_divided()
     check_steps_are_one_program_and_environments_stay_where_they_are()
     check_devices_see_different_data()
     check_one_device_too_many_is_an_error()

@@ -1,17 +1,23 @@
-"""The README's examples run as printed."""
+"""The documents' examples run as printed."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+EXAMPLES = [
+    pytest.param(code, id=f"{name}-{i}")
+    for name in ("README.md", "docs/policies.md", "docs/sweeps.md")
+    for i, code in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+    )
+]
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=[str(i) for i in range(len(EXAMPLES))])
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_example(code, capsys):
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "example", "exec"), {})
     out = capsys.readouterr().out
     for expected in re.findall(r"print\(.*  # (\(.*\)):", code):
         assert expected in out

@@ -2,6 +2,10 @@
 
 import functools
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -274,3 +278,41 @@ def test_a_population_of_keys_and_values_is_one_call():
         own = curves[curves["member"] == 2 * number + 1]["train/entropy"]
         mean = np.asarray(metrics["train/entropy"][number]).reshape(3, 2).mean(1)
         np.testing.assert_allclose(own, mean, rtol=1e-4)
+
+
+KILLED = """
+import jax, sys, ppo_jax
+from tests.test_sweep import CONFIG, RATES
+from tests import conftest
+ppo_jax.sweep(CONFIG, {"learning_rate": RATES}, seeds=8, chunk=2, eval_episodes=4, num_rows=3,
+              progress=False, run_dir=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path):
+    rng = np.random.default_rng(0)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+        parts = tmp_path / "killed" / "parts"
+        before = len(list(parts.glob("*"))) if parts.exists() else 0
+        # Once something new is being written, or at a random moment before.
+        give_up = time.monotonic() + rng.uniform(5, 60)
+        while time.monotonic() < give_up and process.poll() is None:
+            if parts.exists() and len(list(parts.glob("*"))) > before:
+                time.sleep(rng.uniform(0, 0.02))
+                break
+            time.sleep(0.001)
+        if process.poll() is not None:
+            break  # nothing is left to kill
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills > 3
+    again = functools.partial(sweep, CONFIG, {"learning_rate": RATES}, seeds=8, chunk=2)
+    killed, whole = again(run_dir=tmp_path / "killed"), again()
+    assert list(killed.members["member"]) == list(range(24))
+    pd.testing.assert_frame_equal(killed.members, whole.members, check_dtype=False)
+    pd.testing.assert_frame_equal(killed.curves, whole.curves, check_dtype=False)

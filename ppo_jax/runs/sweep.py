@@ -97,6 +97,11 @@ def sweep(
         raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
     configurations = rows(space, num_draws=num_draws, sampler=sampler)
     plan = make_plan(config, hparams, configurations, seeds)
+    if any(group.config.num_devices > 1 for group in plan):
+        raise ConfigError(
+            "num_devices must be 1 in a sweep: its devices share members, not environments. "
+            "Leave num_devices out."
+        )
     trainers = [make_trainer(group.config) for group in plan]
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(configurations)))
     store = _Store.open(run_dir, _description(config, hparams, configurations, seeds))
