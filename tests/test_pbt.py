@@ -1,0 +1,118 @@
+"""Population-based training: its two steps, a problem whose answer is known, and the trainer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import Config, ConfigError, HParams, make_trainer
+from ppo_jax.population.pbt import exploit, explore, make_pbt
+from ppo_jax.trainer import Trainer
+from ppo_jax.types import Learner, RolloutState, Statistics, TrainState
+from tests.conftest import quick_jit
+
+
+def test_the_worst_take_over_from_the_best_and_no_other_changes():
+    scores = jnp.array([5.0, -jnp.inf, 7.0, 1.0, 6.0, 2.0, 8.0, 3.0])
+    seen = set()
+    for seed in range(20):
+        parents = np.asarray(exploit(jax.random.key(seed), scores, num_replaced=2))
+        assert list(np.delete(parents, [1, 3])) == [0, 2, 4, 5, 6, 7]
+        seen |= {int(parents[1]), int(parents[3])}
+    assert seen == {2, 6}
+
+
+def test_values_of_the_replaced_move_up_or_down_and_stay_in_range():
+    hparams = HParams(learning_rate=jnp.full(400, 0.1), gamma=jnp.full(400, 0.99))
+    replaced = jnp.arange(400) < 300
+    moved = explore(jax.random.key(0), hparams, replaced, ["learning_rate", "gamma"], 1.25)
+    rate = np.asarray(moved.learning_rate)
+    np.testing.assert_allclose(np.unique(rate[:300]), [0.08, 0.125], rtol=1e-6)
+    assert 100 < (rate[:300] > 0.1).sum() < 200
+    assert (rate[300:] == np.float32(0.1)).all()
+    np.testing.assert_allclose(np.unique(moved.gamma[:300]), [0.99 / 1.25, 1.0], rtol=1e-6)
+
+
+def quadratic():
+    """x ← x − rate · x + noise, from x = 1: x² is least at a rate of 1; above 2 it diverges."""
+
+    def init(key, hparams, env_params):
+        del hparams, env_params
+        learner = Learner({"x": jnp.ones(())}, (), jnp.zeros(()), jnp.ones(()))
+        rollout = RolloutState((), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1))
+        return TrainState(learner, rollout, Statistics(), (), key, jnp.int32(0))
+
+    def step(state, hparams):
+        x = state.learner.params["x"]
+        key, noise_key = jax.random.split(state.key)
+        x = x - hparams.learning_rate * x + 0.1 * jax.random.normal(noise_key)
+        state = state.replace(
+            learner=state.learner.replace(params={"x": x}), key=key, update=state.update + 1
+        )
+        return state, {"episode/return": -jnp.square(x), "episode/count": jnp.float32(1)}
+
+    return Trainer(init, step, None, None, None)
+
+
+def test_the_best_learning_rate_is_found():
+    rates = jnp.geomspace(1e-3, 0.1, 16)  # all of them too small
+    run = make_pbt(quadratic(), ["learning_rate"], num_rounds=60, updates_per_round=20)
+    result = jax.jit(run)(jax.random.split(jax.random.key(0), 16), HParams(learning_rate=rates))
+    assert 0.6 < np.median(result.hparams.learning_rate) < 1.5
+    assert (result.states.update == 1200).all()
+    assert result.lineage.scores.shape == (60, 16)
+    # Four of sixteen are replaced after every round but the last, where members stay themselves.
+    replaced = np.asarray(result.lineage.parents) != np.arange(16)
+    assert (replaced.sum(1) == [*[4] * 59, 0]).all()
+    values = np.asarray(result.lineage.hparams.learning_rate)
+    ratio = values[1:] / np.take_along_axis(values, np.asarray(result.lineage.parents), 1)[:-1]
+    np.testing.assert_allclose(ratio[~replaced[:-1]], 1.0)
+    np.testing.assert_allclose(np.abs(np.log(ratio[replaced[:-1]])), np.log(1.25), rtol=1e-4)
+
+
+def test_a_replaced_member_goes_on_with_its_parent_s_learner_and_its_own_environments():
+    config = Config(
+        num_envs=2,
+        num_steps=16,
+        hidden_sizes=(8,),
+        total_timesteps=4 * 32,
+        normalize_obs=True,
+    )
+    trainer = make_trainer(config)
+    rates = HParams(learning_rate=jnp.array([1e-4, 1e-3, 1e-2, 1e-1]))
+    # Two rounds; in the second the learning rate is what it was, so learners are only copied.
+    run = make_pbt(trainer, ["learning_rate"], num_rounds=2, updates_per_round=1)
+    result = quick_jit(run)(jax.random.split(jax.random.key(0), 4), rates)
+    parents = np.asarray(result.lineage.parents[0])
+    (child,) = np.flatnonzero(parents != np.arange(4))
+    assert result.lineage.scores[0][parents[child]] == result.lineage.scores[0].max()
+    counts = result.states.statistics.obs[0].num_samples
+    assert (counts == 2 * 32).all()
+    obs = np.asarray(result.states.rollout.obs)
+    assert not np.array_equal(obs[child], obs[parents[child]])
+    means = np.asarray(result.states.statistics.obs[0].mean)
+    assert not np.array_equal(means[child], means[parents[child]])
+    assert np.isfinite(np.concatenate([x.ravel() for x in jax.tree.leaves(result.hparams)])).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"names": ["learning_rat"]}, "unknown hyperparameter 'learning_rat'"),
+        ({"replaced": 0.6}, r"must be in \(0, 0.5\]; got 0.6"),
+        ({"num_rounds": 0}, "must be at least 1 and factor above 1; got 0, 1 and 1.25"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(changes, message):
+    fields = {"names": ["gamma"], "num_rounds": 1, "updates_per_round": 1} | changes
+    with pytest.raises(ConfigError, match=message):
+        make_pbt(quadratic(), **fields)
+
+
+def test_a_population_has_a_value_for_every_member():
+    run = make_pbt(quadratic(), ["gamma"], num_rounds=1, updates_per_round=1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    with pytest.raises(ConfigError, match="a value for each of the 4 members; gamma is 0.9"):
+        run(keys, HParams(gamma=0.9))
+    with pytest.raises(ConfigError, match="0.25 of 2 is none"):
+        run(keys[:2], HParams(gamma=jnp.full(2, 0.9)))
