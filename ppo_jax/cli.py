@@ -141,7 +141,8 @@ env_params.NAME, are for --file."""
 class Sweep:
     """Train every combination of some settings with many seeds, compiled together.
 
-    Starts from the preset, as `train` does. A directory of a sweep that was cut off is continued.
+    Starts from the preset, as `train` does, unless the algorithm is varied. A directory of a
+    sweep that was cut off is continued.
     """
 
     space: tyro.conf.OmitArgPrefixes[_SpaceFlags]
@@ -168,6 +169,8 @@ class Sweep:
         from ppo_jax.population import space as spaces
 
         given = {} if self.file is None else spaces.read(self.file)
+        if "env" in given:
+            raise ConfigError("env is the command's own argument; a file must not hold it.")
         given |= {name: text for name, text in vars(self.space).items() if text is not None}
         space = {name: spaces.parse(entry) for name, entry in given.items()}
         fixed = {name: v[0] for name, v in space.items() if isinstance(v, list) and len(v) == 1}
@@ -176,6 +179,8 @@ class Sweep:
         values = {name: fixed.pop(name) for name in vars(HParams()) if name in fixed}
         algorithm = settings.pop("algorithm", "ppo")
         config, hparams = presets.preset(self.env, algorithm, **settings)
+        if "algorithm" in varied:  # a preset is of one
+            config, hparams = Config(env=self.env, **settings), HParams()
         hparams = hparams.replace(**values)
         # What is left has one value and no place of its own, as a parameter of the environment.
         varied |= {name: [value] for name, value in fixed.items()}

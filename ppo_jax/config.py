@@ -101,8 +101,8 @@ got 4 * 128 and 3. Try 2 or 4.
     """Entries of a dict observation that the critic sees."""
     memory: MemoryKind | None = None
     """A recurrent cell after the hidden layers; minibatches are then of whole environments."""
-    memory_size: int = 128
-    """Width of the recurrent cell."""
+    memory_size: int | None = None
+    """Width of the recurrent cell. None: 128."""
     action_distribution: ActionDistribution | None = None
     """Distribution of continuous actions. None: gaussian, clipped by the environment."""
     state_dependent_std: bool = False
@@ -136,14 +136,22 @@ got 4 * 128 and 3. Try 2 or 4.
             pairs = _pairs(name, getattr(self, name))
             object.__setattr__(self, name, tuple(sorted(pairs)))  # equal when equal
         object.__setattr__(self, "wrappers", _pairs("wrappers", self.wrappers))
+        if isinstance(self.hidden_sizes, int):
+            object.__setattr__(self, "hidden_sizes", (self.hidden_sizes,))
         for name in ("hidden_sizes", "actor_keys", "critic_keys"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "conv_layers", tuple(map(tuple, self.conv_layers)))
-        for name in ("total_timesteps", "num_envs", "num_steps", "num_devices", "memory_size"):
+        for name in ("total_timesteps", "num_envs", "num_steps", "num_devices"):
             _require_positive_integer(name, getattr(self, name))
-        if self.embedding_size is not None:
-            _require_positive_integer("embedding_size", self.embedding_size)
+        for name in ("embedding_size", "memory_size"):
+            if getattr(self, name) is not None:
+                _require_positive_integer(name, getattr(self, name))
+        if self.memory_size is not None and self.memory is None:
+            raise ConfigError(
+                f"memory_size needs a memory; got {self.memory_size} and none. Set memory, to "
+                f"{', '.join(get_args(MemoryKind))}, or leave memory_size out."
+            )
         for name in ALGORITHM_SETTINGS:
             if name not in _CHOICES and getattr(self, name) is not None:
                 _require_positive_integer(name, getattr(self, name))

@@ -1,5 +1,6 @@
 """The trainer: the stages composed into `init`, `step` and `run`, all of them pure."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,10 +79,8 @@ def make_trainer(config: Config) -> Trainer:
     if algorithm.whole_episodes:
         _require_whole_episodes(config, env)
     spec = make_spec(config, env, has_critic=algorithm.has_critic)
-    statistics = Statistics(
-        obs=initial_obs_stats(env.observation_space) if config.normalize_obs else None,
-        reward=running_stats.initial(()) if config.normalize_reward else None,
-    )
+    if config.normalize_obs:
+        initial_obs_stats(env.observation_space)  # or an error
     mesh = _make_mesh(config.num_devices)
     axis_name = None if mesh is None else _ENV_AXIS
     # Of one device: the stages see its share of the environments.
@@ -108,6 +107,10 @@ def make_trainer(config: Config) -> Trainer:
         env_params = _opaque(env.params if env_params is None else env_params)
         network_key, reset_key, key = jax.random.split(key, 3)
         memory = initial_memory_of(spec, (config.num_envs,))
+        statistics = Statistics(  # new ones: a caller may donate a state
+            obs=initial_obs_stats(env.observation_space) if config.normalize_obs else None,
+            reward=running_stats.initial(()) if config.normalize_reward else None,
+        )
         rollout_state = reset(env, env_params, reset_key, num_envs=config.num_envs, memory=memory)
         params = init_params(spec, network_key, rollout_state.obs)
         learner = Learner(
@@ -262,7 +265,14 @@ def _place(state: TrainState, mesh: Mesh) -> TrainState:
 def _require_whole_episodes(config: Config, env: Environment) -> None:
     """An episode that the rollout cuts is no sample, so the rollout must hold the longest."""
     longest = getattr(env.params, "max_steps_in_episode", None)
-    if longest is not None and config.num_steps < longest:
+    if longest is None:
+        return
+    for name, value in config.wrappers:
+        if name == "time_limit":
+            longest = min(longest, value)
+        elif name == "action_repeat":
+            longest = math.ceil(longest / value)
+    if config.num_steps < longest:
         raise ConfigError(
             f"{config.algorithm} needs whole episodes: num_steps must be at least the longest, "
             f"max_steps_in_episode; got {config.num_steps} and {longest:g}. "

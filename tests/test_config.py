@@ -50,7 +50,9 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
         ({"optimizer_kwargs": {"epz": 1.0}}, "unknown argument of optax.adam 'epz'"),
         ({"env_params": {"gravty": 1.0}}, "unknown parameter of CartPole-v1 'gravty'.*gravity"),
         ({"wrappers": {"time_limt": 3}}, "unknown wrapper 'time_limt'. Did you mean time_limit"),
-        ({"wrappers": {"time_limit": 0}}, "time_limit must be at least 1 step; got 0"),
+        ({"wrappers": {"time_limit": 0}}, "time_limit must be a whole number, at least 1; got 0"),
+        ({"wrappers": {"frame_stack": 2.5}}, "frame_stack must be a whole number.*got 2.5"),
+        ({"wrappers": {"observe_only": "x"}}, "observe_only takes entries from 0 to 3; got x"),
         ({"wrappers": {"observe_only": "0,7"}}, "observe_only takes entries from 0 to 3; got 0,7"),
         ({"network": "minatar_cnn"}, "network minatar_cnn needs images.*Use mlp"),
         (

@@ -114,6 +114,12 @@ def test_tanh_gaussian_is_distrax_s_where_tanh_can_be_inverted():
     np.testing.assert_allclose(head.distribution(params).log_prob(action), expected, rtol=1e-4)
 
 
+def test_the_mode_of_a_beta_that_has_become_uniform_is_the_middle():
+    head = make_head(SPACE, "beta")
+    for x in (-16.0, -20.0, -100.0):
+        np.testing.assert_allclose(head.mode(head.parametrize(jnp.full(6, x), None)), 0.5)
+
+
 def test_far_out_a_tanh_gaussian_stays_finite():
     head = make_head(SPACE, "tanh_gaussian")
 

@@ -85,7 +85,9 @@ PROBES.update({"recall": RECALL, "recall-limit": RECALL_LIMIT})
 
 
 def solve(name, **changes):
-    fields = {"num_envs": 32, "num_steps": 16, "hidden_sizes": (16,), "memory_size": 16}
+    fields = {"num_envs": 32, "num_steps": 16, "hidden_sizes": (16,)}
+    if "memory" in changes:
+        fields["memory_size"] = 16
     config = Config(env=probe_name(name), **{**fields, "total_timesteps": 60_000, **changes})
     trainer = make_trainer(config)
     hparams = HParams(gamma=0.9, ent_coef=0.0, learning_rate=5e-3)
@@ -161,6 +163,9 @@ def test_a_policy_with_a_memory_is_asked_by_act():
     obs = jnp.ones(4)
     with pytest.raises(ConfigError, match=r"Call policy.act\(obs, memory, key\)"):
         policy(obs)
+    for ask in (lambda: policy.act(obs, None), lambda: policy.value(obs)):
+        with pytest.raises(ConfigError, match="must be told what it remembers"):
+            ask()
     action, memory = policy.act(obs, policy.initial_memory())
     assert action.shape == ()
     assert memory["actor"].shape == (4,)

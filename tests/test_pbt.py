@@ -95,6 +95,24 @@ def test_a_replaced_member_goes_on_with_its_parent_s_learner_and_its_own_environ
     assert np.isfinite(np.concatenate([x.ravel() for x in jax.tree.leaves(result.hparams)])).all()
 
 
+def test_a_learner_that_is_no_longer_finite_is_no_parent():
+    broken = quadratic()
+
+    def step(state, hparams):
+        state, metrics = broken.step(state, hparams)
+        # It scores best, as a policy of NaNs may by chance.
+        is_nan = hparams.learning_rate > 1.0
+        x = jnp.where(is_nan, jnp.nan, state.learner.params["x"])
+        state = state.replace(learner=state.learner.replace(params={"x": x}))
+        return state, metrics | {"episode/return": jnp.where(is_nan, 9.0, 1.0)}
+
+    run = make_pbt(broken._replace(step=step), ["learning_rate"], num_rounds=2, updates_per_round=1)
+    rates = HParams(learning_rate=jnp.array([0.1, 0.2, 0.3, 2.0]))
+    result = jax.jit(run)(jax.random.split(jax.random.key(0), 4), rates)
+    assert result.lineage.scores[0, 3] == -np.inf
+    assert np.isfinite(result.states.learner.params["x"]).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

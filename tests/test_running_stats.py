@@ -68,6 +68,14 @@ def test_a_training_s_statistics_are_those_of_all_it_saw():
     assert state.rollout.discounted_return.shape == (4,)
 
 
+def test_a_donated_state_takes_nothing_of_the_trainer_with_it():
+    trainer = make_trainer(small(normalize_obs=True))
+    step = quick_jit(trainer.step, donate_argnums=0)
+    for _ in range(2):
+        state, _ = step(trainer.init(jax.random.key(0)))
+    assert state.statistics.obs[0].num_samples == 64
+
+
 def test_seeds_share_no_statistics():
     trainer = make_trainer(small(normalize_obs=True, normalize_reward=True))
     keys = jax.random.split(jax.random.key(0), 3)

@@ -86,7 +86,11 @@ def registered(observation_space, action_space):
 
 def config_of(case, **changes):
     observation_space, action_space, fields = CASES[case]
-    fields = {"num_envs": 4, "num_steps": 8, "hidden_sizes": (8,), "memory_size": 8} | fields
+    fields = {"num_envs": 4, "num_steps": 8} | fields
+    if "memory" in fields:
+        fields["memory_size"] = 8
+    if not isinstance(fields.get("network"), nn.Module):
+        fields["hidden_sizes"] = (8,)
     return Config(
         env=registered(observation_space, action_space),
         total_timesteps=4 * 32,
@@ -292,6 +296,31 @@ class Failing(nn.Module):
 def test_a_module_that_breaks_the_contract_is_told_so(network, message):
     with pytest.raises(ConfigError, match=message):
         make_trainer(Config(env=registered(VECTOR, Discrete(3)), network=network))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"network": Doubled(), "hidden_sizes": (8,)}, "hidden_sizes belongs to networks of ours"),
+        ({"embedding_size": 4}, "embedding_size needs observations with integers"),
+        ({"memory_size": 4}, "memory_size needs a memory; got 4 and none. Set memory, to gru"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(Config(env=registered(VECTOR, Discrete(3)), **fields))
+
+
+class Listed(nn.Module):
+    sizes: tuple = ()
+
+    def __call__(self, obs):
+        return obs
+
+
+def test_a_module_with_a_list_is_told_to_use_tuples():
+    with pytest.raises(ConfigError, match="(?s)must be hashable; Listed is not .*Use tuples"):
+        make_trainer(Config(env=registered(VECTOR, Discrete(3)), network=Listed([1, np.zeros(2)])))
 
 
 @pytest.mark.parametrize(

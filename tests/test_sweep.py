@@ -66,6 +66,7 @@ def test_draws_follow_their_distributions(sampler):
         ({"gamma": [0.9]}, 3, "num_draws must be given if and only if something is drawn; got 3"),
         ({"gamma": Uniform(0.0, 1.0)}, None, "got None and gamma"),
         ([{"gamma": 0.9}], 3, "num_draws needs distributions"),
+        ({"gamma": Uniform(0.0, 1.0)}, 0, "num_draws must be at least 1; got 0"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(space, draws, message):
@@ -78,7 +79,7 @@ def test_entries_of_a_command_line():
     assert parse("uniform(0.9,1)") == Uniform(0.9, 1)
     assert parse("choice(relu,tanh)") == Choice(("relu", "tanh"))
     assert parse("none,true,64x64") == [None, True, (64, 64)]
-    assert parse([0.1, "1e-3"]) == [0.1, 1e-3]
+    assert parse([0.1, "1e-3", [64, 64]]) == [0.1, 1e-3, (64, 64)]
     with pytest.raises(ConfigError, match="uniform takes a low and a high value"):
         parse("uniform(1)")
     with pytest.raises(ConfigError, match="needs 0 < low < high; got 0 and 1"):
@@ -168,8 +169,36 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     read = pd.read_parquet(tmp_path / "run" / "curves.parquet")
     pd.testing.assert_frame_equal(read, result.curves)
     assert len(pd.read_csv(tmp_path / "run" / "members.csv")) == 6
-    with pytest.raises(ConfigError, match=r"holds another \(seeds differ\)"):
-        again(seeds=3)
+    for changes, what in (({"seeds": 3}, "seeds"), ({"eval_episodes": 9}, "eval_episodes")):
+        with pytest.raises(ConfigError, match=rf"holds another \({what} differ\)"):
+            again(**changes)
+
+
+def test_a_sweep_killed_as_it_began_can_begin_again(tmp_path):
+    (tmp_path / ".sweep.json.unfinished").write_text("{")
+    store = sweeps._Store.open(tmp_path, {"seeds": [0]})
+    assert store.finished() == set()
+    assert sweeps._Store.open(tmp_path, {"seeds": [0]}).path == tmp_path
+
+
+def test_values_of_every_kind_are_swept(tmp_path):
+    space = [
+        {"hidden_sizes": (4, 4), "env_params.gravity": 9},
+        {"hidden_sizes": (4, 4), "env_params.gravity": 9.8},
+        {"hidden_sizes": 4, "env_params.gravity": np.float32(9.8)},
+    ]
+    result = sweep(CONFIG, space, seeds=1, chunk=1, run_dir=tmp_path / "run")
+    assert list(result.members["hidden_sizes"].astype(str)) == ["4x4", "4x4", "4"]
+    members, curves = reports.load_tables(tmp_path / "run")
+    report = reports.make_report(members, curves)
+    assert reports.write_pictures(members, curves, report, tmp_path)
+
+
+def test_a_report_of_a_sweep_without_episodes_is_drawn(tmp_path):
+    members, curves = make_tables()
+    curves["episode/return"] = np.nan
+    report = reports.make_report(members, curves)
+    assert reports.write_pictures(members, curves, report, tmp_path)
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
@@ -262,7 +291,7 @@ def test_the_commands(tmp_path, capsys):
     assert "8 members in 1 group: 1 compilation, 512 steps to go" in seen.err
     assert "configurations, the best first" in seen.out
     record = json.loads((run_dir / "sweep.json").read_text())
-    assert record["config"]["hidden_sizes"] == [8, 8]
+    assert record["config"]["hidden_sizes"] == "8x8"
     assert len(record["configurations"]) == 4
     assert main(["report", str(run_dir)]) == 0
     assert main(["report", str(tmp_path)]) == 2

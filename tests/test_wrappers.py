@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, make_trainer
+from ppo_jax import Config, ConfigError, make_trainer
 from ppo_jax.envs import wrappers
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete
@@ -118,6 +118,33 @@ def test_previous_action_reward_shows_both():
     assert steps[0].obs["previous_reward"] == 2
     np.testing.assert_array_equal(steps[1].obs["obs"], [2, 1])
     assert env.observation_space.names == ("obs", "previous_action", "previous_reward")
+
+
+def test_an_action_mask_stays_where_the_policy_looks_for_it():
+    space = Dict.of({"seen": Box((2,)), "action_mask": Box((3,), "bool")})
+    inner = random_env(space, Discrete(3))
+    env = wrappers.previous_action_reward(inner)
+    assert env.observation_space.names == (
+        "action_mask",
+        "obs",
+        "previous_action",
+        "previous_reward",
+    )
+    obs, _ = env.reset(jax.random.key(0), ())
+    np.testing.assert_array_equal(
+        obs["action_mask"], inner.reset(jax.random.key(0), ())[0]["action_mask"]
+    )
+    assert set(obs["obs"]) == {"seen"}
+    with pytest.raises(ConfigError, match="would hide noise's action_mask"):
+        wrappers.flatten_observation(inner)
+
+
+def test_a_previous_action_is_the_one_that_was_done():
+    inner = random_env(Box((1,)), Box((2,), low=(-1.0, 0.0), high=(1.0, 0.5)))
+    env = wrappers.previous_action_reward(inner)
+    _, state = env.reset(jax.random.key(0), ())
+    step = env.step(jax.random.key(1), state, jnp.array([3.0, 0.2]), ())
+    np.testing.assert_allclose(step.obs["previous_action"], [1.0, 0.2])
 
 
 def test_transforms_of_rewards_and_observations():

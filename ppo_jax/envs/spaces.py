@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+ACTION_MASK = "action_mask"
+"""The entry of a dict observation that says which actions are allowed; no network sees it."""
+
 
 class Discrete(NamedTuple):
     """The integers 0 … num_values − 1; an int32 scalar."""

@@ -13,12 +13,12 @@ import numpy as np
 from ppo_jax.config import ConfigError, Value, unknown_name
 from ppo_jax.envs import spaces
 from ppo_jax.envs.environment import Environment, Step
-from ppo_jax.envs.spaces import Box, Dict, Discrete
+from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete
 
 
 def time_limit(env: Environment, steps: int) -> Environment:
     """Truncates an episode after `steps` steps, besides whatever ends it anyway."""
-    _require(steps >= 1, f"time_limit must be at least 1 step; got {steps}.")
+    _require_count("time_limit", steps)
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
@@ -61,7 +61,7 @@ def sticky_actions(env: Environment, probability: float) -> Environment:
 
 def action_repeat(env: Environment, times: int) -> Environment:
     """Takes every action several times, adds up the rewards, and stops where the episode does."""
-    _require(times >= 1, f"action_repeat must be at least 1; got {times}.")
+    _require_count("action_repeat", times)
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         first_key, *keys = jax.random.split(key, times)
@@ -83,7 +83,7 @@ def frame_stack(env: Environment, frames: int) -> Environment:
 
     At an episode's start its first observation stands for those before it.
     """
-    _require(frames >= 1, f"frame_stack must be at least 1; got {frames}.")
+    _require_count("frame_stack", frames)
     space = env.observation_space
     if not (isinstance(space, Box) and space.shape):
         raise ConfigError(
@@ -126,6 +126,11 @@ def transform_observation(
 def flatten_observation(env: Environment) -> Environment:
     """All entries of an observation in one float32 vector, integers one-hot."""
     leaves = spaces.leaves(env.observation_space)
+    if isinstance(env.observation_space, Dict) and ACTION_MASK in env.observation_space.names:
+        raise ConfigError(
+            f"flatten_observation would hide {env.name}'s {ACTION_MASK} from the policy. "
+            "Leave it out: networks flatten by themselves."
+        )
 
     def flat(leaf: spaces.Leaf, x: jax.Array) -> jax.Array:
         if isinstance(leaf, Box):
@@ -148,7 +153,8 @@ def flatten_observation(env: Environment) -> Environment:
 def observe_only(env: Environment, entries: str | int) -> Environment:
     """Hides all entries of a vector but those, such as "0,2": CartPole without velocities."""
     space = env.observation_space
-    indices = [int(word) for word in str(entries).split(",")]
+    words = str(entries).split(",")
+    indices = [int(word) if word.strip().isdigit() else -1 for word in words]
     if not (isinstance(space, Box) and len(space.shape) == 1):
         raise ConfigError(f"observe_only needs vectors; {env.name} has {space}.")
     if not all(0 <= index < space.shape[0] for index in indices):
@@ -166,9 +172,28 @@ def previous_action_reward(env: Environment) -> Environment:
     (arXiv:1611.02779), section 2.2.
     """
     action_space = env.action_space
+    mask: dict[str, spaces.Space] = {}
+    inner = env.observation_space
+    if isinstance(inner, Dict) and ACTION_MASK in inner.names:  # stays where a policy looks for it
+        entries = dict(inner.spaces)
+        mask = {ACTION_MASK: entries.pop(ACTION_MASK)}
+        inner = Dict.of(entries)
 
     def observed(obs: Any, action: jax.Array, reward: jax.Array) -> dict[str, Any]:
-        return {"obs": obs, "previous_action": action, "previous_reward": reward}
+        seen = {name: obs[name] for name in mask}
+        rest = {name: x for name, x in obs.items() if name not in mask} if mask else obs
+        return {"obs": rest, "previous_action": action, "previous_reward": reward, **seen}
+
+    def done_action(action: jax.Array) -> jax.Array:
+        """As the environment does it: a Gaussian's is clipped to the bounds."""
+        action = action.astype(spaces.dtype_of(action_space))
+        if not isinstance(action_space, Box) or action_space.low is None:
+            return action
+        low, high = (
+            jnp.reshape(jnp.asarray(bound, action.dtype), action_space.shape)
+            for bound in (action_space.low, action_space.high)
+        )
+        return jnp.clip(action, low, high)
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
@@ -177,15 +202,15 @@ def previous_action_reward(env: Environment) -> Environment:
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         result = env.step(key, state, action, params)
-        action = action.astype(spaces.dtype_of(action_space))
-        return result._replace(obs=observed(result.obs, action, result.reward))
+        return result._replace(obs=observed(result.obs, done_action(action), result.reward))
 
-    entries = {
-        "obs": env.observation_space,
+    shown = {
+        "obs": inner,
         "previous_action": action_space,
         "previous_reward": Box(()),
+        **mask,
     }
-    return env._replace(reset=reset, step=step, observation_space=Dict.of(entries))
+    return env._replace(reset=reset, step=step, observation_space=Dict.of(shown))
 
 
 def transform_reward(env: Environment, function: Callable[[jax.Array], jax.Array]) -> Environment:
@@ -231,6 +256,13 @@ def apply(env: Environment, wrappers: Iterable[tuple[str, Value]]) -> Environmen
             raise unknown_name("wrapper", name, WRAPPERS)
         env = WRAPPERS[name](env, argument)
     return env
+
+
+def _require_count(name: str, count: Any) -> None:
+    is_integer = isinstance(count, int) and not isinstance(count, bool)
+    _require(
+        is_integer and count >= 1, f"{name} must be a whole number, at least 1; got {count!r}."
+    )
 
 
 def _require(holds: bool, rule: str) -> None:

@@ -316,6 +316,12 @@ def _beta(space: Box) -> Head:
         action = jax.vmap(one)(keys.reshape(-1), flat).reshape(params.alpha.shape)
         return jnp.clip(action, _EDGE, 1.0 - _EDGE)
 
+    def mode(params: BetaParams) -> jax.Array:
+        """(α − 1) / (α + β − 2); the middle where both have rounded to 1, which is uniform."""
+        total = params.alpha + params.beta - 2
+        is_flat = total <= 0
+        return jnp.where(is_flat, 0.5, (params.alpha - 1) / jnp.where(is_flat, 1.0, total))
+
     def distribution(params: BetaParams) -> Distribution:
         unit = distrax.Beta(params.alpha, params.beta)
         return Product(StretchedBeta(unit, _like(np.log(high - low), params.alpha)), len(low.shape))
@@ -326,7 +332,7 @@ def _beta(space: Box) -> Head:
         parametrize=parametrize,
         noise=jax.random.split,  # rejection sampling: how many numbers it takes is not known
         sample=sample,
-        mode=lambda params: (params.alpha - 1) / (params.alpha + params.beta - 2),
+        mode=mode,
         distribution=distribution,
         to_env=lambda action: _like(low, action) + _like(high - low, action) * action,
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.config import ConfigError, unknown_name
-from ppo_jax.envs.spaces import Box, Dict, Discrete, Leaf, Space, leaves, shape_of
+from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete, Leaf, Space, leaves, shape_of
 from ppo_jax.policy.distributions import MASKED, Head
 from ppo_jax.policy.initializers import orthogonal
 from ppo_jax.policy.memory import Memory, read
@@ -19,9 +19,6 @@ _HIDDEN_GAIN = np.sqrt(2.0)
 # (arXiv:2006.05990), section 3.2.
 _ACTOR_GAIN = 0.01
 _CRITIC_GAIN = 1.0
-
-ACTION_MASK = "action_mask"
-"""The entry of a dict observation that says which actions are allowed; no torso sees it."""
 
 Convolutions = tuple[tuple[int, int, int], ...]
 """Features, width of the kernel and stride of each layer."""
@@ -183,6 +180,11 @@ def make_view(space: Space, names: tuple[str, ...] | None) -> View:
         return View(space, None)
     if names is None:
         names = tuple(name for name in space.names if name != ACTION_MASK)
+    if not names or ACTION_MASK in names:
+        raise ConfigError(
+            f"actor_keys and critic_keys must name something to see, and not {ACTION_MASK}, which "
+            f"acts by itself; got {names}. Name other entries."
+        )
     for name in names:
         if name not in space.names:
             raise unknown_name("entry of the observation", name, space.names)

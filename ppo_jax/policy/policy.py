@@ -29,11 +29,6 @@ class Policy(struct.PyTreeNode):
 
     def __call__(self, obs: Any, key: jax.Array | None = None) -> jax.Array:
         """Actions `[..., *action shape]` for observations `[..., *observation shape]`."""
-        if self.spec.memory is not None:
-            raise ConfigError(
-                f"a policy with a memory ({self.spec.memory}) must be told what it remembers. "
-                "Call policy.act(obs, memory, key), starting from policy.initial_memory()."
-            )
         return self.act(obs, None, key)[0]
 
     def act(self, obs: Any, memory: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
@@ -67,6 +62,7 @@ class Policy(struct.PyTreeNode):
 
         `start` `[N]` says which observations begin an episode; None: none of them.
         """
+        self._require_memory(memory)
         obs = self.normalized(obs)
         network = network_of(self.spec)
         if memory is None:
@@ -80,6 +76,7 @@ class Policy(struct.PyTreeNode):
 
     def action_params(self, obs: Any) -> Any:
         """Parameters of the action distribution of a policy without a memory."""
+        self._require_memory(None)
         return network_of(self.spec).apply(self.params, self.normalized(obs), method="actor")[0]
 
     def value(self, obs: Any) -> jax.Array:
@@ -96,8 +93,16 @@ class Policy(struct.PyTreeNode):
         """V(s) of a sequence `[T, N, ...]`, and what the critic remembers after every step."""
         if not self.spec.has_critic:
             raise ConfigError("value needs a critic; this policy was trained without one.")
+        self._require_memory(memory)
         network = network_of(self.spec)
         return network.apply(self.params, self.normalized(obs), memory, start, method="critic")
+
+    def _require_memory(self, memory: Any) -> None:
+        if self.spec.memory is not None and memory is None:
+            raise ConfigError(
+                f"a policy with a memory ({self.spec.memory}) must be told what it remembers. "
+                "Call policy.act(obs, memory, key), starting from policy.initial_memory()."
+            )
 
     def normalized(self, obs: Any) -> Any:
         """Observations as the network sees them."""

@@ -41,7 +41,7 @@ class PolicySpec(NamedTuple):
     actor_keys: tuple[str, ...] | None = None
     critic_keys: tuple[str, ...] | None = None
     memory: str | None = None
-    memory_size: int = 128
+    memory_size: int | None = None
     action_distribution: str | None = None
     state_dependent_std: bool = False
 
@@ -55,6 +55,13 @@ def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> P
     own = ("observation_space", "action_space", "has_critic")
     fields = {name: getattr(config, name) for name in PolicySpec._fields if name not in own}
     spec = PolicySpec(env.observation_space, env.action_space, has_critic=has_critic, **fields)
+    try:
+        hash(spec)
+    except TypeError as error:
+        raise ConfigError(
+            f"network must be hashable; {type(config.network).__name__} is not ({error}). "
+            "Use tuples for lists in its fields."
+        ) from error
     network_of(spec)
     return spec
 
@@ -75,7 +82,11 @@ def initial_memory_of(spec: PolicySpec, batch_shape: tuple[int, ...]) -> Any:
     if spec.memory is None:
         return None
     parts = ["actor"] if spec.shared_torso or not spec.has_critic else ["actor", "critic"]
-    return {part: initial_memory(spec.memory, spec.memory_size, batch_shape) for part in parts}
+    return {part: initial_memory(spec.memory, _memory_size(spec), batch_shape) for part in parts}
+
+
+def _memory_size(spec: PolicySpec) -> int:
+    return 128 if spec.memory_size is None else spec.memory_size
 
 
 @functools.cache
@@ -104,7 +115,7 @@ def network_of(spec: PolicySpec) -> ActorCritic:
         )
     actor_view = networks.make_view(spec.observation_space, spec.actor_keys)
     critic_view = networks.make_view(spec.observation_space, spec.critic_keys)
-    memory = None if spec.memory is None else Memory(spec.memory, spec.memory_size)
+    memory = None if spec.memory is None else Memory(spec.memory, _memory_size(spec))
     return ActorCritic(
         head=head_of(spec),
         space=spec.observation_space,
@@ -120,8 +131,15 @@ def network_of(spec: PolicySpec) -> ActorCritic:
 
 def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
     if not isinstance(spec.network, str):
-        _check_module(spec.network, view.space)
+        _check_module(spec, view.space)
         return spec.network.copy()
+    if spec.embedding_size is not None and all(
+        isinstance(leaf, Box) for leaf in spaces.leaves(spec.observation_space)
+    ):
+        raise ConfigError(
+            f"embedding_size needs observations with integers; got {spec.observation_space}. "
+            "Leave embedding_size out."
+        )
     activation = getattr(nn, spec.activation)
     make_image = None
     if spec.network == "impala_cnn":
@@ -148,8 +166,18 @@ def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
 _CONTRACT = "network must be a flax.linen module that maps observations [B, ...] to features [B, F]"
 
 
-def _check_module(network: Any, space: Space) -> None:
+_OF_OUR_TORSOS = ("hidden_sizes", "activation", "layer_norm", "embedding_size")
+
+
+def _check_module(spec: PolicySpec, space: Space) -> None:
     """Tells how a user's module breaks the contract, before anything is trained."""
+    network = spec.network
+    for name in _OF_OUR_TORSOS:
+        if getattr(spec, name) != PolicySpec._field_defaults[name]:
+            raise ConfigError(
+                f"{name} belongs to networks of ours, and network is a module of your own. "
+                f"Leave {name} out."
+            )
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{_CONTRACT}; got {network!r}. Make one, or name one of ours.")
     features = _check_shapes(network, space, type(network).__name__)

@@ -45,7 +45,7 @@ def train_member(
     def update(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
         state, failed_at, sums, weights = carry
         new_state, metrics = trainer.step(state, hparams)
-        is_running = (failed_at < 0) & _is_finite(new_state.learner.params)
+        is_running = (failed_at < 0) & is_finite(new_state.learner.params)
         failed_at = jnp.where((failed_at < 0) & ~is_running, index, failed_at)
         state = _where(is_running, new_state, state)
         row = index * num_rows // num_updates
@@ -70,7 +70,8 @@ def train_member(
 _OF_EPISODES = ("episode/return", "episode/length")
 
 
-def _is_finite(tree: Any) -> jax.Array:
+def is_finite(tree: Any) -> jax.Array:
+    """No number in the tree is NaN or infinite."""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 

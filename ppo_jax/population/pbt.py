@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.config import HPARAM_RANGES, ConfigError, HParams, unknown_name
+from ppo_jax.population.member import is_finite
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
@@ -80,6 +81,7 @@ def make_pbt(
     Args:
       trainer: of every member.
       names: hyperparameters that are changed; each must be `[S]` in what the function is given.
+        An adapted β is the learner's own, and not a hyperparameter to change.
       num_rounds: R.
       updates_per_round: between two replacements.
       replaced: share of the members that are replaced after a round, at most half.
@@ -117,7 +119,9 @@ def make_pbt(
         state, (totals, counts) = jax.lax.scan(update, state, length=updates_per_round)
         total, count = jnp.sum(totals, axis=0), jnp.sum(counts, axis=0)
         mean = total / jnp.maximum(count, 1)
-        return state, jnp.where((count > 0) & jnp.isfinite(mean), mean, -jnp.inf)
+        # A learner that is no longer finite may still act, and score.
+        is_sound = (count > 0) & jnp.isfinite(mean) & jax.vmap(is_finite)(state.learner.params)
+        return state, jnp.where(is_sound, mean, -jnp.inf)
 
     def run(keys: jax.Array, hparams: HParams, env_params: Any = None) -> Population:
         num_members = keys.shape[0]

@@ -103,6 +103,8 @@ def rows(
             f"num_draws must be given if and only if something is drawn; got {num_draws} and "
             f"{', '.join(drawn) or 'no distribution'}."
         )
+    if num_draws is not None and num_draws < 1:
+        raise ConfigError(f"num_draws must be at least 1; got {num_draws}.")
     listed = {
         name: list(entry) for name, entry in space.items() if not isinstance(entry, Distribution)
     }
@@ -153,7 +155,7 @@ def parse(entry: Any) -> list[Any] | Distribution:
     [(64, 64), 256]
     """
     if not isinstance(entry, str):
-        return [_scalar(str(x)) for x in entry] if isinstance(entry, list) else [entry]
+        return [_read(x) for x in entry] if isinstance(entry, list) else [entry]
     text = entry
     name, bracket, inside = text.partition("(")
     if bracket and name in ("uniform", "loguniform", "choice") and inside.endswith(")"):
@@ -164,6 +166,13 @@ def parse(entry: Any) -> list[Any] | Distribution:
             raise ConfigError(f"{name} takes a low and a high value; got {text}.")
         return Uniform(*values) if name == "uniform" else LogUniform(*values)
     return [_scalar(word) for word in text.split(",")]
+
+
+def _read(value: Any) -> Any:
+    """An item of a list in a file: YAML takes 1e-3 for a word, and knows no tuples."""
+    if isinstance(value, list):
+        return tuple(map(_read, value))
+    return _scalar(value) if isinstance(value, str) else value
 
 
 def _scalar(word: str) -> Any:

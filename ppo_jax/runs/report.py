@@ -134,7 +134,9 @@ def _sensitivity(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
         column = table[name]
         # Draws hardly ever repeat: quarters of their range are compared.
         is_drawn = pd.api.types.is_float_dtype(column) and column.nunique() > 8
-        groups = pd.qcut(column, 4).astype(str) if is_drawn else column.astype(str)
+        groups = (
+            pd.qcut(column, 4, duplicates="drop").astype(str) if is_drawn else column.astype(str)
+        )
         means = table.groupby(groups)["iqm"].mean()
         rows.append(
             {
@@ -187,12 +189,15 @@ def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
     for _, row in report.configurations.head(_SHOWN).iterrows():
         own = curves[curves["configuration"] == row["configuration"]]
         table = own.pivot_table(index="timesteps", columns="seed", values="episode/return")
+        if table.empty:  # no episode ended
+            continue
         estimates = [interval(values[~np.isnan(values)]) for values in table.to_numpy()]
         estimate, low, high = np.array(estimates).T
         (line,) = axes.plot(table.index, estimate, label=_label(row, _names_of(report)))
         axes.fill_between(table.index, low, high, color=line.get_color(), alpha=0.2, lw=0)
     axes.set(xlabel="environment steps", ylabel="return: interquartile mean, 95 % interval")
-    axes.legend(fontsize="small")
+    if axes.lines:
+        axes.legend(fontsize="small")
 
 
 def _draw_space(axes: "Axes", report: Report, names: list[str]) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ppo_jax.config import MODULE, Config, ConfigError, HParams
+from ppo_jax.config import Config, ConfigError, HParams
 from ppo_jax.envs import override_params
 from ppo_jax.population.member import Outcome, train_member
 from ppo_jax.population.plan import Group, Member, make_plan
-from ppo_jax.population.space import Sampler, Space, rows
+from ppo_jax.population.space import Row, Sampler, Space, rows
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.trainer import Trainer, make_trainer
@@ -104,7 +104,15 @@ def sweep(
         )
     trainers = [make_trainer(group.config) for group in plan]
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(configurations)))
-    store = _Store.open(run_dir, _description(config, hparams, configurations, seeds))
+    description = _description(
+        config,
+        hparams,
+        configurations,
+        seeds,
+        eval_episodes=eval_episodes,
+        num_rows=num_rows,
+    )
+    store = _Store.open(run_dir, description)
     done = store.finished()
     todo = [
         group._replace(members=tuple(m for m in group.members if m.number not in done))
@@ -227,8 +235,15 @@ class _Population:
         keys = jax.vmap(jax.random.key)(np.array([member.seed for member in padded]))
         hparams = _stacked([jax.tree.map(np.float32, member.hparams) for member in padded])
         env = self._trainer.env
+        # Stacked in the defaults' own dtypes: 9 and 9.8 are not two programs.
+        dtypes = jax.tree.map(jnp.result_type, env.params)
         env_params = _stacked(
-            [override_params(env.name, env.params, member.env_params) for member in padded]
+            [
+                jax.tree.map(
+                    np.asarray, override_params(env.name, env.params, member.env_params), dtypes
+                )
+                for member in padded
+            ]
         )
         return keys, hparams, env_params
 
@@ -277,7 +292,7 @@ def _tables(
             "member": member.number,
             "configuration": member.configuration,
             "seed": member.seed,
-            **member.row,
+            **{name: _written(value) for name, value in member.row.items()},
         }
         returns = np.asarray(outcome.returns[i])
         failed_at = int(outcome.failed_at[i])
@@ -302,6 +317,17 @@ def _tables(
         )
     table = pd.DataFrame(summaries).astype({"failed_at": "Int64"})
     return table, pd.concat(curves, ignore_index=True)
+
+
+def _written(value: Any) -> Any:
+    """A value in a table's cell, or in JSON: numbers and words as they are, the rest as text."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "item") and np.ndim(value) == 0:
+        return value.item()
+    if isinstance(value, tuple) and all(isinstance(x, int) for x in value):
+        return "x".join(map(str, value))
+    return repr(value)
 
 
 _SWEEP = "sweep.json"
@@ -335,18 +361,24 @@ class _Store:
                     f"run_dir must be new or hold this very sweep; {path} holds another "
                     f"({', '.join(changed)} differ). Choose another directory."
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and not (path.is_dir() and cls._is_unused(path)):
             raise ConfigError(
                 f"run_dir must be new, empty or a sweep; {path} is something else. Choose another."
             )
         else:
-            (path / _PARTS).mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
             _write(path / _SWEEP, lambda file: file.write_text(json.dumps(wanted, indent=2)))
+        (path / _PARTS).mkdir(exist_ok=True)
         store = cls(path)
         for file in sorted((path / _PARTS).glob("members-*.parquet")):
             curves = file.with_name(file.name.replace("members-", "curves-"))
             store.parts.append((pd.read_parquet(file), pd.read_parquet(curves)))
         return store
+
+    @staticmethod
+    def _is_unused(path: Path) -> bool:
+        """Nothing is there, or what a sweep left that was killed as it began."""
+        return all(file.name == _unfinished(path / _SWEEP).name for file in path.iterdir())
 
     def finished(self) -> set[int]:
         """Indices of the members that are there."""
@@ -369,6 +401,10 @@ class _Store:
         for i, name in enumerate(RESULTS):
             table = pd.concat([part[i] for part in self.parts], ignore_index=True)
             table = table.sort_values(order[name], ignore_index=True)
+            for column in table.columns:  # Parquet's columns are of one type
+                kinds = {type(value) for value in table[column] if value is not None}
+                if str in kinds and len(kinds) > 1:
+                    table[column] = table[column].map(str)
             tables.append(table)
             if self.path is not None:
                 _write(self.path / f"{name}.parquet", table.to_parquet)
@@ -376,24 +412,33 @@ class _Store:
         return tables[0], tables[1]
 
 
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.unfinished")
+
+
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _unfinished(path)
     write(unfinished)
     os.replace(unfinished, path)
 
 
 def _description(
-    config: Config, hparams: HParams, configurations: Sequence[Any], seeds: Sequence[int]
+    config: Config,
+    hparams: HParams,
+    configurations: Sequence[Row],
+    seeds: Sequence[int],
+    **measured: int,
 ) -> dict[str, Any]:
-    fields = dict(vars(config))
-    if not isinstance(config.network, str):
-        fields["network"] = f"{MODULE}{type(config.network).__name__}"
+    """What makes a sweep this very one."""
     return {
-        "config": fields,
-        "hparams": {name: value for name, value in vars(hparams).items() if value is not None},
-        "configurations": list(configurations),
+        "config": {name: _written(value) for name, value in vars(config).items()},
+        "hparams": {name: _written(value) for name, value in vars(hparams).items()},
+        "configurations": [
+            {name: _written(value) for name, value in row.items()} for row in configurations
+        ],
         "seeds": list(seeds),
+        **measured,
     }
 
 
