@@ -47,7 +47,7 @@ def test_envs_lists_what_can_be_trained(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "CartPol-v1"], "unknown environment 'CartPol-v1'. Did you mean CartPole-v1?"),
+        (["train", "CartPol-v1"], "unknown environment 'CartPol-v1'. Did you mean CartPole-v1"),
         (["train", "CartPole-v1", "--num-minibatches", "3"], "Try 2 or 4."),
         (["train", "CartPole-v1", "--gamma", "nan"], "gamma must be in [0, 1]; got nan."),
         (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be a positive integer"),

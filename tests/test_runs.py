@@ -163,7 +163,10 @@ def test_ctrl_c_stops_between_chunks_and_keeps_what_was_learnt(tmp_path):
     assert ppo_jax.load(path)(jnp.zeros(4)) in (0, 1)
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
+def test_a_second_ctrl_c_interrupts_at_once(request):
+    # A process in a shell's background ignores Ctrl-C from its start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with deferred_interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.requested

@@ -136,7 +136,26 @@ def collected(case):
     return Collected(spec, Policy(params, first.statistics.obs, spec=spec), second.batch)
 
 
-@pytest.mark.parametrize("case", CASES)
+def some(names, chosen):
+    """All of them, but only the chosen ones where time is short."""
+    return [
+        name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
+
+
+ALIKE = (
+    "resnet",
+    "own-module",
+    "gaussian-state-dependent",
+    "gru-own-module",
+    "bytes",
+    "integer",
+    "image-flat",
+)
+"""Cases whose code other cases run as well."""
+
+
+@pytest.mark.parametrize("case", some(CASES, set(CASES) - set(ALIKE)))
 def test_the_ratio_is_one_before_the_first_update(case):
     spec, policy, batch = collected(case)
     config = complete_config(config_of(case))
@@ -150,14 +169,7 @@ def test_the_ratio_is_one_before_the_first_update(case):
     assert np.std(batch.log_prob) > 1e-3  # the test would see another distribution
 
 
-def some(names, chosen):
-    """All of them, but only the chosen ones where time is short."""
-    return [
-        name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names
-    ]
-
-
-QUICK = ("many", "own-module-shared", "beta", "normalized", "lstm-normalized", "mingru")
+QUICK = ("many", "own-module-shared", "beta", "lstm-normalized")
 
 
 @pytest.mark.parametrize("case", some(CASES, QUICK))
@@ -181,8 +193,13 @@ def test_every_policy_trains_and_acts(case, tmp_path):
 
 ROWS = [name for name, row in ALGORITHMS.items() if not row.whole_episodes]
 PAIRS = [
-    pytest.param(case, row, marks=[] if row in ("trpo", "ppo_adaptive") else pytest.mark.slow)
-    for case in ("multi-discrete-masked", "tanh", "beta", "gru")
+    pytest.param(case, row, marks=[] if row == quick else pytest.mark.slow)
+    for case, quick in {
+        "multi-discrete-masked": "trpo",
+        "tanh": "ppo_adaptive",
+        "beta": "trpo",
+        "gru": "trpo",
+    }.items()
     for row in ROWS
 ]
 
@@ -246,7 +263,7 @@ def test_a_masked_action_is_never_taken(case):
 
 
 def test_observations_keep_their_dtype_in_the_trajectory():
-    for case, dtype in (("image", jnp.bool_), ("bytes", jnp.uint8), ("integer", jnp.int32)):
+    for case, dtype in (("image", jnp.bool_), ("embedded", jnp.int32)):
         assert collected(case).batch.obs.dtype == dtype
 
 

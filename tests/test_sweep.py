@@ -86,6 +86,12 @@ def test_entries_of_a_command_line():
         parse("loguniform(0,1)")
 
 
+def test_whole_episodes_must_fit_whatever_is_swept():
+    config = CONFIG.replace(algorithm="reinforce", env_params={"max_steps_in_episode": 16})
+    with pytest.raises(ConfigError, match="num_steps must be at least the longest.*got 16 and 20"):
+        sweep(config, {"env_params.max_steps_in_episode": [10, 20]})
+
+
 def test_only_what_is_compiled_in_makes_groups():
     space = {
         "gamma": [0.9, 0.99],

@@ -102,7 +102,7 @@ def sweep(
             "num_devices must be 1 in a sweep: its devices share members, not environments. "
             "Leave num_devices out."
         )
-    trainers = [make_trainer(group.config) for group in plan]
+    trainers = [_trainer_of(group) for group in plan]
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(configurations)))
     description = _description(
         config,
@@ -152,6 +152,15 @@ def sweep(
         run_seconds,
         is_complete=len(members) == len(configurations) * len(seeds),
     )
+
+
+def _trainer_of(group: Group) -> Trainer:
+    """Made for the longest episodes of its members: some algorithms need whole ones."""
+    config, name = group.config, "max_steps_in_episode"
+    swept = [m.env_params[name] for m in group.members if name in m.env_params]
+    if swept:
+        config = config.replace(env_params={**dict(config.env_params), name: max(swept)})
+    return make_trainer(config)
 
 
 class _Population:
