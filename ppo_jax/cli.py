@@ -177,10 +177,11 @@ class Sweep:
         varied = {name: entry for name, entry in space.items() if name not in fixed}
         settings = {name: fixed.pop(name) for name in vars(Config()) if name in fixed}
         values = {name: fixed.pop(name) for name in vars(HParams()) if name in fixed}
-        algorithm = settings.pop("algorithm", "ppo")
-        config, hparams = presets.preset(self.env, algorithm, **settings)
         if "algorithm" in varied:  # a preset is of one
             config, hparams = Config(env=self.env, **settings), HParams()
+        else:
+            algorithm = settings.pop("algorithm", "ppo")
+            config, hparams = presets.preset(self.env, algorithm, **settings)
         hparams = hparams.replace(**values)
         # What is left has one value and no place of its own, as a parameter of the environment.
         varied |= {name: [value] for name, value in fixed.items()}

@@ -49,9 +49,9 @@ class MLP(nn.Module):
 class Conv(nn.Module):
     """A square convolution as a matrix product with the patches of an image.
 
-    Under `vmap` over seeds, where kernels differ, a convolution becomes a grouped one, which is
-    many times slower on CPUs and GPUs; a product becomes a batched product. Alone, a layer of
-    MinAtar's size is three times as fast on a CPU.
+    Under `vmap` over seeds, where kernels differ, a convolution becomes a grouped one; a product
+    becomes a batched product. The gradient of a layer of MinAtar's size takes less than half of a
+    convolution's time on a CPU, alone and under `vmap`; on a GPU neither has been measured.
     """
 
     features: int
