@@ -115,6 +115,9 @@ got 4 * 128 and 3. Try 2 or 4.
     """Name of an optax optimiser."""
     optimizer_kwargs: tuple[tuple[str, Value], ...] = ()
     """Arguments of the optimiser besides the learning rate; Adam's eps is 1e-5 unless given."""
+    separate_grad_norms: bool = False
+    """max_grad_norm clips the gradients of actor and critic apart, and not their joint norm, which
+    a critic far from its targets fills alone."""
     lr_schedule: LearningRateSchedule = "linear"
     """How the learning rate falls to zero over the training; or "constant"; or "kl_adaptive",
     which steers it so that an update moves the policy by a KL of about desired_kl."""
@@ -267,7 +270,8 @@ class HParams:
     critic_learning_rate: Any = None
     """Step size of the critic where it is fitted apart from the policy."""
     max_grad_norm: Any = None
-    """Largest global norm of a gradient, over actor and critic together."""
+    """Largest global norm of a gradient: of actor and critic together where they are learned
+    together, unless `Config.separate_grad_norms`."""
     target_kl: Any = None
     """Stop an update's remaining minibatches once the approximate KL passes this. None: never."""
     dual_clip: Any = None

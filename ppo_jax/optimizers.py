@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ppo_jax.config import Config, unknown_name
+from ppo_jax.policy.networks import merge_params, split_params
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant": jnp.ones_like,
@@ -67,10 +68,23 @@ def make_optimizer(config: Config) -> Optimizer:
 
     def optimizer(learning_rate: Any, max_grad_norm: Any) -> optax.GradientTransformation:
         descend = factory(learning_rate, **kwargs)
-        if max_grad_norm is None:
-            return optax.flatten(descend)
         # All of these are elementwise but for the norm: one flat vector means one kernel
         # where a tree means one for each leaf.
-        return optax.flatten(optax.chain(optax.clip_by_global_norm(max_grad_norm), descend))
+        if max_grad_norm is None:
+            return optax.flatten(descend)
+        clip = optax.clip_by_global_norm(max_grad_norm)
+        if config.separate_grad_norms:
+            return optax.chain(_of_actor_and_critic(clip), optax.flatten(descend))
+        return optax.flatten(optax.chain(clip, descend))
 
     return optimizer
+
+
+def _of_actor_and_critic(clip: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Clips each by a norm of its own."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        parts = split_params(updates)
+        return merge_params(*(clip.update(part, state, params)[0] for part in parts)), state
+
+    return optax.GradientTransformation(clip.init, update)

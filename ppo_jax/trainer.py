@@ -99,6 +99,12 @@ def make_trainer(config: Config) -> Trainer:
             f"shared_torso must be off where the critic is fitted apart from the policy; "
             f"{config.algorithm} does so. Leave shared_torso out."
         )
+    if config.separate_grad_norms and (rule.fits_critic_apart or config.shared_torso):
+        raise ConfigError(
+            "separate_grad_norms needs an actor and a critic that are learned together and share "
+            f"no torso; got {config.algorithm} and shared_torso={config.shared_torso}. "
+            "Leave separate_grad_norms out."
+        )
     schedule = SCHEDULES[config.lr_schedule]
     adapts_lr = config.lr_schedule == "kl_adaptive"
 

@@ -46,6 +46,14 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
             {"algorithm": "trpo", "shared_torso": True},
             "shared_torso must be off.*trpo does so",
         ),
+        (
+            {"algorithm": "trpo", "separate_grad_norms": True},
+            "separate_grad_norms needs.*learned together.*got trpo and shared_torso=False",
+        ),
+        (
+            {"separate_grad_norms": True, "shared_torso": True},
+            "separate_grad_norms needs.*got ppo and shared_torso=True",
+        ),
         ({"optimizer": "adm"}, "unknown optimizer 'adm'. Did you mean adam"),
         ({"optimizer_kwargs": {"epz": 1.0}}, "unknown argument of optax.adam 'epz'"),
         ({"env_params": {"gravty": 1.0}}, "unknown parameter of CartPole-v1 'gravty'.*gravity"),

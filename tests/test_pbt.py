@@ -7,9 +7,8 @@ import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.population.pbt import exploit, explore, make_pbt
-from ppo_jax.trainer import Trainer
-from ppo_jax.types import Learner, RolloutState, Statistics, TrainState
 from tests.conftest import quick_jit
+from tests.quadratic import quadratic
 
 
 def test_the_worst_take_over_from_the_best_and_no_other_changes():
@@ -31,27 +30,6 @@ def test_values_of_the_replaced_move_up_or_down_and_stay_in_range():
     assert 100 < (rate[:300] > 0.1).sum() < 200
     assert (rate[300:] == np.float32(0.1)).all()
     np.testing.assert_allclose(np.unique(moved.gamma[:300]), [0.99 / 1.25, 1.0], rtol=1e-6)
-
-
-def quadratic():
-    """x ← x − rate · x + noise, from x = 1: x² is least at a rate of 1; above 2 it diverges."""
-
-    def init(key, hparams, env_params):
-        del hparams, env_params
-        learner = Learner({"x": jnp.ones(())}, (), jnp.zeros(()), jnp.ones(()))
-        rollout = RolloutState((), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1))
-        return TrainState(learner, rollout, Statistics(), (), key, jnp.int32(0))
-
-    def step(state, hparams):
-        x = state.learner.params["x"]
-        key, noise_key = jax.random.split(state.key)
-        x = x - hparams.learning_rate * x + 0.1 * jax.random.normal(noise_key)
-        state = state.replace(
-            learner=state.learner.replace(params={"x": x}), key=key, update=state.update + 1
-        )
-        return state, {"episode/return": -jnp.square(x), "episode/count": jnp.float32(1)}
-
-    return Trainer(init, step, None, None, None)
 
 
 def test_the_best_learning_rate_is_found():

@@ -6,10 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ppo_jax import Config, HParams, make_train, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, complete
+from ppo_jax.optimizers import make_optimizer
 from ppo_jax.rollout import rollout
 from tests.conftest import quick_jit
 
@@ -309,10 +311,6 @@ def test_optimizers_by_name(name):
 
 
 def test_adams_eps_is_1e5_unless_given():
-    import optax
-
-    from ppo_jax.optimizers import make_optimizer
-
     gradient = {"w": jnp.array([3e-6, 1.0])}
 
     def first_step(tx):
@@ -322,3 +320,21 @@ def test_adams_eps_is_1e5_unless_given():
     np.testing.assert_allclose(first_step(ours), first_step(optax.adam(0.1, eps=1e-5)), rtol=1e-6)
     given = make_optimizer(Config(optimizer_kwargs={"eps": 1e-8}))(0.1, None)
     np.testing.assert_allclose(first_step(given), first_step(optax.adam(0.1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_critic_s_gradient_fills_the_joint_norm_alone(separate):
+    gradient = {
+        "params": {
+            "actor_torso": {"w": jnp.array([0.6, 0.0])},
+            "actor_out": {"w": jnp.array([0.0, 0.8])},
+            "critic_torso": {"w": jnp.array([300.0, 400.0])},
+        }
+    }
+    config = Config(optimizer="sgd", separate_grad_norms=separate)
+    tx = make_optimizer(config)(1.0, 0.5)
+    updates, _ = tx.update(gradient, tx.init(gradient), gradient)
+    parts = updates["params"]
+    actor = np.hypot(parts["actor_torso"]["w"], parts["actor_out"]["w"])
+    assert np.linalg.norm(parts["critic_torso"]["w"]) == pytest.approx(0.5, rel=1e-4)
+    assert np.linalg.norm(actor) == pytest.approx(0.5 if separate else 0.001, rel=1e-4)

@@ -47,7 +47,7 @@ def train_member(
         new_state, metrics = trainer.step(state, hparams)
         is_running = (failed_at < 0) & is_finite(new_state.learner.params)
         failed_at = jnp.where((failed_at < 0) & ~is_running, index, failed_at)
-        state = _where(is_running, new_state, state)
+        state = choose_state(is_running, new_state, state)
         row = index * num_rows // num_updates
         for name, value in metrics.items():
             weight = metrics["episode/count"] if name in _OF_EPISODES else 1.0
@@ -75,7 +75,9 @@ def is_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
-def _where(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+def choose_state(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """One of two states, keys and all."""
+
     def choose(x: jax.Array, y: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = jnp.where(condition, jax.random.key_data(x), jax.random.key_data(y))

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import HPARAM_RANGES, ConfigError, HParams, unknown_name
-from ppo_jax.population.member import is_finite
+from ppo_jax.config import HPARAM_RANGES, ConfigError, HParams
+from ppo_jax.population.rounds import check_names, for_every_member, make_round
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
@@ -94,9 +94,7 @@ def make_pbt(
     Raises:
       ConfigError: an unknown name, or a number that makes no sense.
     """
-    for name in names:
-        if name not in HPARAM_RANGES:
-            raise unknown_name("hyperparameter", name, HPARAM_RANGES)
+    check_names(names)
     if not 0 < replaced <= 0.5:
         raise ConfigError(f"the share that is replaced must be in (0, 0.5]; got {replaced}.")
     if min(num_rounds, updates_per_round) < 1 or factor <= 1:
@@ -105,23 +103,7 @@ def make_pbt(
             f"{num_rounds}, {updates_per_round} and {factor}."
         )
     init = jax.vmap(trainer.init, in_axes=(0, 0, None))
-    step = jax.vmap(trainer.step)
-
-    def train(state: TrainState, hparams: HParams) -> tuple[TrainState, jax.Array]:
-        """One round; scores are means over all episodes that ended in it."""
-
-        def update(state: TrainState, _: None) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-            state, metrics = step(state, hparams)
-            count = metrics["episode/count"]
-            total = jnp.where(count > 0, metrics["episode/return"] * count, 0.0)
-            return state, (total, count)
-
-        state, (totals, counts) = jax.lax.scan(update, state, length=updates_per_round)
-        total, count = jnp.sum(totals, axis=0), jnp.sum(counts, axis=0)
-        mean = total / jnp.maximum(count, 1)
-        # A learner that is no longer finite may still act, and score.
-        is_sound = (count > 0) & jnp.isfinite(mean) & jax.vmap(is_finite)(state.learner.params)
-        return state, jnp.where(is_sound, mean, -jnp.inf)
+    train = make_round(trainer, updates_per_round)
 
     def run(keys: jax.Array, hparams: HParams, env_params: Any = None) -> Population:
         num_members = keys.shape[0]
@@ -137,9 +119,7 @@ def make_pbt(
                     f"every hyperparameter that is changed must have a value for each of the "
                     f"{num_members} members; {name} is {getattr(hparams, name)}."
                 )
-        hparams = jax.tree.map(
-            lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), num_members), hparams
-        )
+        hparams = for_every_member(hparams, num_members)
         split = jax.vmap(jax.random.split)(keys)
         search_key = split[0, 1]  # of the whole population
         states = init(split[:, 0], hparams, env_params)

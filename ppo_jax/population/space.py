@@ -28,8 +28,8 @@ class Uniform:
     low: float
     high: float
 
-    def at(self, u: float) -> float:
-        """The value at quantile u."""
+    def at(self, u: Any) -> Any:
+        """The value at quantile u, a number or an array."""
         return self.low + (self.high - self.low) * u
 
 
@@ -46,9 +46,9 @@ class LogUniform:
                 f"a log-uniform range needs 0 < low < high; got {self.low} and {self.high}."
             )
 
-    def at(self, u: float) -> float:
+    def at(self, u: Any) -> Any:
         """The value at quantile u."""
-        return math.exp(Uniform(math.log(self.low), math.log(self.high)).at(u))
+        return self.low * (self.high / self.low) ** u
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,192 @@
+"""Successive halving inside one compiled function: losers make way for new draws.
+
+Jamieson & Talwalkar 2016 (arXiv:1502.07943), algorithm 1, without its empty slots: whoever is not
+among the best 1/η of all that have come as far is stopped, as in Li et al. 2020
+(arXiv:1810.05934), algorithm 2, and its slot goes to a new trial: no part of a device is idle.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.config import ConfigError, HParams
+from ppo_jax.population.member import choose_state
+from ppo_jax.population.rounds import check_names, for_every_member, make_round
+from ppo_jax.population.space import Choice, Distribution
+from ppo_jax.trainer import Trainer
+from ppo_jax.types import TrainState
+
+
+class Record(NamedTuple):
+    """What happened, round by round."""
+
+    trials: jax.Array  # [R, S], number of the trial that a slot held, in the order of their draws
+    hparams: HParams  # [R, S], that the round was trained with
+    ages: jax.Array  # [R, S], rounds that the trial had been trained for after it
+    scores: jax.Array  # [R, S], mean return of the episodes that ended; −∞ where none did
+    stopped: jax.Array  # [R, S], the trial ended there
+
+
+class Halving(NamedTuple):
+    """The trials that are left after the last round."""
+
+    states: TrainState  # [S, ...]
+    hparams: HParams  # [S]
+    record: Record
+
+
+def losers(
+    scores: jax.Array, ages: jax.Array, round_number: jax.Array, *, factor: int
+) -> jax.Array:
+    """Who is stopped after a round, `[S]`: at a rung and not among the best 1/η that came there.
+
+    Rungs are the ages 1, η, η², …. Of equal scores the earlier one, and then that of the lower
+    slot, counts as better.
+
+    Args:
+      scores: of all rounds up to this one, `[R, S]`.
+      ages: of the trials that had them, `[R, S]`; 0 in rounds to come.
+      round_number: this one's row.
+      factor: η.
+
+    >>> scores = jnp.array([[5.0, 1.0, 3.0, 2.0, 4.0, 6.0], [0.0] * 6])
+    >>> ages = jnp.array([[1] * 6, [0] * 6])
+    >>> losers(scores, ages, 0, factor=3).tolist()
+    [False, True, True, True, True, False]
+    """
+    num_rounds, num_slots = scores.shape
+    age, score = ages[round_number], scores[round_number]
+    order = jnp.arange(scores.size).reshape(scores.shape)
+
+    def rank(age: jax.Array, score: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """How many of the same age are better, and how many there are."""
+        is_peer = ages == age
+        is_better = (scores > score) | ((scores == score) & (order < own))
+        return jnp.sum(is_peer & is_better), jnp.sum(is_peer)
+
+    own = round_number * num_slots + jnp.arange(num_slots)
+    num_better, num_peers = jax.vmap(rank)(age, score, own)
+    rungs = [1]
+    while rungs[-1] * factor < num_rounds:
+        rungs.append(rungs[-1] * factor)
+    return jnp.isin(age, jnp.array(rungs)) & (num_better * factor >= num_peers)
+
+
+def make_halving(
+    trainer: Trainer,
+    space: Mapping[str, Distribution],
+    *,
+    num_rounds: int,
+    updates_per_round: int,
+    factor: int = 3,
+) -> Callable[..., Halving]:
+    """Successive halving as a pure function; jit is the caller's.
+
+    Every slot trains in every round, `num_rounds * updates_per_round` updates in all. Nothing is
+    stopped after the last round. A new trial starts from new parameters and environments, and at
+    the start of its learning rate's schedule: make the trainer's config of as many updates, or a
+    constant schedule.
+
+    Args:
+      trainer: of every trial.
+      space: hyperparameters and what they are drawn from.
+      num_rounds: R.
+      updates_per_round: between two decisions.
+      factor: η, of which all but one in η trials are stopped at a rung.
+
+    Returns:
+      `(keys [S], hparams=None, env_params=None) -> Halving`; `hparams` are what is not drawn.
+
+    Raises:
+      ConfigError: an unknown name, or a number that makes no sense.
+
+    >>> from ppo_jax import Config, make_trainer
+    >>> from ppo_jax.population.space import LogUniform
+    >>> trainer = make_trainer(Config(num_envs=2, num_steps=16, hidden_sizes=(8,)))
+    >>> space = {"learning_rate": LogUniform(1e-4, 1e-2)}
+    >>> run = make_halving(trainer, space, num_rounds=2, updates_per_round=1)
+    >>> result = jax.jit(run)(jax.random.split(jax.random.key(0), 3))
+    >>> result.record.ages.tolist()  # one of three goes on
+    [[1, 1, 1], [1, 1, 2]]
+    """
+    check_names(space)
+    for name, distribution in space.items():
+        ends = (
+            distribution.values
+            if isinstance(distribution, Choice)
+            else map(distribution.at, (0.0, 1.0))
+        )
+        for value in ends:
+            HParams(**{name: value})  # or an error
+    if not space:
+        raise ConfigError("a space must have a hyperparameter to draw; it is empty.")
+    if min(num_rounds, updates_per_round) < 1 or factor < 2:
+        raise ConfigError(
+            "num_rounds and updates_per_round must be at least 1 and factor at least 2; got "
+            f"{num_rounds}, {updates_per_round} and {factor}."
+        )
+    init = jax.vmap(trainer.init, in_axes=(0, 0, None))
+    train = make_round(trainer, updates_per_round)
+
+    def draw(key: jax.Array, hparams: HParams, num_slots: int) -> HParams:
+        quantiles = jax.random.uniform(key, (len(space), num_slots))
+        drawn = zip(space.items(), quantiles, strict=True)
+        return hparams.replace(**{name: _at(entry, u) for (name, entry), u in drawn})
+
+    def run(keys: jax.Array, hparams: HParams | None = None, env_params: Any = None) -> Halving:
+        num_slots = keys.shape[0]
+        if num_slots < factor:
+            raise ConfigError(
+                f"a population must be as large as factor, to leave one of them; got {num_slots} "
+                f"and {factor}. Use more members, or a smaller factor."
+            )
+        fixed = for_every_member(HParams() if hparams is None else hparams, num_slots)
+        split = jax.vmap(jax.random.split)(keys)
+        first_key, *round_keys = jax.random.split(split[0, 1], 1 + num_rounds)
+        first = draw(first_key, fixed, num_slots)
+        empty = jnp.zeros((num_rounds, num_slots))
+
+        def one_round(carry: tuple, inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:
+            states, hparams, trials, age, next_trial, scores, ages = carry
+            number, key = inputs
+            init_key, draw_key = jax.random.split(key)
+            states, score = train(states, hparams)
+            age = age + 1
+            scores, ages = scores.at[number].set(score), ages.at[number].set(age)
+            stopped = losers(scores, ages, number, factor=factor) & (number < num_rounds - 1)
+            seen = trials, hparams, stopped
+            drawn = draw(draw_key, fixed, num_slots)
+            new = init(jax.random.split(init_key, num_slots), drawn, env_params)
+            states = jax.vmap(choose_state)(stopped, new, states)
+            hparams = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), drawn, hparams)
+            trials = jnp.where(stopped, next_trial + jnp.cumsum(stopped) - 1, trials)
+            age = jnp.where(stopped, 0, age)
+            next_trial = next_trial + jnp.sum(stopped)
+            return (states, hparams, trials, age, next_trial, scores, ages), seen
+
+        trials = jnp.arange(num_slots)
+        start = (
+            init(split[:, 0], first, env_params),
+            first,
+            trials,
+            jnp.zeros_like(trials),
+            jnp.int32(num_slots),
+            empty,
+            empty.astype(trials.dtype),
+        )
+        numbered = jnp.arange(num_rounds), jnp.stack(round_keys)
+        (states, hparams, *_, scores, ages), seen = jax.lax.scan(one_round, start, numbered)
+        held, trained_with, stopped = seen
+        return Halving(states, hparams, Record(held, trained_with, ages, scores, stopped))
+
+    return run
+
+
+def _at(distribution: Distribution, u: jax.Array) -> jax.Array:
+    """Values at quantiles u, inside jit."""
+    if not isinstance(distribution, Choice):
+        return distribution.at(u)
+    values = jnp.array(distribution.values, jnp.float32)
+    return values[jnp.minimum((u * values.size).astype(int), values.size - 1)]

@@ -1,0 +1,28 @@
+"""A training whose best learning rate is known."""
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.trainer import Trainer
+from ppo_jax.types import Learner, RolloutState, Statistics, TrainState
+
+
+def quadratic():
+    """x ← x − rate · x + noise, from x = 1: x² is least at a rate of 1; above 2 it diverges."""
+
+    def init(key, hparams, env_params):
+        del hparams, env_params
+        learner = Learner({"x": jnp.ones(())}, (), jnp.zeros(()), jnp.ones(()))
+        rollout = RolloutState((), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1))
+        return TrainState(learner, rollout, Statistics(), (), key, jnp.int32(0))
+
+    def step(state, hparams):
+        x = state.learner.params["x"]
+        key, noise_key = jax.random.split(state.key)
+        x = x - hparams.learning_rate * x + 0.1 * jax.random.normal(noise_key)
+        state = state.replace(
+            learner=state.learner.replace(params={"x": x}), key=key, update=state.update + 1
+        )
+        return state, {"episode/return": -jnp.square(x), "episode/count": jnp.float32(1)}
+
+    return Trainer(init, step, None, None, None)
