@@ -154,8 +154,10 @@ class Sweep:
     """Seeds of every configuration."""
     draws: int | None = None
     """Draws of the distributions."""
-    sampler: Literal["random", "sobol"] = "random"
-    """How they are drawn."""
+    sampler: Literal["random", "sobol", "tpe"] = "random"
+    """How they are drawn: tpe, which needs optuna, in batches that follow the results so far."""
+    batch: int | None = None
+    """Configurations in a batch of tpe."""
     run_dir: Path | None = None
     """Where results are kept; runs/ENV_sweep_TIME by default."""
     chunk: int | None = None
@@ -197,6 +199,7 @@ class Sweep:
             hparams=hparams,
             num_draws=self.draws,
             sampler=self.sampler,
+            batch=self.batch,
             run_dir=run_dir,
             chunk=self.chunk,
             eval_episodes=self.eval_episodes,

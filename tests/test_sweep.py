@@ -18,6 +18,7 @@ import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.cli import main
 from ppo_jax.population.plan import make_plan
+from ppo_jax.population.proposals import make_proposals
 from ppo_jax.population.space import Choice, LogUniform, Uniform, parse, rows
 from ppo_jax.runs import report as reports
 from ppo_jax.runs import sweep as sweeps
@@ -205,6 +206,80 @@ def test_a_report_of_a_sweep_without_episodes_is_drawn(tmp_path):
     curves["episode/return"] = np.nan
     report = reports.make_report(members, curves)
     assert reports.write_pictures(members, curves, report, tmp_path)
+
+
+DRAWN = {"learning_rate": LogUniform(1e-5, 1e-1), "ent_coef": Choice((0.0, 0.01, 0.1))}
+
+
+def test_later_batches_follow_what_did_well():
+    proposals = make_proposals(DRAWN, num_draws=64, sampler="tpe", batch=16)
+    batches = []
+    while rows := proposals.ask():
+        batches.append(rows)
+        rates = np.array([row["learning_rate"] for row in rows])
+        costs = np.array([row["ent_coef"] for row in rows])
+        proposals.tell(list(-np.square(np.log10(rates) + 2.0) - costs))
+    assert [len(rows) for rows in batches] == [16] * 4
+
+    def distance(rows):
+        return np.mean([abs(np.log10(row["learning_rate"]) + 2.0) for row in rows])
+
+    assert distance(batches[-1]) < 0.5 * distance(batches[0])
+    assert all(1e-5 <= row["learning_rate"] <= 1e-1 for rows in batches for row in rows)
+
+
+def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
+    tmp_path, monkeypatch
+):
+    again = functools.partial(
+        sweep, CONFIG, DRAWN, seeds=2, num_draws=5, sampler="tpe", batch=2, chunk=2
+    )
+    said = []
+    whole = again(say=said.append)
+    assert [line for line in said if "compilation" in line] == [
+        "4 members in 1 group: 1 compilation, 768 steps to go",
+        "4 members in 1 group: 0 compilations, 768 steps to go",
+        "2 members in 1 group: 0 compilations, 384 steps to go",
+    ]
+    assert said[-2] == "configurations 4 to 4 of 5:"
+    assert list(whole.members["configuration"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert whole.is_complete
+
+    add = sweeps._Store.add
+
+    def cut_off(store, tables):
+        if len(store.parts) == 3:  # in the middle of the second batch
+            raise RuntimeError("the power went")
+        add(store, tables)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps._Store, "add", cut_off)
+        with pytest.raises(RuntimeError, match="the power went"):
+            again(run_dir=tmp_path / "run")
+    resumed = again(run_dir=tmp_path / "run")
+    pd.testing.assert_frame_equal(resumed.members, whole.members, check_dtype=False)
+    pd.testing.assert_frame_equal(resumed.curves, whole.curves, check_dtype=False)
+    # A sampler of another version may ask for something else.
+    part = tmp_path / "run" / "parts" / "members-000000.parquet"
+    pd.read_parquet(part).assign(learning_rate=0.5).to_parquet(part)
+    with pytest.raises(ConfigError, match="must hold what the sampler asks for again"):
+        again(run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"space": [{"gamma": 0.9}]}, "needs a space of distributions; got a list of rows"),
+        ({"space": {"gamma": [0.9]}}, r"needs a distribution for every name; gamma is \[0.9\]"),
+        ({"num_draws": None}, "num_draws must be given"),
+        ({"batch": None}, "needs a batch of at least 1 configuration; got None"),
+        ({"sampler": "sobol"}, "batch is for sampler tpe.*got 2 and sobol"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_is_refused(arguments, message):
+    fields = {"space": DRAWN, "num_draws": 4, "sampler": "tpe", "batch": 2} | arguments
+    with pytest.raises(ConfigError, match=message):
+        make_proposals(**fields)
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):

@@ -29,11 +29,23 @@ class Group(NamedTuple):
     """Members that differ in traced values only."""
 
     config: Config
+    traced: tuple[tuple[str, ...], ...]
+    """Names of the hyperparameters that are set, and of the environment's parameters that vary."""
     members: tuple[Member, ...]
+
+    @property
+    def program(self) -> tuple[Config, tuple[tuple[str, ...], ...]]:
+        """What its compilation depends on; hashable."""
+        return self.config, self.traced
 
 
 def make_plan(
-    config: Config, hparams: HParams, configurations: Sequence[Row], seeds: Sequence[int]
+    config: Config,
+    hparams: HParams,
+    configurations: Sequence[Row],
+    seeds: Sequence[int],
+    *,
+    first: int = 0,
 ) -> list[Group]:
     """Groups of members, in the order in which they run.
 
@@ -45,6 +57,7 @@ def make_plan(
       hparams: what rows do not say.
       configurations: the rows of a space.
       seeds: of every configuration.
+      first: number of the first configuration.
 
     Raises:
       ConfigError: a row breaks a rule.
@@ -53,9 +66,8 @@ def make_plan(
     >>> [len(group.members) for group in make_plan(Config(), HParams(), rows, seeds=(0, 1))]
     [4, 2]
     """
-    groups: dict[Any, list[Member]] = {}
-    configs: dict[Any, Config] = {}
-    for configuration, row in enumerate(configurations):
+    groups: dict[tuple[Config, tuple[tuple[str, ...], ...]], list[Member]] = {}
+    for configuration, row in enumerate(configurations, start=first):
         own_config = config.replace(**{k: v for k, v in row.items() if _is_static(k)})
         traced = {k: v for k, v in row.items() if k in _HPARAMS}
         own_hparams = complete(hparams.replace(**traced), own_config)
@@ -63,12 +75,13 @@ def make_plan(
             k.removeprefix(ENV_PARAMS): v for k, v in row.items() if k.startswith(ENV_PARAMS)
         }
         is_set = tuple(name for name, value in vars(own_hparams).items() if value is not None)
-        key = (own_config, is_set, tuple(sorted(env_params)))
-        configs[key] = own_config
+        program = own_config, (is_set, tuple(sorted(env_params)))
         for number, seed in enumerate(seeds, start=configuration * len(seeds)):
             member = Member(number, configuration, seed, row, own_hparams, env_params)
-            groups.setdefault(key, []).append(member)
-    return [Group(configs[key], tuple(members)) for key, members in groups.items()]
+            groups.setdefault(program, []).append(member)
+    return [
+        Group(own_config, names, tuple(members)) for (own_config, names), members in groups.items()
+    ]
 
 
 def _is_static(name: str) -> bool:

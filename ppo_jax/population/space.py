@@ -16,7 +16,7 @@ Row = dict[str, Any]
 """One configuration: name → value. Names are fields of `HParams` or `Config`, or
 "env_params.NAME"."""
 
-Sampler = Literal["random", "sobol"]
+Sampler = Literal["random", "sobol", "tpe"]
 
 ENV_PARAMS = "env_params."
 
@@ -89,22 +89,16 @@ def rows(
     if not isinstance(space, Mapping):
         found = [dict(row) for row in space]
         for row in found:
-            _check_names(row)
+            check_names(row)
         if num_draws is not None:
             raise ConfigError(
                 f"num_draws needs distributions; the space is a list of {len(found)} rows. "
                 "Leave num_draws out."
             )
         return found or [{}]
-    _check_names(space)
+    check_names(space)
     drawn = {name: entry for name, entry in space.items() if isinstance(entry, Distribution)}
-    if (num_draws is None) != (not drawn):
-        raise ConfigError(
-            f"num_draws must be given if and only if something is drawn; got {num_draws} and "
-            f"{', '.join(drawn) or 'no distribution'}."
-        )
-    if num_draws is not None and num_draws < 1:
-        raise ConfigError(f"num_draws must be at least 1; got {num_draws}.")
+    check_draws(num_draws, drawn)
     listed = {
         name: list(entry) for name, entry in space.items() if not isinstance(entry, Distribution)
     }
@@ -124,6 +118,17 @@ def rows(
     ]
     # In the space's own order of names, so that tables read as it was written.
     return [{name: {**one, **draw}[name] for name in space} for draw in draws for one in grid]
+
+
+def check_draws(num_draws: int | None, drawn: Mapping[str, Distribution]) -> None:
+    """Raises a `ConfigError` unless there is a number of draws where there are distributions."""
+    if (num_draws is None) != (not drawn):
+        raise ConfigError(
+            f"num_draws must be given if and only if something is drawn; got {num_draws} and "
+            f"{', '.join(drawn) or 'no distribution'}."
+        )
+    if num_draws is not None and num_draws < 1:
+        raise ConfigError(f"num_draws must be at least 1; got {num_draws}.")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -201,7 +206,8 @@ def _quantiles(num_draws: int, dimensions: int, sampler: Sampler, seed: int) -> 
     raise unknown_name("sampler", sampler, ("random", "sobol"))
 
 
-def _check_names(names: Mapping[str, Any]) -> None:
+def check_names(names: Mapping[str, Any]) -> None:
+    """Raises a `ConfigError` for a name that is no setting's."""
     known = [field.name for kind in (HParams, Config) for field in dataclasses.fields(kind)]
     for name in names:
         if name not in known and not name.startswith(ENV_PARAMS):

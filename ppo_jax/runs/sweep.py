@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.config import Config, ConfigError, HParams
 from ppo_jax.envs import override_params
+from ppo_jax.envs.environment import Environment
 from ppo_jax.population.member import Outcome, train_member
 from ppo_jax.population.plan import Group, Member, make_plan
-from ppo_jax.population.space import Row, Sampler, Space, rows
+from ppo_jax.population.proposals import Proposals, make_proposals
+from ppo_jax.population.space import Row, Sampler, Space
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.runs.report import iqm
 from ppo_jax.trainer import Trainer, make_trainer
 
 _MEMBER_AXIS = "member"
@@ -55,6 +58,7 @@ def sweep(
     hparams: HParams | None = None,
     num_draws: int | None = None,
     sampler: Sampler = "random",
+    batch: int | None = None,
     run_dir: str | Path | None = None,
     chunk: int | None = None,
     eval_episodes: int = 64,
@@ -76,7 +80,9 @@ def sweep(
       seeds: a number, for 0 to that, or a list.
       hparams: what the space does not say.
       num_draws: draws of the space's distributions.
-      sampler: how they are drawn, "random" or "sobol".
+      sampler: how they are drawn: "random", "sobol", or "tpe", which needs optuna and draws again
+        after every batch, near what did well so far.
+      batch: configurations in a batch of "tpe".
       run_dir: where finished members are kept; a directory with the same sweep is continued.
         None keeps nothing.
       chunk: members at once; by default as many as fit, at most 1024.
@@ -95,63 +101,115 @@ def sweep(
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
-    configurations = rows(space, num_draws=num_draws, sampler=sampler)
-    plan = make_plan(config, hparams, configurations, seeds)
-    if any(group.config.num_devices > 1 for group in plan):
-        raise ConfigError(
-            "num_devices must be 1 in a sweep: its devices share members, not environments. "
-            "Leave num_devices out."
-        )
-    trainers = [_trainer_of(group) for group in plan]
-    names = tuple(dict.fromkeys(itertools.chain.from_iterable(configurations)))
-    description = _description(
-        config,
-        hparams,
-        configurations,
-        seeds,
-        eval_episodes=eval_episodes,
-        num_rows=num_rows,
+    proposals = make_proposals(space, num_draws=num_draws, sampler=sampler, batch=batch)
+
+    def planned(asked: Sequence[Row], first: int) -> list[tuple[Group, Trainer]]:
+        plan = make_plan(config, hparams, asked, seeds, first=first)
+        if any(group.config.num_devices > 1 for group in plan):
+            raise ConfigError(
+                "num_devices must be 1 in a sweep: its devices share members, not environments. "
+                "Leave num_devices out."
+            )
+        return [(group, _trainer_of(group)) for group in plan]
+
+    asked, first = proposals.ask(), 0
+    plan = planned(asked, first)  # its errors come before anything is written
+    names = tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
+    store = _Store.open(
+        run_dir,
+        _description(
+            config, hparams, proposals, seeds, eval_episodes=eval_episodes, num_rows=num_rows
+        ),
     )
-    store = _Store.open(run_dir, description)
-    done = store.finished()
-    todo = [
-        group._replace(members=tuple(m for m in group.members if m.number not in done))
-        for group in plan
-    ]
     say = say or _silent
-    _announce(say, plan, todo, done)
-    timesteps = sum(
-        len(group.members) * group.config.num_updates * group.config.batch_size for group in todo
-    )
-    compile_seconds = run_seconds = 0.0
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
-        bar.start(timesteps)
-        for group, trainer in zip(todo, trainers, strict=True):
-            population = _Population(trainer, group, num_rows, eval_episodes, chunk, say)
-            for members, outcome, seconds in population.run():
-                store.add(_tables(group, members, outcome, num_rows))
-                run_seconds += seconds
-                steps = len(members) * group.config.num_updates * group.config.batch_size
-                bar.advance(
-                    steps,
-                    steps_per_second=steps / seconds,
-                    episode_return=float(np.mean(outcome.returns)),
-                )
-                if interrupt.requested:
-                    break
-            compile_seconds += population.compile_seconds
+        runner = _Runner(
+            num_rows, eval_episodes, chunk, say, bar, is_stopped=lambda: interrupt.requested
+        )
+        while asked:
+            if len(asked) < proposals.total:
+                say(f"configurations {first} to {first + len(asked) - 1} of {proposals.total}:")
+                store.require(asked, first)
+            runner.run(plan, store)
             if interrupt.requested:
                 break
+            proposals.tell(store.scores(range(first, first + len(asked))))
+            first += len(asked)
+            asked = proposals.ask()
+            plan = planned(asked, first)
     members, curves = store.collect()
     return Sweep(
         members,
         curves,
         names,
         store.path,
-        compile_seconds,
-        run_seconds,
-        is_complete=len(members) == len(configurations) * len(seeds),
+        runner.compile_seconds,
+        runner.run_seconds,
+        is_complete=len(members) == proposals.total * len(seeds),
     )
+
+
+class _Runner:
+    """Runs plans, one after another; what was compiled for one serves the next."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_episodes: int,
+        chunk: int | None,
+        say: Callable[[str], None],
+        bar: TrainingProgress,
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
+        self._say, self._bar, self._is_stopped = say, bar, is_stopped
+        self._populations: dict[Any, _Population] = {}
+        self.run_seconds = 0.0
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(population.compile_seconds for population in self._populations.values())
+
+    def run(self, plan: Sequence[tuple[Group, Trainer]], store: "_Store") -> None:
+        """Runs the members that the store does not have, until it is stopped."""
+        done = store.finished()
+        todo = [
+            (group, trainer, [m for m in group.members if m.number not in done])
+            for group, trainer in plan
+        ]
+        new = {group.program for group, _, left in todo if left} - set(self._populations)
+        self._bar.start(sum(_timesteps_of(group) * len(left) for group, _, left in todo))
+        self._say(_announcement(todo, num_compilations=len(new)))
+        for group, trainer, left in todo:
+            if group.program not in self._populations:
+                self._populations[group.program] = self._population(group, trainer, len(left))
+            population = self._populations[group.program]
+            for members, outcome, seconds in population.run(left, self._is_stopped):
+                store.add(_tables(group, members, outcome, self._num_rows))
+                self.run_seconds += seconds
+                steps = _timesteps_of(group) * len(members)
+                self._bar.advance(
+                    steps,
+                    steps_per_second=steps / seconds,
+                    episode_return=float(np.mean(outcome.returns)),
+                )
+
+    def _population(self, group: Group, trainer: Trainer, num_members: int) -> "_Population":
+        num_updates = group.config.num_updates
+        train = functools.partial(
+            train_member,
+            trainer,
+            num_updates,
+            num_rows=min(self._num_rows, num_updates),
+            num_episodes=self._num_episodes,
+        )
+        chunk = self._chunk or min(_LARGEST_CHUNK, max(1, num_members))
+        return _Population(train, trainer.env, chunk, self._chunk is not None, self._say)
+
+
+def _timesteps_of(group: Group) -> int:
+    """Of one member."""
+    return group.config.num_updates * group.config.batch_size
 
 
 def _trainer_of(group: Group) -> Trainer:
@@ -164,41 +222,32 @@ def _trainer_of(group: Group) -> Trainer:
 
 
 class _Population:
-    """The members of a group, compiled once and run in chunks."""
+    """Members that share a program, compiled once and run in chunks."""
 
     def __init__(
         self,
-        trainer: Trainer,
-        group: Group,
-        num_rows: int,
-        num_episodes: int,
-        chunk: int | None,
+        train: Callable[..., Outcome],
+        env: Environment,
+        chunk: int,
+        is_given: bool,
         say: Callable[[str], None],
     ) -> None:
-        self._trainer = trainer
-        self._group = group
+        self._env = env
         self._say = say
         self._devices = jax.devices()
         self.compile_seconds = 0.0
-        num_updates = group.config.num_updates
-        one = functools.partial(
-            train_member,
-            trainer,
-            num_updates,
-            num_rows=min(num_rows, num_updates),
-            num_episodes=num_episodes,
-        )
         mesh = Mesh(np.array(self._devices), (_MEMBER_AXIS,))
         by_member = NamedSharding(mesh, PartitionSpec(_MEMBER_AXIS))
-        self._program = jax.jit(jax.vmap(one), in_shardings=by_member, out_shardings=by_member)
+        self._program = jax.jit(jax.vmap(train), in_shardings=by_member, out_shardings=by_member)
         self._compiled: dict[int, Any] = {}
-        self._chunk = self._rounded(min(chunk or _LARGEST_CHUNK, len(group.members)))
-        self._is_given = chunk is not None
+        self._chunk = self._rounded(chunk)
+        self._is_given = is_given
 
-    def run(self) -> Iterator[tuple[Sequence[Member], Outcome, float]]:
+    def run(
+        self, waiting: Sequence[Member], is_stopped: Callable[[], bool]
+    ) -> Iterator[tuple[Sequence[Member], Outcome, float]]:
         """Chunk by chunk: members, what became of them, and the seconds it took."""
-        waiting = list(self._group.members)
-        while waiting:
+        while waiting and not is_stopped():
             members = waiting[: self._chunk]
             try:
                 program = self._compile(members)
@@ -243,13 +292,14 @@ class _Population:
         padded = [*members, *[members[-1]] * (self._chunk - len(members))]
         keys = jax.vmap(jax.random.key)(np.array([member.seed for member in padded]))
         hparams = _stacked([jax.tree.map(np.float32, member.hparams) for member in padded])
-        env = self._trainer.env
         # Stacked in the defaults' own dtypes: 9 and 9.8 are not two programs.
-        dtypes = jax.tree.map(jnp.result_type, env.params)
+        dtypes = jax.tree.map(jnp.result_type, self._env.params)
         env_params = _stacked(
             [
                 jax.tree.map(
-                    np.asarray, override_params(env.name, env.params, member.env_params), dtypes
+                    np.asarray,
+                    override_params(self._env.name, self._env.params, member.env_params),
+                    dtypes,
                 )
                 for member in padded
             ]
@@ -393,6 +443,28 @@ class _Store:
         """Indices of the members that are there."""
         return {int(index) for members, _ in self.parts for index in members["member"]}
 
+    def require(self, configurations: Sequence[Row], first: int) -> None:
+        """Raises a `ConfigError` if members that are there have other values than these."""
+        records = (r for members, _ in self.parts for r in members.to_dict("records"))
+        for record in records:
+            place = record["configuration"] - first
+            if not 0 <= place < len(configurations):
+                continue
+            for name, value in configurations[place].items():
+                found, asked = record[name], _written(value)
+                if found != asked and not (asked is None and pd.isna(found)):
+                    raise ConfigError(
+                        f"run_dir must hold what the sampler asks for again; {self.path} has "
+                        f"{name} = {found} in configuration {place + first}, and now it is "
+                        f"{asked}: another version of the sampler? Choose another directory."
+                    )
+
+    def scores(self, configurations: Iterable[int]) -> list[float]:
+        """Interquartile means over the seeds of finished configurations."""
+        members = pd.concat([members for members, _ in self.parts])
+        returns = members.groupby("configuration")["eval/return"]
+        return [float(iqm(returns.get_group(number))) for number in configurations]
+
     def add(self, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
         """Keeps a chunk."""
         self.parts.append(tables)
@@ -435,34 +507,37 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 def _description(
     config: Config,
     hparams: HParams,
-    configurations: Sequence[Row],
+    proposals: Proposals,
     seeds: Sequence[int],
     **measured: int,
 ) -> dict[str, Any]:
     """What makes a sweep this very one."""
+
+    def written(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _written(value) for name, value in values.items()}
+
+    description = proposals.description
+    if "configurations" in description:
+        description = {"configurations": [written(row) for row in description["configurations"]]}
     return {
-        "config": {name: _written(value) for name, value in vars(config).items()},
-        "hparams": {name: _written(value) for name, value in vars(hparams).items()},
-        "configurations": [
-            {name: _written(value) for name, value in row.items()} for row in configurations
-        ],
+        "config": written(vars(config)),
+        "hparams": written(vars(hparams)),
+        **description,
         "seeds": list(seeds),
         **measured,
     }
 
 
-def _announce(
-    say: Callable[[str], None], plan: Sequence[Group], todo: Sequence[Group], done: set[int]
-) -> None:
-    members = sum(len(group.members) for group in plan)
-    steps = sum(
-        len(group.members) * group.config.num_updates * group.config.batch_size for group in todo
-    )
-    compilations = sum(1 for group in todo if group.members)
-    say(
-        f"{members} members in {len(plan)} group{'s' * (len(plan) > 1)}"
-        f"{f', {len(done)} of them done already' if done else ''}: "
-        f"{compilations} compilation{'s' * (compilations != 1)}, {steps:,} steps to go"
+def _announcement(
+    todo: Sequence[tuple[Group, Trainer, Sequence[Member]]], *, num_compilations: int
+) -> str:
+    members = sum(len(group.members) for group, _, _ in todo)
+    done = members - sum(len(left) for _, _, left in todo)
+    steps = sum(_timesteps_of(group) * len(left) for group, _, left in todo)
+    return (
+        f"{members} members in {len(todo)} group{'s' * (len(todo) > 1)}"
+        f"{f', {done} of them done already' if done else ''}: "
+        f"{num_compilations} compilation{'s' * (num_compilations != 1)}, {steps:,} steps to go"
     )
 
 

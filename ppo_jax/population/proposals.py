@@ -1,0 +1,147 @@
+"""Where a sweep's configurations come from: all at once, or in batches that follow the results."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from ppo_jax.config import ConfigError
+from ppo_jax.population.space import (
+    Choice,
+    Distribution,
+    LogUniform,
+    Row,
+    Sampler,
+    Space,
+    check_draws,
+    check_names,
+    rows,
+)
+
+
+class Proposals(Protocol):
+    """Configurations, batch by batch."""
+
+    total: int
+    """How many there will be."""
+    description: dict[str, Any]
+    """What makes them these very ones, as JSON."""
+
+    def ask(self) -> list[Row]:
+        """The next batch; an empty one at the end."""
+
+    def tell(self, scores: Sequence[float]) -> None:
+        """How those asked for last did; more is better."""
+
+
+def make_proposals(
+    space: Space, *, num_draws: int | None, sampler: Sampler, batch: int | None
+) -> Proposals:
+    """The configurations of a space.
+
+    Args:
+      space: see `space.rows`; of distributions alone for "tpe".
+      num_draws: of the space's distributions.
+      sampler: "random" and "sobol" draw all at once, "tpe" in batches.
+      batch: configurations in a batch of "tpe".
+
+    Raises:
+      ConfigError: the space, or a number, does not fit the sampler.
+    """
+    if sampler == "tpe":
+        return _TreeParzen(space, num_draws, batch)
+    if batch is not None:
+        raise ConfigError(
+            f"batch is for sampler tpe, which draws again after every batch; got {batch} and "
+            f"{sampler}. Leave batch out; chunk sets how many members run at once."
+        )
+    return _AllAtOnce(rows(space, num_draws=num_draws, sampler=sampler))
+
+
+class _AllAtOnce:
+    def __init__(self, configurations: list[Row]) -> None:
+        self.total = len(configurations)
+        self.description = {"configurations": configurations}
+        self._left = configurations
+
+    def ask(self) -> list[Row]:
+        asked, self._left = self._left, []
+        return asked
+
+    def tell(self, scores: Sequence[float]) -> None:
+        """Nothing follows."""
+
+
+class _TreeParzen:
+    """Optuna's tree-structured Parzen estimator: Bergstra et al. 2011 (NIPS 24), section 4.
+
+    Its draws follow from its seed and from what it was told: a sweep that is started again asks for
+    the same configurations, and tells their results from the disk.
+    """
+
+    def __init__(self, space: Space, num_draws: int | None, batch: int | None) -> None:
+        if not isinstance(space, Mapping):
+            raise ConfigError("sampler tpe needs a space of distributions; got a list of rows.")
+        check_names(space)
+        drawn: dict[str, Distribution] = {}
+        for name, entry in space.items():
+            if not isinstance(entry, Distribution):
+                raise ConfigError(
+                    f"sampler tpe needs a distribution for every name; {name} is {entry}. "
+                    "Write choice(…), or put it into the config."
+                )
+            drawn[name] = entry
+        check_draws(num_draws, drawn)
+        if batch is None or batch < 1:
+            raise ConfigError(
+                f"sampler tpe needs a batch of at least 1 configuration; got {batch}. A batch of "
+                "a tenth of the draws, or what fits the device, is a start."
+            )
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError(
+                "sampler tpe needs optuna, which is not installed: pip install 'ppo-jax[optuna]'."
+            ) from error
+        assert num_draws is not None
+        self.total = num_draws
+        self.description = {
+            "space": {name: repr(entry) for name, entry in space.items()},
+            "sampler": "tpe",
+            "num_draws": num_draws,
+            "batch": batch,
+        }
+        self._space = drawn
+        self._batch = batch
+        self._asked = 0
+        self._trials: list[Any] = []
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        distributions = optuna.distributions
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            # Of a choice its place: optuna's own take no tuples.
+            name: distributions.CategoricalDistribution(range(len(entry.values)))
+            if isinstance(entry, Choice)
+            else distributions.FloatDistribution(
+                entry.low, entry.high, log=isinstance(entry, LogUniform)
+            )
+            for name, entry in drawn.items()
+        }
+        # A trial that is under way counts as a bad one: a batch spreads out.
+        sampler = optuna.samplers.TPESampler(seed=0, constant_liar=True)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def ask(self) -> list[Row]:
+        count = min(self._batch, self.total - self._asked)
+        self._asked += count
+        self._trials = [self._study.ask(self._distributions) for _ in range(count)]
+        return [
+            {
+                name: entry.values[trial.params[name]]
+                if isinstance(entry, Choice)
+                else trial.params[name]
+                for name, entry in self._space.items()
+            }
+            for trial in self._trials
+        ]
+
+    def tell(self, scores: Sequence[float]) -> None:
+        for trial, score in zip(self._trials, scores, strict=True):
+            self._study.tell(trial, score)
