@@ -1,4 +1,4 @@
-"""Checks that need several devices; `test_devices` runs this in a process that has four.
+"""Checks that need several devices; `test_devices` runs this in a process that has eight.
 
 Devices are made before anything is computed, which a test session has long done.
 """
@@ -112,10 +112,18 @@ def check_devices_see_different_data():
 
 def check_a_sweep_s_members_are_divided():
     described = config("ppo", 1).replace(num_envs=2)
-    rates = [1e-4, 1e-3, 1e-2]
+    rates, said = [1e-4, 1e-3, 1e-2], []
     result = sweep(
-        described, {"learning_rate": rates}, seeds=2, eval_episodes=2, num_rows=4, progress=False
+        described,
+        {"learning_rate": rates},
+        seeds=2,
+        eval_episodes=2,
+        num_rows=4,
+        say=said.append,
+        progress=False,
     )
+    assert said[-1].startswith("8 members at once")  # six, and two that fill up the devices
+    assert list(result.members["member"]) == list(range(6))
     run = jax.jit(make_trainer(described).run)
     for number, rate in enumerate(rates):
         _, metrics = run(jax.random.key(1), HParams(learning_rate=rate))
@@ -127,12 +135,12 @@ def check_a_sweep_s_members_are_divided():
 
 
 def check_one_device_too_many_is_an_error():
-    with pytest.raises(ConfigError, match="at most the devices there are; got 8 and 4"):
-        make_trainer(config("ppo", 8))
+    with pytest.raises(ConfigError, match="at most the devices there are; got 16 and 8"):
+        make_trainer(config("ppo", 16, num_envs=16))
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     for algorithm in ("trpo", "reinforce_baseline"):
         check_devices_equal_shards_on_one_device(algorithm)

@@ -80,7 +80,7 @@ def test_chunks_of_a_minibatch_add_up_to_its_gradient():
     np.testing.assert_array_equal(indivisible, whole)
 
 
-def test_on_four_devices():
+def test_on_eight_devices():
     script = Path(__file__).parent / "device_checks.py"
     root = str(script.parent.parent)
     command = [sys.executable, str(script)]
