@@ -1,8 +1,11 @@
 """The command `ppo-jax`. Nothing slow is imported before the command line is understood."""
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,6 +97,8 @@ class Train:
         _enable_compilation_cache()
         if config.num_devices > 1:
             _make_cpu_devices(config.num_devices)
+        elif self.seeds is not None:
+            _make_cpu_devices(math.gcd(self.seeds, _num_cores()))
 
         from ppo_jax.runs.run import summarize, train
 
@@ -190,6 +195,7 @@ class Sweep:
         time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         run_dir = self.run_dir or Path("runs") / f"{self.env}_sweep_{time}"
         _enable_compilation_cache()
+        _make_cpu_devices(_num_cores())
         from ppo_jax.runs.sweep import sweep
 
         result = sweep(
@@ -318,11 +324,17 @@ def _enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+def _num_cores() -> int:
+    """Of those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _make_cpu_devices(number: int) -> None:
     """So many devices if the platform is a CPU; others have as many as they have."""
     import jax
 
-    jax.config.update("jax_num_cpu_devices", number)
+    with contextlib.suppress(RuntimeError):  # JAX has begun, in a process that is not ours alone
+        jax.config.update("jax_num_cpu_devices", number)
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:

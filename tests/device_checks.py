@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer, sweep
+from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer, sweep, train
 
 PARAMS = {"max_steps_in_episode": 16}
 
@@ -134,6 +134,17 @@ def check_a_sweep_s_members_are_divided():
         sweep(described.replace(num_devices=2), {})
 
 
+def check_the_seeds_of_a_training_are_divided():
+    described = config("ppo", 1).replace(num_envs=2)
+    result = train(described, num_seeds=4, eval_episodes=2, progress=False)
+    assert len(result.state.update.sharding.device_set) == 4
+    assert result.evaluation.returns.shape == (4, 2)
+    keys = jax.vmap(jax.random.key)(jnp.arange(4))
+    states, _ = jax.jit(jax.vmap(make_trainer(described).run))(keys)
+    for x, y in zip(numbers(result.state.learner), numbers(states.learner), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
 def check_one_device_too_many_is_an_error():
     with pytest.raises(ConfigError, match="at most the devices there are; got 16 and 8"):
         make_trainer(config("ppo", 16, num_envs=16))
@@ -155,5 +166,6 @@ if __name__ == "__main__":
     check_a_sweep_s_members_are_divided()
     check_steps_are_one_program_and_environments_stay_where_they_are()
     check_devices_see_different_data()
+    check_the_seeds_of_a_training_are_divided()
     check_one_device_too_many_is_an_error()
     print("all checks passed")

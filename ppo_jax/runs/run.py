@@ -1,5 +1,6 @@
 """A training that a person watches: compiled updates in chunks, everything else between them."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.policy.policy import Policy
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.members import member_sharding
 from ppo_jax.runs.metrics_log import MetricsLog, window_means
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.trainer import Trainer, make_trainer
@@ -64,7 +66,8 @@ def train(
       config: what to train.
       hparams: hyperparameters, scalars; None for the algorithm's defaults.
       seed: training starts from `jax.random.key(seed)`.
-      num_seeds: train this many consecutive seeds at once, under `vmap`.
+      num_seeds: train this many consecutive seeds at once, under `vmap`, divided among as many
+        devices as divide them.
       run_dir: directory for `config.json`, `metrics.jsonl`, `policy.msgpack` and
         `evaluation.json`; None writes nothing.
       overwrite: replace a run that is there already.
@@ -237,8 +240,11 @@ def _compile(
     hparams = jax.tree.map(jnp.float32, hparams)
     capacity = min(config.num_updates, _MAX_CHUNK)
     init, step = trainer.init, trainer.step
+    by_seed = None  # one seed: placed as the trainer does
     if keys.ndim:
         init, step = jax.vmap(init, in_axes=(0, None)), jax.vmap(step, in_axes=(0, None))
+        if config.num_devices == 1:
+            by_seed = member_sharding(math.gcd(len(keys), jax.device_count()))
 
     def advance(
         state: TrainState, hparams: HParams, count: jax.Array
@@ -252,8 +258,9 @@ def _compile(
         rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, count, update, (state, rows))
 
-    state = jax.jit(init)(keys, hparams)
-    program = jax.jit(advance, donate_argnums=0).lower(state, hparams, np.int32(1)).compile()
+    state = jax.jit(init, out_shardings=by_seed)(keys, hparams)
+    placed = jax.jit(advance, donate_argnums=0, out_shardings=(by_seed, None))
+    program = placed.lower(state, hparams, np.int32(1)).compile()
 
     def advance_on_host(
         state: TrainState, count: int

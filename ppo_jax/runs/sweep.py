@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.config import Config, ConfigError, HParams
 from ppo_jax.envs import override_params
@@ -25,11 +24,11 @@ from ppo_jax.population.plan import Group, Member, make_plan
 from ppo_jax.population.proposals import Proposals, make_proposals
 from ppo_jax.population.space import Row, Sampler, Space
 from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.members import member_sharding
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.report import iqm
 from ppo_jax.trainer import Trainer, make_trainer
 
-_MEMBER_AXIS = "member"
 _LARGEST_CHUNK = 1024
 _MEMORY_SHARE = 0.8  # of a device's memory; what is left is for the runtime
 
@@ -236,8 +235,7 @@ class _Population:
         self._say = say
         self._devices = jax.devices()
         self.compile_seconds = 0.0
-        mesh = Mesh(np.array(self._devices), (_MEMBER_AXIS,))
-        by_member = NamedSharding(mesh, PartitionSpec(_MEMBER_AXIS))
+        by_member = member_sharding(len(self._devices))
         self._program = jax.jit(jax.vmap(train), in_shardings=by_member, out_shardings=by_member)
         self._compiled: dict[int, Any] = {}
         self._chunk = self._rounded(chunk)
