@@ -5,11 +5,14 @@ python benchmarks/presets.py --seeds 5 --json benchmarks/results/presets.json
 
 import argparse
 import dataclasses
+import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -45,6 +48,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
+    # A core of a CPU for each seed.
+    jax.config.update("jax_num_cpu_devices", math.gcd(arguments.seeds, os.cpu_count() or 1))
     print("| environment | steps | mean return | least seed |\n|---|---|---|---|")
     results = []
     for env in arguments.env:

@@ -78,8 +78,9 @@ def gae(
         advantage = delta_t + decay_t * advantage
         return advantage, advantage
 
+    # Four steps a kernel: a GPU launches a quarter of them. More compile longer than they save.
     _, advantages = jax.lax.scan(
-        backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=16
+        backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=4
     )
     return advantages
 

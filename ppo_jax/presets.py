@@ -95,7 +95,16 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
         ),
         "ppo_penalty": _Preset(_PENDULUM, {**_PENDULUM_HPARAMS, "kl_coef": 3.0}),
         "ppo_adaptive": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
-        "ppo": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
+        # Rewards of up to −16 a step make values of hundreds, whose errors drown everything else.
+        "ppo": _Preset(
+            {**_PENDULUM, "separate_grad_norms": True},
+            {
+                **_PENDULUM_HPARAMS,
+                "learning_rate": 5e-4,
+                "reward_scale": 0.1,
+                "max_grad_norm": 0.5,
+            },
+        ),
         "spo": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
         "dpo": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
     },
@@ -156,7 +165,14 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
             {"num_envs": 32, "num_steps": 128, "total_timesteps": 500_000}, _CLIPPED_VALUE
         ),
     },
-    "Asterix-MinAtar": {"ppo": _MINATAR},
+    # Enemies come from out of sight: long returns are noise. With λ = 0.95 three million steps
+    # reach a return of 5, with 0.6 one of 11.
+    "Asterix-MinAtar": {
+        "ppo": _Preset(
+            {**_MINATAR.config, "separate_grad_norms": True},
+            {**_MINATAR.hparams, "gae_lambda": 0.6},
+        ),
+    },
     "Breakout-MinAtar": {"ppo": _MINATAR},
     "Freeway-MinAtar": {"ppo": _MINATAR},
     "Seaquest-MinAtar": {"ppo": _MINATAR},

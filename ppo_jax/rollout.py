@@ -45,19 +45,19 @@ def rollout(
     """
     head = head_of(policy.spec)
     num_envs = state.episode_return.shape[0]
-    noise_key, step_key, reset_key = jax.random.split(key, 3)
+    noise_key, env_key = jax.random.split(key)
     noise = head.noise(noise_key, (num_steps, num_envs))
-    step_keys = jax.random.split(step_key, (num_steps, num_envs))
-    reset_keys = jax.random.split(reset_key, (num_steps, num_envs))
+    env_keys = jax.random.split(env_key, (num_steps, num_envs, 2))
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
 
     def act(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
         state, ended = carry
-        noise_t, step_keys_t, reset_keys_t = inputs
+        noise_t, env_keys_t = inputs
+        step_keys, reset_keys = env_keys_t[:, 0], env_keys_t[:, 1]
         action_params, memory = policy.step(state.obs, state.memory, state.start)
         action = head.sample(action_params, noise_t)
-        step = env_step(step_keys_t, state.env_state, head.to_env(action), env_params)
+        step = env_step(step_keys, state.env_state, head.to_env(action), env_params)
         transition = Trajectory(
             obs=state.obs,
             action=action,
@@ -76,7 +76,7 @@ def rollout(
             episodes=ended.episodes + done,
         )
         # Drawn at every step for every environment: to draw only where needed takes a branch.
-        fresh_obs, fresh_state = env_reset(reset_keys_t, env_params)
+        fresh_obs, fresh_state = env_reset(reset_keys, env_params)
         fresh = fresh_obs, strongly_typed(fresh_state)
         obs, env_state = _where(done, fresh, (step.obs, step.state))
         state = state.replace(
@@ -93,7 +93,7 @@ def rollout(
         length_sum=jnp.zeros(num_envs, jnp.int32),
         episodes=jnp.zeros(num_envs, jnp.int32),
     )
-    inputs = noise, step_keys, reset_keys
+    inputs = noise, env_keys
     (state, ended), trajectory = jax.lax.scan(act, (state, none_ended), inputs)
     return state, trajectory, jax.tree.map(jnp.sum, ended)
 

@@ -8,10 +8,6 @@ import jax
 import jax.numpy as jnp
 
 _ROUNDS = 24
-# Rounds of one kernel; a loop does the rest. Every round uses the last one's result several
-# times, and a fusion may compute it anew for each use: with all 24 in a row jaxlib 0.11.2
-# compiled for hours, and 0.10.2 spent half of a training's compile time on them.
-_FUSED_ROUNDS = 6
 
 
 def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
@@ -35,16 +31,16 @@ def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
     >>> sorted(order.tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
-    keys = jax.random.bits(key, (_ROUNDS // _FUSED_ROUNDS, _FUSED_ROUNDS, 2), jnp.uint32)
 
-    def rounds(x: jax.Array, keys: jax.Array) -> tuple[jax.Array, None]:
-        for pivot, salt in keys:
-            pivot %= jnp.uint32(size)
-            partner = jnp.where(x <= pivot, pivot - x, pivot + jnp.uint32(size) - x)
-            x = jnp.where(_bit(jnp.maximum(x, partner), salt), partner, x)
-        return x, None
+    def one_round(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        pivot, salt = key
+        pivot %= jnp.uint32(size)
+        partner = jnp.where(x <= pivot, pivot - x, pivot + jnp.uint32(size) - x)
+        return jnp.where(_bit(jnp.maximum(x, partner), salt), partner, x), None
 
-    x, _ = jax.lax.scan(rounds, positions.astype(jnp.uint32), keys)
+    # A loop: fused in a row, rounds compute each other anew and compile for seconds, or hours.
+    keys = jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
+    x, _ = jax.lax.scan(one_round, positions.astype(jnp.uint32), keys)
     return x.astype(jnp.int32)
 
 
