@@ -99,11 +99,14 @@ def describe(workload: Workload) -> dict[str, Any]:
 
 
 def devices_for(peer: str, workload: Workload, devices: int) -> int:
-    """Ours can share one training's environments among devices.
+    """Seeds are divided among all devices, whoever trains them; one training's environments are
+    by ours alone.
 
     Minibatches too small to be worth a collective stay on one.
     """
     config = workload.config
+    if workload.num_seeds is not None:
+        return devices
     minibatch = config.batch_size // (config.num_minibatches or 1)
     return devices if peer == "ppo_jax" and minibatch // devices >= 256 else 1
 
@@ -117,7 +120,7 @@ def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> 
     for peer, python in pythons.items():
         if peer == "ppo_jax" or name in PEERS[peer].workloads:
             share = devices_for(peer, workload, devices)
-            described["num_devices"] = share
+            described["num_devices"] = share if workload.num_seeds is None else 1
             contenders[peer] = Contender(python, scripts[peer], described, share)
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in contenders}
     for seed in range(repeats + 1):

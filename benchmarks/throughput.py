@@ -37,7 +37,14 @@ class Workload(NamedTuple):
         return self.config.num_updates * self.config.batch_size * (self.num_seeds or 1)
 
 
-def _config(env: str, num_envs: int, num_steps: int, updates: int, minibatches: int = 4) -> Config:
+def _config(
+    env: str,
+    num_envs: int,
+    num_steps: int,
+    updates: int,
+    minibatches: int = 4,
+    network: str = "mlp",
+) -> Config:
     return Config(
         env=env,
         num_envs=num_envs,
@@ -45,6 +52,7 @@ def _config(env: str, num_envs: int, num_steps: int, updates: int, minibatches: 
         total_timesteps=updates * num_envs * num_steps,
         num_epochs=4,
         num_minibatches=minibatches,
+        network=network,
         hidden_sizes=(64, 64),
     )
 
@@ -62,10 +70,12 @@ GPU_SET = {
         for n in (2048, 16384, 131072)
     },
     **{
-        f"breakout-{n}": Workload(
-            f"Breakout-MinAtar, {n} x 128, MLP", _config("Breakout-MinAtar", n, 128, 10)
+        f"breakout-{n}-{network}": Workload(
+            f"Breakout-MinAtar, {n} x 128, {network}",
+            _config("Breakout-MinAtar", n, 128, 10, network=network),
         )
         for n in (2048, 16384)
+        for network in ("mlp", "minatar_cnn")
     },
     **{
         f"seeds-{n}": Workload(f"{n} seeds of W1", _config("CartPole-v1", 4, 128, 100), n)

@@ -8,7 +8,6 @@ import pytest
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.population.halving import losers, make_halving
 from ppo_jax.population.space import Choice, LogUniform, Uniform
-from tests.conftest import quick_jit
 from tests.quadratic import quadratic
 
 RATES = {"learning_rate": LogUniform(1e-3, 10.0)}
@@ -90,7 +89,7 @@ def test_a_trial_that_stays_is_what_it_is_alone_and_a_new_one_starts_anew():
     space = {"learning_rate": LogUniform(1e-4, 1e-2), "gamma": Choice((0.9, 0.99))}
     run = make_halving(trainer, space, num_rounds=3, updates_per_round=1)
     keys = jax.random.split(jax.random.key(0), 3)
-    result = quick_jit(run)(keys, HParams(ent_coef=0.02))
+    result = jax.jit(run)(keys, HParams(ent_coef=0.02))
     ages = np.asarray(result.record.ages[-1])
     assert sorted(ages)[-1] == 3
     np.testing.assert_array_equal(result.states.update, ages)
@@ -108,7 +107,7 @@ def test_a_trial_that_stays_is_what_it_is_alone_and_a_new_one_starts_anew():
 
     (slot,) = np.flatnonzero(ages == 3)
     first = jax.tree.map(lambda x: x[0], result.record.hparams)
-    expected = quick_jit(jax.vmap(alone))(keys, first)
+    expected = jax.jit(jax.vmap(alone))(keys, first)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x[slot], y[slot], rtol=1e-5, atol=1e-6),
         result.states.learner.params,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, HParams, evaluate, make_trainer, presets
+from tests.conftest import optimized_jit
 
 
 def evaluate_seeds(config, hparams, num_seeds, episodes=64):
@@ -18,7 +19,7 @@ def evaluate_seeds(config, hparams, num_seeds, episodes=64):
         result = evaluate(policy, trainer.env, trainer.env.params, eval_key, episodes)
         return result.returns.mean()
 
-    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), num_seeds)))
+    return np.asarray(optimized_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), num_seeds)))
 
 
 def test_ppo_solves_cartpole_with_purejaxrls_settings():

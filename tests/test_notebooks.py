@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FAST_COMPILE
-
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
@@ -15,7 +13,6 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_start_to_end(path, monkeypatch):
     monkeypatch.setenv("BUDGET", "0.01")
-    monkeypatch.setenv("XLA_FLAGS", FAST_COMPILE)
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}

@@ -7,7 +7,6 @@ import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.population.pbt import exploit, explore, make_pbt
-from tests.conftest import quick_jit
 from tests.quadratic import quadratic
 
 
@@ -60,7 +59,7 @@ def test_a_replaced_member_goes_on_with_its_parent_s_learner_and_its_own_environ
     rates = HParams(learning_rate=jnp.array([1e-4, 1e-3, 1e-2, 1e-1]))
     # Two rounds; in the second the learning rate is what it was, so learners are only copied.
     run = make_pbt(trainer, ["learning_rate"], num_rounds=2, updates_per_round=1)
-    result = quick_jit(run)(jax.random.split(jax.random.key(0), 4), rates)
+    result = jax.jit(run)(jax.random.split(jax.random.key(0), 4), rates)
     parents = np.asarray(result.lineage.parents[0])
     (child,) = np.flatnonzero(parents != np.arange(4))
     assert result.lineage.scores[0][parents[child]] == result.lineage.scores[0].max()

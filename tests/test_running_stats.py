@@ -5,7 +5,6 @@ import pytest
 
 from ppo_jax import Config, HParams, make_trainer, running_stats
 from ppo_jax.advantages import discounted_returns
-from tests.conftest import quick_jit
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
@@ -56,8 +55,8 @@ def small(**changes):
 
 def test_a_training_s_statistics_are_those_of_all_it_saw():
     trainer = make_trainer(small(normalize_obs=True, normalize_reward=True))
-    state = quick_jit(trainer.init)(jax.random.key(0))
-    step = quick_jit(trainer.step)
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    step = jax.jit(trainer.step)
     for _ in range(3):
         state, _ = step(state)
     obs, reward = state.statistics.obs[0], state.statistics.reward
@@ -70,7 +69,7 @@ def test_a_training_s_statistics_are_those_of_all_it_saw():
 
 def test_a_donated_state_takes_nothing_of_the_trainer_with_it():
     trainer = make_trainer(small(normalize_obs=True))
-    step = quick_jit(trainer.step, donate_argnums=0)
+    step = jax.jit(trainer.step, donate_argnums=0)
     for _ in range(2):
         state, _ = step(trainer.init(jax.random.key(0)))
     assert state.statistics.obs[0].num_samples == 64
@@ -79,8 +78,8 @@ def test_a_donated_state_takes_nothing_of_the_trainer_with_it():
 def test_seeds_share_no_statistics():
     trainer = make_trainer(small(normalize_obs=True, normalize_reward=True))
     keys = jax.random.split(jax.random.key(0), 3)
-    together, _ = quick_jit(jax.vmap(trainer.run))(keys)
-    others, _ = quick_jit(jax.vmap(trainer.run))(keys.at[0].set(jax.random.key(9)))
+    together, _ = jax.jit(jax.vmap(trainer.run))(keys)
+    others, _ = jax.jit(jax.vmap(trainer.run))(keys.at[0].set(jax.random.key(9)))
     for a, b in zip(
         jax.tree.leaves(together.statistics), jax.tree.leaves(others.statistics), strict=True
     ):
@@ -91,7 +90,7 @@ def test_seeds_share_no_statistics():
 
 def test_scaled_and_clipped_rewards_change_what_is_learned_and_not_what_is_reported():
     trainer = make_trainer(small(lr_schedule="constant"))
-    run = quick_jit(trainer.run)
+    run = jax.jit(trainer.run)
     plain, seen = run(jax.random.key(0), HParams(reward_scale=1.0, reward_clip=jnp.inf))
     scaled, same = run(jax.random.key(0), HParams(reward_scale=0.1, reward_clip=jnp.inf))
     clipped, _ = run(jax.random.key(0), HParams(reward_scale=1.0, reward_clip=0.1))

@@ -25,7 +25,6 @@ from ppo_jax.policy.spec import (
 )
 from ppo_jax.rollout import reset
 from ppo_jax.types import Batch, Statistics
-from tests.conftest import quick_jit
 from tests.random_env import random_env
 
 VECTOR = Box((3,))
@@ -113,7 +112,7 @@ def collected(case):
     spec = make_spec(config, env)
     reset_key, init_key, *keys = jax.random.split(jax.random.key(0), 4)
 
-    @quick_jit
+    @jax.jit
     def start():
         memory = initial_memory_of(spec, (config.num_envs,))
         state = reset(env, (), reset_key, num_envs=config.num_envs, memory=memory)
@@ -125,7 +124,7 @@ def collected(case):
         obs_stats = initial_obs_stats(env.observation_space) if config.normalize_obs else None
         return shifted, state, Statistics(obs_stats)
 
-    @quick_jit
+    @jax.jit
     def once(params, state, statistics, key):
         policy = Policy(params, statistics.obs, spec=spec)
         return collect(config, env, (), policy, state, statistics, key, complete(None, config))
@@ -161,7 +160,7 @@ def test_the_ratio_is_one_before_the_first_update(case):
     config = complete_config(config_of(case))
     objective = get_algorithm(config.algorithm).objective
     losses = make_losses(config, spec, objective, per_episode=False)
-    log_ratio, kl = quick_jit(
+    log_ratio, kl = jax.jit(
         lambda params, batch: (losses.log_ratio(params, batch), losses.kl(params, batch))
     )(policy.params, batch)
     np.testing.assert_allclose(log_ratio, np.zeros_like(log_ratio), atol=1e-5)
@@ -176,7 +175,7 @@ QUICK = ("many", "own-module-shared", "beta", "lstm-normalized")
 def test_every_policy_trains_and_acts(case, tmp_path):
     config = config_of(case)
     trainer = make_trainer(config)
-    state, metrics = quick_jit(trainer.run)(jax.random.key(0))
+    state, metrics = jax.jit(trainer.run)(jax.random.key(0))
     for name, values in metrics.items():
         if not name.startswith("episode/"):
             assert np.isfinite(values).all(), name
@@ -185,7 +184,7 @@ def test_every_policy_trains_and_acts(case, tmp_path):
     network = None if isinstance(config.network, str) else config.network
     loaded = load_policy(tmp_path / "policy", network)
     assert loaded.spec == policy.spec
-    acting = quick_jit(
+    acting = jax.jit(
         lambda policy: evaluate(policy, trainer.env, (), jax.random.key(1), 8, greedy=False)
     )
     np.testing.assert_array_equal(acting(loaded).returns, acting(policy).returns)
@@ -214,7 +213,7 @@ def test_every_algorithm_takes_every_kind_of_policy(case, algorithm):
         after, metrics = trainer.step(state)
         return state.learner.params, after.learner.params, metrics
 
-    before, after, metrics = quick_jit(first_update)(jax.random.key(0))
+    before, after, metrics = jax.jit(first_update)(jax.random.key(0))
     for name, value in metrics.items():
         assert name.startswith("episode/") or np.isfinite(value), name
     for part in ("actor_out", "critic_out"):

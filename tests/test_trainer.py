@@ -13,7 +13,7 @@ from ppo_jax import Config, HParams, make_train, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, complete
 from ppo_jax.optimizers import make_optimizer
 from ppo_jax.rollout import rollout
-from tests.conftest import quick_jit
+from tests.conftest import optimized_jit
 
 UPDATES = 6
 
@@ -49,7 +49,7 @@ class Case:
         self.init = self.jit(self.trainer.init)
         self.step = self.jit(self.trainer.step)
         self.run = self.jit(self.trainer.run)
-        self.run_lanes = quick_jit(jax.vmap(self.trainer.run))
+        self.run_lanes = jax.jit(jax.vmap(self.trainer.run))
 
     def jit(self, function):
         """`jax.jit` that counts how often the function is traced."""
@@ -58,7 +58,7 @@ class Case:
             self.traced[function.__name__] += 1
             return function(*args)
 
-        return quick_jit(traced)
+        return jax.jit(traced)
 
     def lanes(self, gammas):
         """Hyperparameters that are the same in every lane but for gamma."""
@@ -148,12 +148,18 @@ def test_new_keys_and_hyperparameters_do_not_recompile(case):
 
 
 @pytest.mark.parametrize("algorithm", RULES)
-def test_defaults_are_the_same_values_given(algorithm):
-    """Bit for bit: constants that the compiler could fold would round otherwise."""
+def test_defaults_values_given_and_steps_are_the_same_in_every_bit(algorithm):
+    """With all optimisations: constants that the compiler could fold would round otherwise."""
     trainer = make_trainer(small(algorithm))
     hparams = jax.tree.map(jnp.float32, complete(None, small(algorithm)))
-    run = jax.jit(trainer.run)
-    assert_same_bits(run(jax.random.key(0)), run(jax.random.key(0), hparams))
+    run, step = optimized_jit(trainer.run), optimized_jit(trainer.step)
+    whole = run(jax.random.key(0))
+    assert_same_bits(whole, run(jax.random.key(0), hparams))
+    state, rows = optimized_jit(trainer.init)(jax.random.key(0)), []
+    for _ in range(UPDATES):
+        state, row = step(state)
+        rows.append(row)
+    assert_same_bits(whole, (state, jax.tree.map(lambda *x: np.stack(x), *rows)))
 
 
 @pytest.mark.parametrize("algorithm", RULES)

@@ -9,7 +9,6 @@ from ppo_jax import Config, ConfigError, make_trainer
 from ppo_jax.envs import wrappers
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete
-from tests.conftest import quick_jit
 from tests.random_env import random_env
 
 
@@ -32,7 +31,7 @@ def play(env, actions, seed=0):
     """The reset's observation, and the steps that the actions lead to."""
     key = jax.random.key(seed)
     obs, state = env.reset(key, ())
-    step = quick_jit(env.step)
+    step = jax.jit(env.step)
     steps = []
     for i, action in enumerate(actions):
         result = step(jax.random.fold_in(key, i), state, jnp.int32(action), ())
@@ -173,7 +172,7 @@ def test_every_wrapper_trains(name):
         num_envs=2, num_steps=8, hidden_sizes=(4,), total_timesteps=32, wrappers={name: argument}
     )
     trainer = make_trainer(config)
-    state, metrics = quick_jit(trainer.run)(jax.random.key(0))
+    state, metrics = jax.jit(trainer.run)(jax.random.key(0))
     assert np.isfinite(metrics["train/value_loss"]).all()
     for leaf, space in zip(
         jax.tree.leaves(state.rollout.obs),

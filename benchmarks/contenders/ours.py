@@ -16,6 +16,7 @@ def build(workload: dict[str, Any]) -> Any:
         **{name: workload[name] for name in (*names, "num_devices")},
         hidden_sizes=(64, 64),
         lr_schedule="constant",
+        separate_grad_norms=True,  # as rejax; PureJaxRL clips the joint norm
     )
     hparams = HParams(**workload["hparams"])
     trainer = make_trainer(config)
