@@ -68,23 +68,14 @@ def make_optimizer(config: Config) -> Optimizer:
 
     def optimizer(learning_rate: Any, max_grad_norm: Any) -> optax.GradientTransformation:
         descend = factory(learning_rate, **kwargs)
-        # All of these are elementwise but for the norm: one flat vector means one kernel
-        # where a tree means one for each leaf.
         if max_grad_norm is None:
-            return optax.flatten(descend)
-        clip = optax.clip_by_global_norm(max_grad_norm)
-        if config.separate_grad_norms:
-            return optax.chain(_of_actor_and_critic(clip), optax.flatten(descend))
-        return optax.flatten(optax.chain(clip, descend))
+            return descend
+        return optax.chain(optax.clip_by_global_norm(max_grad_norm), descend)
 
     return optimizer
 
 
-def _of_actor_and_critic(clip: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Clips each by a norm of its own."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        parts = split_params(updates)
-        return merge_params(*(clip.update(part, state, params)[0] for part in parts)), state
-
-    return optax.GradientTransformation(clip.init, update)
+def clip_actor_and_critic(gradient: Any, max_norm: Any) -> Any:
+    """Clips the gradient of each by a global norm of its own."""
+    clip = optax.clip_by_global_norm(max_norm)
+    return merge_params(*(clip.update(part, clip.init(part))[0] for part in split_params(gradient)))

@@ -136,7 +136,7 @@ def make_trainer(config: Config) -> Trainer:
         return state if mesh is None else _place(state, mesh)
 
     def step(state: TrainState, hparams: HParams | None = None) -> tuple[TrainState, Metrics]:
-        hparams = _opaque(complete(hparams, config))
+        hparams = _unforeseen(complete(hparams, config), state.update)
         if mesh is None:
             return step_on_one_device(state, hparams)
         spread = jax.shard_map(
@@ -293,6 +293,14 @@ def _opaque(tree: Any) -> Any:
     than single `step`s, and defaults otherwise than the same values passed as arguments.
     """
     return jax.lax.optimization_barrier(strongly_typed(tree))
+
+
+def _unforeseen(hparams: HParams, update: jax.Array) -> HParams:
+    """The same values, made to depend on the state: a barrier is gone before the last folding.
+
+    No update's number is negative, but the compiler does not know.
+    """
+    return jax.tree.map(lambda x: jnp.where(update >= 0, jnp.float32(x), jnp.nan), hparams)
 
 
 def _episode_metrics(ended: EpisodeStats) -> Metrics:

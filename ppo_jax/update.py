@@ -18,7 +18,7 @@ from ppo_jax.natural_gradient import (
     fisher_vector_product,
     line_search,
 )
-from ppo_jax.optimizers import Optimizer
+from ppo_jax.optimizers import Optimizer, clip_actor_and_critic
 from ppo_jax.policy.networks import merge_params, split_params
 from ppo_jax.shuffle import shuffled
 from ppo_jax.types import Batch, Learner, Metrics
@@ -49,35 +49,42 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
     """
 
     def init(params: Any, hparams: HParams) -> Any:
-        return optimizer(hparams.learning_rate, hparams.max_grad_norm).init(params)
+        flat, _ = ravel_pytree(params)
+        return optimizer(hparams.learning_rate, hparams.max_grad_norm).init(flat)
 
     def update(
         learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
     ) -> tuple[Learner, Metrics]:
-        tx = optimizer(hparams.learning_rate * anneal, hparams.max_grad_norm)
+        flat, unravel = ravel_pytree(learner.params)
+        clip = partial(clip_actor_and_critic, max_norm=hparams.max_grad_norm)
+        step = _gradient_step(
+            losses,
+            losses.joint,
+            optimizer(
+                hparams.learning_rate * anneal,
+                None if config.separate_grad_norms else hparams.max_grad_norm,
+            ),
+            unravel,
+            hparams,
+            clip if config.separate_grad_norms else None,
+        )
 
-        def gradient_step(
-            carry: tuple[Any, Any, jax.Array], samples: Batch
-        ) -> tuple[tuple[Any, Any, jax.Array], tuple[Metrics, jax.Array]]:
-            params, opt_state, active = carry
-            new_params, new_opt_state, metrics = _gradient_step(
-                losses, losses.joint, tx, params, opt_state, samples, hparams
-            )
+        def step_while_near(
+            carry: tuple[_Flat, jax.Array], samples: Batch
+        ) -> tuple[tuple[_Flat, jax.Array], tuple[Metrics, jax.Array]]:
+            old, active = carry
+            new, metrics = step(old, samples)
             if hparams.target_kl is not None:
                 active &= metrics["train/approx_kl"] <= hparams.target_kl
-                keep = partial(jnp.where, active)
-                new_params = jax.tree.map(keep, new_params, params)
-                new_opt_state = jax.tree.map(keep, new_opt_state, opt_state)
-            return (new_params, new_opt_state, active), (metrics, active)
+                new = jax.tree.map(partial(jnp.where, active), new, old)
+            return (new, active), (metrics, active)
 
-        start = (learner.params, learner.opt_state, jnp.array(True))
-        (params, opt_state, _), (metrics, applied) = _epochs(
-            config, losses, gradient_step, start, batch, key
-        )
+        start = _Flat(flat, learner.opt_state), jnp.array(True)
+        (end, _), (metrics, applied) = _epochs(config, losses, step_while_near, start, batch, key)
         metrics = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
         if hparams.target_kl is not None:
             metrics["train/gradient_steps"] = jnp.sum(applied)
-        return learner.replace(params=params, opt_state=opt_state), metrics
+        return learner.replace(params=unravel(end.params), opt_state=end.opt_state), metrics
 
     return UpdateRule(init, update, fits_critic_apart=False)
 
@@ -89,7 +96,10 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         actor, critic = split_params(params)
         tx = optimizer(hparams.learning_rate, hparams.max_grad_norm)
         has_critic = hparams.critic_learning_rate is not None
-        return {"actor": tx.init(actor), "critic": tx.init(critic) if has_critic else None}
+        return {
+            "actor": tx.init(ravel_pytree(actor)[0]),
+            "critic": tx.init(ravel_pytree(critic)[0]) if has_critic else None,
+        }
 
     def update(
         learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
@@ -98,16 +108,17 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         actor_state, critic_state = learner.opt_state["actor"], learner.opt_state["critic"]
         tx = optimizer(hparams.learning_rate * anneal, hparams.max_grad_norm)
         batch = batch._replace(advantages=losses.scaled(batch.advantages, batch.mask))
-        actor, actor_state, metrics = _gradient_step(
-            losses, losses.policy, tx, actor, actor_state, batch, hparams
-        )
+        flat, unravel = ravel_pytree(actor)
+        step = _gradient_step(losses, losses.policy, tx, unravel, hparams)
+        (flat, actor_state), metrics = step(_Flat(flat, actor_state), batch)
         if hparams.critic_learning_rate is not None:
             critic, critic_state, critic_metrics = _fit_critic(
                 config, losses, optimizer, (critic, critic_state), batch, key, hparams, anneal
             )
             metrics |= critic_metrics
         opt_state = {"actor": actor_state, "critic": critic_state}
-        return learner.replace(params=merge_params(actor, critic), opt_state=opt_state), metrics
+        params = merge_params(unravel(flat), critic)
+        return learner.replace(params=params, opt_state=opt_state), metrics
 
     return UpdateRule(init, update, fits_critic_apart=True)
 
@@ -126,7 +137,8 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
 
     def init(params: Any, hparams: HParams) -> Any:
         _, critic = split_params(params)
-        return optimizer(hparams.critic_learning_rate, hparams.max_grad_norm).init(critic)
+        flat, _ = ravel_pytree(critic)
+        return optimizer(hparams.critic_learning_rate, hparams.max_grad_norm).init(flat)
 
     def update(
         learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
@@ -185,21 +197,38 @@ def _natural_step(
     return jnp.where(curvature > 0, scale, 0.0) * direction
 
 
+class _Flat(NamedTuple):
+    """What gradient steps change."""
+
+    params: jax.Array  # [P], all parameters in a row
+    opt_state: Any
+
+
 def _gradient_step(
     losses: Losses,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    params: Any,
-    opt_state: Any,
-    minibatch: Batch,
+    unravel: Callable[[jax.Array], Any],
     hparams: HParams,
-) -> tuple[Any, Any, Metrics]:
-    grads, metrics = mean_over(
-        _gradient(loss_fn, params, minibatch, hparams, losses.chunk_size),
-        losses.axis_name,
-    )
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    clip: Callable[[Any], Any] | None = None,
+) -> Callable[[_Flat, Batch], tuple[_Flat, Metrics]]:
+    """A step of the optimiser on a minibatch.
+
+    Parameters stay one vector from step to step: an optimiser works elementwise but for a norm,
+    which is one kernel where a tree takes one for each leaf, and a tree would be flattened and
+    unflattened at every step. `clip` is for what depends on a gradient's leaves.
+    """
+
+    def step(old: _Flat, minibatch: Batch) -> tuple[_Flat, Metrics]:
+        grads, metrics = mean_over(
+            _gradient(loss_fn, unravel(old.params), minibatch, hparams, losses.chunk_size),
+            losses.axis_name,
+        )
+        flat, _ = ravel_pytree(grads if clip is None else clip(grads))
+        updates, opt_state = tx.update(flat, old.opt_state, old.params)
+        return _Flat(jnp.add(old.params, updates), opt_state), metrics
+
+    return step
 
 
 def _gradient(
@@ -238,16 +267,12 @@ def _fit_critic(
     anneal: jax.Array,
 ) -> tuple[Any, Any, Metrics]:
     """Epochs of minibatch steps on the value loss alone."""
+    params, opt_state = critic
+    flat, unravel = ravel_pytree(params)
     tx = optimizer(hparams.critic_learning_rate * anneal, hparams.max_grad_norm)
-
-    def gradient_step(carry: tuple[Any, Any], samples: Batch) -> tuple[tuple[Any, Any], Metrics]:
-        params, opt_state, metrics = _gradient_step(
-            losses, losses.value, tx, *carry, samples, hparams
-        )
-        return (params, opt_state), metrics
-
-    (params, opt_state), metrics = _epochs(config, losses, gradient_step, critic, batch, key)
-    return params, opt_state, jax.tree.map(jnp.mean, metrics)
+    step = _gradient_step(losses, losses.value, tx, unravel, hparams)
+    end, metrics = _epochs(config, losses, step, _Flat(flat, opt_state), batch, key)
+    return unravel(end.params), end.opt_state, jax.tree.map(jnp.mean, metrics)
 
 
 def _epochs(

@@ -11,7 +11,7 @@ import pytest
 
 from ppo_jax import Config, HParams, make_train, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, complete
-from ppo_jax.optimizers import make_optimizer
+from ppo_jax.optimizers import clip_actor_and_critic, make_optimizer
 from ppo_jax.rollout import rollout
 from tests.conftest import optimized_jit
 
@@ -328,8 +328,7 @@ def test_adams_eps_is_1e5_unless_given():
     np.testing.assert_allclose(first_step(given), first_step(optax.adam(0.1)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("separate", [False, True])
-def test_a_critic_s_gradient_fills_the_joint_norm_alone(separate):
+def test_a_critic_s_gradient_fills_the_joint_norm_alone():
     gradient = {
         "params": {
             "actor_torso": {"w": jnp.array([0.6, 0.0])},
@@ -337,10 +336,38 @@ def test_a_critic_s_gradient_fills_the_joint_norm_alone(separate):
             "critic_torso": {"w": jnp.array([300.0, 400.0])},
         }
     }
-    config = Config(optimizer="sgd", separate_grad_norms=separate)
-    tx = make_optimizer(config)(1.0, 0.5)
-    updates, _ = tx.update(gradient, tx.init(gradient), gradient)
-    parts = updates["params"]
-    actor = np.hypot(parts["actor_torso"]["w"], parts["actor_out"]["w"])
-    assert np.linalg.norm(parts["critic_torso"]["w"]) == pytest.approx(0.5, rel=1e-4)
-    assert np.linalg.norm(actor) == pytest.approx(0.5 if separate else 0.001, rel=1e-4)
+    joint = make_optimizer(Config(optimizer="sgd"))(1.0, 0.5)
+    updates, _ = joint.update(gradient, joint.init(gradient), gradient)
+    for parts, norm in (
+        (updates["params"], 0.001),
+        (clip_actor_and_critic(gradient, 0.5)["params"], 0.5),
+    ):
+        actor = np.hypot(parts["actor_torso"]["w"], parts["actor_out"]["w"])
+        assert np.linalg.norm(parts["critic_torso"]["w"]) == pytest.approx(0.5, rel=1e-4)
+        assert np.linalg.norm(actor) == pytest.approx(norm, rel=1e-4)
+
+
+def test_separate_norms_change_the_update_of_the_actor():
+    """With SGD, whose step is the clipped gradient: the actor's is longer by itself."""
+    moved = {}
+    for separate in (False, True):
+        config = small(
+            "ppo",
+            optimizer="sgd",
+            separate_grad_norms=separate,
+            num_epochs=1,
+            num_minibatches=1,
+            lr_schedule="constant",
+        )
+        trainer = make_trainer(config)
+        # A large weight of the value loss: the critic's gradient fills any norm.
+        hparams = HParams(learning_rate=1.0, max_grad_norm=0.5, vf_coef=1e4)
+        state = jax.jit(trainer.init)(jax.random.key(0), hparams)
+        after, _ = jax.jit(trainer.step)(state, hparams)
+        step = jax.tree.map(jnp.subtract, after.learner.params, state.learner.params)["params"]
+        for part in ("actor", "critic"):
+            leaves = jax.tree.leaves({k: v for k, v in step.items() if k.startswith(part)})
+            moved[part, separate] = np.linalg.norm(np.concatenate([x.ravel() for x in leaves]))
+    assert moved["critic", True] == pytest.approx(0.5, rel=1e-3)
+    assert moved["critic", False] == pytest.approx(0.5, rel=1e-3)
+    assert moved["actor", True] > 10 * moved["actor", False]
