@@ -48,25 +48,22 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
     means over the minibatches that were applied.
     """
 
+    is_joint = not config.separate_grad_norms
+
+    def transformation(learning_rate: Any, hparams: HParams) -> optax.GradientTransformation:
+        return optimizer(learning_rate, hparams.max_grad_norm if is_joint else None)
+
     def init(params: Any, hparams: HParams) -> Any:
-        flat, _ = ravel_pytree(params)
-        return optimizer(hparams.learning_rate, hparams.max_grad_norm).init(flat)
+        return transformation(hparams.learning_rate, hparams).init(ravel_pytree(params)[0])
 
     def update(
         learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
     ) -> tuple[Learner, Metrics]:
         flat, unravel = ravel_pytree(learner.params)
+        tx = transformation(hparams.learning_rate * anneal, hparams)
         clip = partial(clip_actor_and_critic, max_norm=hparams.max_grad_norm)
         step = _gradient_step(
-            losses,
-            losses.joint,
-            optimizer(
-                hparams.learning_rate * anneal,
-                None if config.separate_grad_norms else hparams.max_grad_norm,
-            ),
-            unravel,
-            hparams,
-            clip if config.separate_grad_norms else None,
+            losses, losses.joint, tx, unravel, hparams, clip=None if is_joint else clip
         )
 
         def step_while_near(
@@ -137,8 +134,8 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
 
     def init(params: Any, hparams: HParams) -> Any:
         _, critic = split_params(params)
-        flat, _ = ravel_pytree(critic)
-        return optimizer(hparams.critic_learning_rate, hparams.max_grad_norm).init(flat)
+        tx = optimizer(hparams.critic_learning_rate, hparams.max_grad_norm)
+        return tx.init(ravel_pytree(critic)[0])
 
     def update(
         learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
@@ -210,6 +207,7 @@ def _gradient_step(
     tx: optax.GradientTransformation,
     unravel: Callable[[jax.Array], Any],
     hparams: HParams,
+    *,
     clip: Callable[[Any], Any] | None = None,
 ) -> Callable[[_Flat, Batch], tuple[_Flat, Metrics]]:
     """A step of the optimiser on a minibatch.

@@ -309,9 +309,10 @@ def test_learning_rate_schedules(schedule, expected):
     np.testing.assert_allclose(metrics["train/learning_rate"], 0.5 * np.array(expected), rtol=1e-6)
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "lion"])
-def test_optimizers_by_name(name):
-    config = small("ppo", optimizer=name, total_timesteps=64)
+def test_optimizers_by_name(name, separate):
+    config = small("ppo", optimizer=name, separate_grad_norms=separate, total_timesteps=64)
     state, _ = jax.jit(make_train(config))(jax.random.key(0))
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.learner.params))
 
