@@ -1,4 +1,6 @@
-"""What a training cannot beat: its environments, its update and its arithmetic, each alone."""
+"""What a training cannot beat: its environments, its update, its networks and their arithmetic,
+each alone.
+"""
 
 import statistics
 import time
@@ -14,9 +16,9 @@ from ppo_jax.collect import collect
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import make_optimizer
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.spec import init_params, make_spec
+from ppo_jax.policy.spec import init_params, make_spec, network_of
 from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import Learner, RolloutState, Statistics
+from ppo_jax.types import Batch, Learner, RolloutState, Statistics
 
 
 class Arithmetic(NamedTuple):
@@ -68,13 +70,61 @@ class Stages:
 
         return jax.lax.scan(update, state, jax.random.split(key, self.config.num_updates))
 
+    def batch(self, params: Any, state: RolloutState, key: jax.Array) -> Batch:
+        """The data of one rollout."""
+        policy = Policy(params, spec=self.spec)
+        return collect(
+            self.config, self.env, self.env.params, policy, state, Statistics(), key, self.hparams
+        ).batch
+
+    def networks(self, key: jax.Array) -> Any:
+        """Every pass through the networks that a training makes, and nothing between them: acting
+        step by step, judging observations and successors, and gradients, of a linear loss.
+        """
+        params, state = self.init(key)
+        obs = self.batch(params, state, key).obs
+        config, network = self.config, network_of(self.spec)
+        gradients = (config.num_epochs or 1) * (config.num_minibatches or 1)
+        size = config.batch_size // (config.num_minibatches or 1)
+        some = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], obs)
+        slopes = jax.tree.map(
+            lambda x: jax.random.normal(key, x.shape), jax.eval_shape(network.apply, params, some)
+        )
+
+        def act(total: jax.Array, obs: Any) -> tuple[jax.Array, None]:
+            return total + _sum(network.apply(params, obs, method="actor")[0]), None
+
+        def judge(total: jax.Array, obs: Any) -> tuple[jax.Array, None]:
+            twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), obs)
+            return total + _sum(network.apply(params, twice, method="critic")[0]), None
+
+        def loss(params: Any) -> jax.Array:
+            outputs = network.apply(params, some)
+            return _sum(jax.tree.map(jnp.multiply, outputs, slopes))
+
+        def descend(params: Any, _: None) -> tuple[Any, None]:
+            moved = jax.tree.map(lambda x, g: x - 1e-6 * g, params, jax.grad(loss)(params))
+            return moved, None
+
+        def update(carry: tuple[Any, jax.Array], _: None) -> tuple[tuple[Any, jax.Array], None]:
+            params, total = carry
+            total, _ = jax.lax.scan(act, total, obs)
+            # In blocks of as many samples as a minibatch has.
+            steps = max(1, min(config.num_steps, size // config.num_envs))
+            blocks = jax.tree.map(
+                lambda x: x.reshape(-1, steps * config.num_envs, *x.shape[2:]), obs
+            )
+            total, _ = jax.lax.scan(judge, total, blocks)
+            params, _ = jax.lax.scan(descend, params, length=gradients)
+            return (params, total), None
+
+        carry = params, jnp.zeros(())
+        return jax.lax.scan(update, carry, length=config.num_updates)[0]
+
     def update(self, key: jax.Array) -> Any:
         """Updates on the data of one rollout, again and again."""
         params, state = self.init(key)
-        policy = Policy(params, spec=self.spec)
-        batch = collect(
-            self.config, self.env, self.env.params, policy, state, Statistics(), key, self.hparams
-        ).batch
+        batch = self.batch(params, state, key)
         opt_state = self.rule.init(params, self.hparams)
         learner = Learner(params, opt_state, kl_coef=jnp.zeros(()), lr_factor=jnp.ones(()))
 
@@ -87,23 +137,7 @@ class Stages:
         """Acting, judging every observation and its successor, and all gradients."""
         config = self.config
         params, state = jax.eval_shape(self.init, jax.random.key(0))
-        batch = jax.eval_shape(
-            lambda params, state, key: (
-                collect(
-                    config,
-                    self.env,
-                    self.env.params,
-                    Policy(params, spec=self.spec),
-                    state,
-                    Statistics(),
-                    key,
-                    self.hparams,
-                ).batch
-            ),
-            params,
-            state,
-            jax.random.key(0),
-        )
+        batch = jax.eval_shape(self.batch, params, state, jax.random.key(0))
         size = config.batch_size // (config.num_minibatches or 1)
         minibatch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((size, *x.shape[2:]), x.dtype), batch
@@ -128,6 +162,10 @@ class Stages:
             flops += times * cost["flops"]
             accessed += times * cost["bytes accessed"]
         return Arithmetic(flops / config.batch_size, accessed / config.batch_size)
+
+
+def _sum(tree: Any) -> jax.Array:
+    return jnp.sum(jnp.stack([jnp.sum(x) for x in jax.tree.leaves(tree)]))
 
 
 def matrix_flops_per_second() -> float:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
-from benchmarks.throughput import WORKLOADS, Workload
+from benchmarks.throughput import CPU_SET, WORKLOADS, Workload
 from ppo_jax.algorithms import complete
 
 _CONTENDERS = Path(__file__).parent / "contenders"
@@ -170,7 +170,7 @@ def python_of(peer: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(CPU_SET))
     parser.add_argument("--peer", nargs="+", choices=PEERS, help="by default all that can run")
     parser.add_argument("--purejaxrl", type=Path, help="a checkout of PureJaxRL")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the medians count")

@@ -1,9 +1,13 @@
 """What a member of a population costs, by how many there are; and trained one after another.
 
+Members are divided among the devices, as `ppo-jax sweep` does; on a CPU a device is a core.
+
 python benchmarks/scaling.py --json benchmarks/results/scaling-cpu.json
 """
 
 import argparse
+import math
+import os
 import statistics
 import sys
 import time
@@ -17,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
 from ppo_jax import Config, make_train
+from ppo_jax.runs.members import member_sharding
 
 SIZES = (1, 4, 16, 64, 256, 1024)
 CONFIG = Config(env="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=20 * 512)
@@ -25,7 +30,9 @@ CONFIG = Config(env="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=20
 def compiled(size: int) -> Any:
     """A population of that size as one program."""
     keys = jax.vmap(jax.random.key)(jnp.arange(size))
-    return jax.jit(jax.vmap(make_train(CONFIG))).lower(keys).compile()
+    by_member = member_sharding(math.gcd(size, jax.device_count()))
+    train = jax.vmap(make_train(CONFIG))
+    return jax.jit(train, in_shardings=by_member, out_shardings=by_member).lower(keys).compile()
 
 
 def seconds(program: Any, size: int, first_seed: int) -> float:
@@ -42,6 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     sizes = sorted({1, *arguments.sizes})
     programs = {size: compiled(size) for size in sizes}
     runs: dict[int, list[float]] = {size: [] for size in sizes}
@@ -61,7 +69,8 @@ def main() -> None:
         taken = statistics.median(runs[size])
         pairs = zip(runs[size], runs[1], strict=True)
         analysis = programs[size].memory_analysis()
-        memory = (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / size
+        of_a_device = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        memory = of_a_device * math.gcd(size, jax.device_count()) / size
         result = {
             "members": size,
             "steps_per_second": size * timesteps / taken,

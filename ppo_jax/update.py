@@ -47,7 +47,6 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
     computed but not applied, so that the trip count stays fixed under `vmap`; metrics are the
     means over the minibatches that were applied.
     """
-
     is_joint = not config.separate_grad_norms
 
     def transformation(learning_rate: Any, hparams: HParams) -> optax.GradientTransformation:
