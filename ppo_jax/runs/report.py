@@ -134,9 +134,8 @@ def _sensitivity(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
         column = table[name]
         # Draws hardly ever repeat: quarters of their range are compared.
         is_drawn = pd.api.types.is_float_dtype(column) and column.nunique() > 8
-        groups = (
-            pd.qcut(column, 4, duplicates="drop").astype(str) if is_drawn else column.astype(str)
-        )
+        values = column.map(lambda x: f"{x:.6g}" if isinstance(x, float) else str(x))
+        groups = pd.qcut(column, 4, duplicates="drop").astype(str) if is_drawn else values
         means = table.groupby(groups)["iqm"].mean()
         rows.append(
             {
