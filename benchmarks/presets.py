@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    # A core of a CPU for each seed.
+    # As many cores of a CPU as divide the seeds.
     jax.config.update("jax_num_cpu_devices", math.gcd(arguments.seeds, os.cpu_count() or 1))
     print("| environment | steps | mean return | least seed |\n|---|---|---|---|")
     results = []

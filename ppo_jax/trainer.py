@@ -103,7 +103,7 @@ def make_trainer(config: Config) -> Trainer:
         raise ConfigError(
             "separate_grad_norms needs an actor and a critic that are learned together and share "
             f"no torso; got {config.algorithm} and shared_torso={config.shared_torso}. "
-            "Leave separate_grad_norms out."
+            "Set separate_grad_norms to False, or leave shared_torso out."
         )
     schedule = SCHEDULES[config.lr_schedule]
     adapts_lr = config.lr_schedule == "kl_adaptive"

@@ -132,6 +132,20 @@ def test_a_learner_that_is_no_longer_finite_loses():
     assert np.asarray(record.stopped[0])[is_nan].all()
 
 
+def test_a_learner_that_breaks_between_rungs_is_stopped_at_once():
+    whole = quadratic()
+
+    def step(state, hparams):
+        state, metrics = whole.step(state, hparams)
+        x = jnp.where(state.update == 2, jnp.nan, state.learner.params["x"])  # an age of 2
+        return state.replace(learner=state.learner.replace(params={"x": x})), metrics
+
+    run = make_halving(whole._replace(step=step), RATES, num_rounds=5, updates_per_round=1)
+    record = jax.tree.map(np.asarray, jax.jit(run)(jax.random.split(jax.random.key(0), 9)).record)
+    assert record.stopped[1:-1][record.ages[1:-1] == 2].all()
+    assert record.ages.max() == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -136,6 +137,22 @@ def test_chunks_change_nothing():
     pd.testing.assert_frame_equal(one.curves, other.curves, check_exact=True)
 
 
+def test_chunks_change_nothing_as_users_compile():
+    code = (
+        "import pandas as pd\nfrom tests import test_sweep as t\n"
+        "pd.testing.assert_frame_equal(t.done(4).curves, t.done(2).curves, check_exact=True)\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=environment)
+
+
+def test_a_chunk_is_no_larger_than_its_group():
+    said = []
+    sweep(CONFIG, {"learning_rate": RATES[:2]}, seeds=1, chunk=64, say=said.append)
+    assert said[-1].startswith("2 members at once")
+
+
 def test_a_member_that_fails_is_frozen_and_the_others_are_untouched():
     rates = [RATES[0], 1e38, RATES[2]]
     result = sweep(CONFIG, {"learning_rate": rates}, seeds=2, chunk=4)
@@ -228,11 +245,29 @@ def test_later_batches_follow_what_did_well():
     assert all(1e-5 <= row["learning_rate"] <= 1e-1 for rows in batches for row in rows)
 
 
+def test_what_a_later_batch_may_draw_is_checked_before_anything_is_written(tmp_path):
+    for space, message in (
+        ({"gamma": Uniform(0.9, 1.1)}, r"gamma must be in \[0, 1\]; got 1.1"),
+        ({"num_minibatches": Choice((4, 3))}, "divisible by num_minibatches.*and 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sweep(CONFIG, space, num_draws=2, sampler="tpe", batch=1, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_range_and_a_choice_hold_something():
+    with pytest.raises(ConfigError, match="needs low < high; got 0.99 and 0.9"):
+        Uniform(0.99, 0.9)
+    with pytest.raises(ConfigError, match="one or more values"):
+        Choice(())
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
 def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
-    tmp_path, monkeypatch
+    chunk, tmp_path, monkeypatch
 ):
     again = functools.partial(
-        sweep, CONFIG, DRAWN, seeds=2, num_draws=5, sampler="tpe", batch=2, chunk=2
+        sweep, CONFIG, DRAWN, seeds=2, num_draws=5, sampler="tpe", batch=2, chunk=chunk
     )
     said = []
     whole = again(say=said.append)
@@ -248,7 +283,7 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
     add = sweeps._Store.add
 
     def cut_off(store, tables):
-        if len(store.parts) == 3:  # in the middle of the second batch
+        if len(store.parts) == (1 if chunk is None else 3):  # after, or within, a batch
             raise RuntimeError("the power went")
         add(store, tables)
 
@@ -274,6 +309,8 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
         ({"num_draws": None}, "num_draws must be given"),
         ({"batch": None}, "needs a batch of at least 1 configuration; got None"),
         ({"sampler": "sobol"}, "batch is for sampler tpe.*got 2 and sobol"),
+        ({"sampler": "tps"}, "unknown sampler 'tps'. Did you mean tpe"),
+        ({"space": {}, "num_draws": None}, "needs something to draw; the space is empty"),
     ],
 )
 def test_a_sampler_that_does_not_fit_is_refused(arguments, message):

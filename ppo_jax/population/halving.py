@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from ppo_jax.config import ConfigError, HParams
 from ppo_jax.population.member import choose_state
-from ppo_jax.population.rounds import check_names, for_every_member, make_round
-from ppo_jax.population.space import Choice, Distribution
+from ppo_jax.population.rounds import check_hparam_names, for_every_member, make_round
+from ppo_jax.population.space import Choice, Distribution, extremes
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
@@ -84,10 +84,10 @@ def make_halving(
 ) -> Callable[..., Halving]:
     """Successive halving as a pure function; jit is the caller's.
 
-    Every slot trains in every round, `num_rounds * updates_per_round` updates in all. Nothing is
-    stopped after the last round. A new trial starts from new parameters and environments, and at
-    the start of its learning rate's schedule: make the trainer's config of as many updates, or a
-    constant schedule.
+    Every slot trains in every round, `num_rounds * updates_per_round` updates in all. A learner
+    that is no longer finite is stopped at once; nothing is stopped after the last round. A new
+    trial starts from new parameters and environments, and at the start of its learning rate's
+    schedule: make the trainer's config of as many updates, or a constant schedule.
 
     Args:
       trainer: of every trial.
@@ -111,14 +111,9 @@ def make_halving(
     >>> result.record.ages.tolist()  # one of three goes on
     [[1, 1, 1], [1, 1, 2]]
     """
-    check_names(space)
+    check_hparam_names(space)
     for name, distribution in space.items():
-        ends = (
-            distribution.values
-            if isinstance(distribution, Choice)
-            else map(distribution.at, (0.0, 1.0))
-        )
-        for value in ends:
+        for value in extremes(distribution):
             HParams(**{name: value})  # or an error
     if not space:
         raise ConfigError("a space must have a hyperparameter to draw; it is empty.")
@@ -152,10 +147,11 @@ def make_halving(
             states, hparams, trials, age, next_trial, scores, ages = carry
             number, key = inputs
             init_key, draw_key = jax.random.split(key)
-            states, score = train(states, hparams)
+            states, score, is_finite = train(states, hparams)
             age = age + 1
             scores, ages = scores.at[number].set(score), ages.at[number].set(age)
-            stopped = losers(scores, ages, number, factor=factor) & (number < num_rounds - 1)
+            stopped = losers(scores, ages, number, factor=factor) | ~is_finite
+            stopped &= number < num_rounds - 1
             seen = trials, hparams, stopped
             drawn = draw(draw_key, fixed, num_slots)
             new = init(jax.random.split(init_key, num_slots), drawn, env_params)

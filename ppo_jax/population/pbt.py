@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.config import HPARAM_RANGES, ConfigError, HParams
-from ppo_jax.population.rounds import check_names, for_every_member, make_round
+from ppo_jax.population.rounds import check_hparam_names, for_every_member, make_round
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
@@ -94,7 +94,7 @@ def make_pbt(
     Raises:
       ConfigError: an unknown name, or a number that makes no sense.
     """
-    check_names(names)
+    check_hparam_names(names)
     if not 0 < replaced <= 0.5:
         raise ConfigError(f"the share that is replaced must be in (0, 0.5]; got {replaced}.")
     if min(num_rounds, updates_per_round) < 1 or factor <= 1:
@@ -130,7 +130,7 @@ def make_pbt(
             states, hparams = carry
             key, is_last = inputs
             exploit_key, explore_key = jax.random.split(key)
-            states, scores = train(states, hparams)
+            states, scores, _ = train(states, hparams)
             own = jnp.arange(num_members)
             parents = exploit(exploit_key, scores, num_replaced=num_replaced)
             parents = jnp.where(is_last, own, parents)

@@ -1,9 +1,9 @@
 """Where a sweep's configurations come from: all at once, or in batches that follow the results."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
-from ppo_jax.config import ConfigError
+from ppo_jax.config import ConfigError, unknown_name
 from ppo_jax.population.space import (
     Choice,
     Distribution,
@@ -13,6 +13,7 @@ from ppo_jax.population.space import (
     Space,
     check_draws,
     check_names,
+    extremes,
     rows,
 )
 
@@ -24,6 +25,8 @@ class Proposals(Protocol):
     """How many there will be."""
     description: dict[str, Any]
     """What makes them these very ones, as JSON."""
+    extremes: list[Row]
+    """Rows with every end and choice of what is still to be drawn, to be checked beforehand."""
 
     def ask(self) -> list[Row]:
         """The next batch; an empty one at the end."""
@@ -46,6 +49,8 @@ def make_proposals(
     Raises:
       ConfigError: the space, or a number, does not fit the sampler.
     """
+    if sampler not in get_args(Sampler):
+        raise unknown_name("sampler", sampler, get_args(Sampler))
     if sampler == "tpe":
         return _TreeParzen(space, num_draws, batch)
     if batch is not None:
@@ -60,6 +65,7 @@ class _AllAtOnce:
     def __init__(self, configurations: list[Row]) -> None:
         self.total = len(configurations)
         self.description = {"configurations": configurations}
+        self.extremes: list[Row] = []
         self._left = configurations
 
     def ask(self) -> list[Row]:
@@ -89,6 +95,8 @@ class _TreeParzen:
                     "Write choice(…), or put it into the config."
                 )
             drawn[name] = entry
+        if not drawn:
+            raise ConfigError("sampler tpe needs something to draw; the space is empty.")
         check_draws(num_draws, drawn)
         if batch is None or batch < 1:
             raise ConfigError(
@@ -109,6 +117,11 @@ class _TreeParzen:
             "num_draws": num_draws,
             "batch": batch,
         }
+        ends = {name: extremes(entry) for name, entry in drawn.items()}
+        self.extremes = [
+            {name: values[min(i, len(values) - 1)] for name, values in ends.items()}
+            for i in range(max(map(len, ends.values())))
+        ]
         self._space = drawn
         self._batch = batch
         self._asked = 0

@@ -10,8 +10,8 @@ from ppo_jax.population.member import is_finite
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
-TrainRound = Callable[[TrainState, HParams], tuple[TrainState, jax.Array]]
-"""`(states [S], hparams [S]) -> (states, scores [S])`."""
+TrainRound = Callable[[TrainState, HParams], tuple[TrainState, jax.Array, jax.Array]]
+"""`(states [S], hparams [S]) -> (states, scores [S], learner is finite [S])`."""
 
 
 def make_round(trainer: Trainer, updates_per_round: int) -> TrainRound:
@@ -22,7 +22,7 @@ def make_round(trainer: Trainer, updates_per_round: int) -> TrainRound:
     """
     step = jax.vmap(trainer.step)
 
-    def train(states: TrainState, hparams: HParams) -> tuple[TrainState, jax.Array]:
+    def train(states: TrainState, hparams: HParams) -> tuple[TrainState, jax.Array, jax.Array]:
         def update(states: TrainState, _: None) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
             states, metrics = step(states, hparams)
             count = metrics["episode/count"]
@@ -32,8 +32,9 @@ def make_round(trainer: Trainer, updates_per_round: int) -> TrainRound:
         states, (totals, counts) = jax.lax.scan(update, states, length=updates_per_round)
         total, count = jnp.sum(totals, axis=0), jnp.sum(counts, axis=0)
         mean = total / jnp.maximum(count, 1)
-        is_sound = (count > 0) & jnp.isfinite(mean) & jax.vmap(is_finite)(states.learner.params)
-        return states, jnp.where(is_sound, mean, -jnp.inf)
+        sound = jax.vmap(is_finite)(states.learner.params)
+        has_score = (count > 0) & jnp.isfinite(mean) & sound
+        return states, jnp.where(has_score, mean, -jnp.inf), sound
 
     return train
 
@@ -45,7 +46,7 @@ def for_every_member(hparams: HParams, num_members: int) -> HParams:
     )
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_hparam_names(names: Iterable[str]) -> None:
     """Raises a `ConfigError` for a name that is no hyperparameter's."""
     for name in names:
         if name not in HPARAM_RANGES:

@@ -28,6 +28,10 @@ class Uniform:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ConfigError(f"a uniform range needs low < high; got {self.low} and {self.high}.")
+
     def at(self, u: Any) -> Any:
         """The value at quantile u, a number or an array."""
         return self.low + (self.high - self.low) * u
@@ -56,6 +60,10 @@ class Choice:
     """One of some values, each as likely."""
 
     values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ConfigError("a choice must be of one or more values; got none.")
 
     def at(self, u: float) -> Any:
         """The value at quantile u."""
@@ -118,6 +126,13 @@ def rows(
     ]
     # In the space's own order of names, so that tables read as it was written.
     return [{name: {**one, **draw}[name] for name in space} for draw in draws for one in grid]
+
+
+def extremes(distribution: Distribution) -> tuple[Any, ...]:
+    """Both ends of a range; all values of a choice."""
+    if isinstance(distribution, Choice):
+        return distribution.values
+    return distribution.low, distribution.high
 
 
 def check_draws(num_draws: int | None, drawn: Mapping[str, Distribution]) -> None:

@@ -70,7 +70,7 @@ def sweep(
     Members that differ in traced values only (hyperparameters, environment parameters, seeds)
     are one vmapped population, compiled once, and run in chunks that fit the device's memory.
     With several devices, a chunk's members are divided among them. A member's numbers do not
-    depend on its chunk or its neighbours: in every bit for chunks of two and more on one
+    depend on its chunk or its neighbours: in every bit for chunks of two and more a device on one
     platform, to rounding otherwise. A member whose parameters become NaN is frozen.
 
     Args:
@@ -111,8 +111,9 @@ def sweep(
             )
         return [(group, _trainer_of(group)) for group in plan]
 
+    planned(proposals.extremes, 0)  # errors come before anything is written
     asked, first = proposals.ask(), 0
-    plan = planned(asked, first)  # its errors come before anything is written
+    plan = planned(asked, first)
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
     store = _Store.open(
         run_dir,
@@ -125,10 +126,12 @@ def sweep(
         runner = _Runner(
             num_rows, eval_episodes, chunk, say, bar, is_stopped=lambda: interrupt.requested
         )
+        if proposals.extremes:  # what comes next depends on results, in every bit of them
+            runner.least = 2 * jax.device_count()
         while asked:
             if len(asked) < proposals.total:
                 say(f"configurations {first} to {first + len(asked) - 1} of {proposals.total}:")
-                store.require(asked, first)
+            store.require(asked, first)
             runner.run(plan, store)
             if interrupt.requested:
                 break
@@ -163,6 +166,9 @@ class _Runner:
         self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
         self._say, self._bar, self._is_stopped = say, bar, is_stopped
         self._populations: dict[Any, _Population] = {}
+        self.least = 1
+        """Members at once, at least, unless a chunk is given: two a device have the same bits in
+        any chunk, whether a sweep was cut off or not."""
         self.run_seconds = 0.0
 
     @property
@@ -180,8 +186,10 @@ class _Runner:
         self._bar.start(sum(_timesteps_of(group) * len(left) for group, _, left in todo))
         self._say(_announcement(todo, num_compilations=len(new)))
         for group, trainer, left in todo:
+            if not left:
+                continue
             if group.program not in self._populations:
-                self._populations[group.program] = self._population(group, trainer, len(left))
+                self._populations[group.program] = self._population(group, trainer)
             population = self._populations[group.program]
             for members, outcome, seconds in population.run(left, self._is_stopped):
                 store.add(_tables(group, members, outcome, self._num_rows))
@@ -193,7 +201,7 @@ class _Runner:
                     episode_return=float(np.mean(outcome.returns)),
                 )
 
-    def _population(self, group: Group, trainer: Trainer, num_members: int) -> "_Population":
+    def _population(self, group: Group, trainer: Trainer) -> "_Population":
         num_updates = group.config.num_updates
         train = functools.partial(
             train_member,
@@ -202,7 +210,7 @@ class _Runner:
             num_rows=min(self._num_rows, num_updates),
             num_episodes=self._num_episodes,
         )
-        chunk = self._chunk or min(_LARGEST_CHUNK, max(1, num_members))
+        chunk = min(self._chunk or _LARGEST_CHUNK, max(len(group.members), self.least))
         return _Population(train, trainer.env, chunk, self._chunk is not None, self._say)
 
 
