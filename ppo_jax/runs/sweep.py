@@ -244,7 +244,16 @@ class _Population:
         self._devices = jax.devices()
         self.compile_seconds = 0.0
         by_member = member_sharding(len(self._devices))
-        self._program = jax.jit(jax.vmap(train), in_shardings=by_member, out_shardings=by_member)
+        # Each device has loops of its own: vmapped alone, evaluation would ask all of them at every
+        # step whether the last episode has ended.
+        spread = jax.shard_map(
+            jax.vmap(train),
+            mesh=by_member.mesh,
+            in_specs=by_member.spec,
+            out_specs=by_member.spec,
+            check_vma=False,
+        )
+        self._program = jax.jit(spread, in_shardings=by_member, out_shardings=by_member)
         self._compiled: dict[int, Any] = {}
         self._chunk = self._rounded(chunk)
         self._is_given = is_given
