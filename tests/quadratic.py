@@ -26,3 +26,17 @@ def quadratic():
         return state, {"episode/return": -jnp.square(x), "episode/count": jnp.float32(1)}
 
     return Trainer(init, step, None, None, None)
+
+
+def quadratic_that_breaks(*, sound_return):
+    """Above a rate of 1 the learner becomes NaN and scores 9, as a policy of NaNs may by chance."""
+    whole = quadratic()
+
+    def step(state, hparams):
+        state, metrics = whole.step(state, hparams)
+        is_nan = hparams.learning_rate > 1.0
+        x = jnp.where(is_nan, jnp.nan, state.learner.params["x"])
+        state = state.replace(learner=state.learner.replace(params={"x": x}))
+        return state, metrics | {"episode/return": jnp.where(is_nan, 9.0, sound_return)}
+
+    return whole._replace(step=step)

@@ -8,7 +8,7 @@ import pytest
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.population.halving import losers, make_halving
 from ppo_jax.population.space import Choice, LogUniform, Uniform
-from tests.quadratic import quadratic
+from tests.quadratic import quadratic, quadratic_that_breaks
 
 RATES = {"learning_rate": LogUniform(1e-3, 10.0)}
 
@@ -116,16 +116,9 @@ def test_a_trial_that_stays_is_what_it_is_alone_and_a_new_one_starts_anew():
 
 
 def test_a_learner_that_is_no_longer_finite_loses():
-    broken = quadratic()
-
-    def step(state, hparams):
-        state, metrics = broken.step(state, hparams)
-        is_nan = hparams.learning_rate > 1.0
-        x = jnp.where(is_nan, jnp.nan, state.learner.params["x"])
-        state = state.replace(learner=state.learner.replace(params={"x": x}))
-        return state, metrics | {"episode/return": jnp.where(is_nan, 9.0, -1.0)}
-
-    run = make_halving(broken._replace(step=step), RATES, num_rounds=2, updates_per_round=1)
+    run = make_halving(
+        quadratic_that_breaks(sound_return=-1.0), RATES, num_rounds=2, updates_per_round=1
+    )
     record = jax.jit(run)(jax.random.split(jax.random.key(0), 27)).record
     is_nan = np.asarray(record.hparams.learning_rate[0]) > 1.0
     assert 0 < is_nan.sum() <= 18

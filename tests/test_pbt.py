@@ -7,7 +7,7 @@ import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.population.pbt import exploit, explore, make_pbt
-from tests.quadratic import quadratic
+from tests.quadratic import quadratic, quadratic_that_breaks
 
 
 def test_the_worst_take_over_from_the_best_and_no_other_changes():
@@ -73,17 +73,12 @@ def test_a_replaced_member_goes_on_with_its_parent_s_learner_and_its_own_environ
 
 
 def test_a_learner_that_is_no_longer_finite_is_no_parent():
-    broken = quadratic()
-
-    def step(state, hparams):
-        state, metrics = broken.step(state, hparams)
-        # It scores best, as a policy of NaNs may by chance.
-        is_nan = hparams.learning_rate > 1.0
-        x = jnp.where(is_nan, jnp.nan, state.learner.params["x"])
-        state = state.replace(learner=state.learner.replace(params={"x": x}))
-        return state, metrics | {"episode/return": jnp.where(is_nan, 9.0, 1.0)}
-
-    run = make_pbt(broken._replace(step=step), ["learning_rate"], num_rounds=2, updates_per_round=1)
+    run = make_pbt(
+        quadratic_that_breaks(sound_return=1.0),
+        ["learning_rate"],
+        num_rounds=2,
+        updates_per_round=1,
+    )
     rates = HParams(learning_rate=jnp.array([0.1, 0.2, 0.3, 2.0]))
     result = jax.jit(run)(jax.random.split(jax.random.key(0), 4), rates)
     assert result.lineage.scores[0, 3] == -np.inf

@@ -124,10 +124,15 @@ def sweep(
     say = say or _silent
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         runner = _Runner(
-            num_rows, eval_episodes, chunk, say, bar, is_stopped=lambda: interrupt.requested
+            num_rows,
+            eval_episodes,
+            chunk,
+            say,
+            bar,
+            is_stopped=lambda: interrupt.requested,
+            # Where what comes next follows from results, in every bit of them.
+            least=2 * jax.device_count() if proposals.extremes else 1,
         )
-        if proposals.extremes:  # what comes next depends on results, in every bit of them
-            runner.least = 2 * jax.device_count()
         while asked:
             if len(asked) < proposals.total:
                 say(f"configurations {first} to {first + len(asked) - 1} of {proposals.total}:")
@@ -162,13 +167,14 @@ class _Runner:
         say: Callable[[str], None],
         bar: TrainingProgress,
         is_stopped: Callable[[], bool],
+        least: int,
     ) -> None:
         self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
         self._say, self._bar, self._is_stopped = say, bar, is_stopped
+        # Members at once unless a chunk is given: two a device have the same bits in any chunk,
+        # whether a sweep was cut off or not.
+        self._least = least
         self._populations: dict[Any, _Population] = {}
-        self.least = 1
-        """Members at once, at least, unless a chunk is given: two a device have the same bits in
-        any chunk, whether a sweep was cut off or not."""
         self.run_seconds = 0.0
 
     @property
@@ -210,7 +216,7 @@ class _Runner:
             num_rows=min(self._num_rows, num_updates),
             num_episodes=self._num_episodes,
         )
-        chunk = min(self._chunk or _LARGEST_CHUNK, max(len(group.members), self.least))
+        chunk = min(self._chunk or _LARGEST_CHUNK, max(len(group.members), self._least))
         return _Population(train, trainer.env, chunk, self._chunk is not None, self._say)
 
 
