@@ -64,7 +64,7 @@ def collect(
     )
     if carried is None:
         starts = None
-        values = _values(policy, trajectory) if algorithm.has_critic else None
+        values = _values(config, policy, trajectory) if algorithm.has_critic else None
     else:
         starts = jnp.concatenate([start[None], trajectory.done[:-1]])
         values = None
@@ -101,17 +101,18 @@ def collect(
     return Collected(state, batch, ended, statistics)
 
 
-def _valued_at_once() -> int:
-    """Samples: enough to fill a device, few enough that the activations of a large batch do not
-    take more memory than the batch, and stay in a CPU's cache.
+def _valued_at_once(config: Config) -> int:
+    """States, each with its successor: enough to fill a device, few enough that the activations
+    take no more memory than a minibatch's, whose gradient needs them anyway, and stay in a cache.
     """
-    return 2**10 if jax.default_backend() == "cpu" else 2**13
+    fitting = 2**9 if jax.default_backend() == "cpu" else 2**12
+    return min(fitting, config.batch_size // (config.num_minibatches or 1) // 2)
 
 
-def _values(policy: Policy, trajectory: Trajectory) -> Values:
+def _values(config: Config, policy: Policy, trajectory: Trajectory) -> Values:
     """V(s_t) and V(s'_t), `[T, N]`, for a block of steps at a time."""
     num_steps, num_envs = trajectory.reward.shape
-    fitting = max(1, _valued_at_once() // num_envs)
+    fitting = max(1, _valued_at_once(config) // num_envs)
     size = max(size for size in range(1, fitting + 1) if num_steps % size == 0)
 
     def of_block(obs: tuple[jax.Array, jax.Array]) -> Values:

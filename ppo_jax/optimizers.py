@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from ppo_jax.config import Config, unknown_name
 from ppo_jax.policy.networks import merge_params, split_params
@@ -78,4 +79,9 @@ def make_optimizer(config: Config) -> Optimizer:
 def clip_actor_and_critic(gradient: Any, max_norm: Any) -> Any:
     """Clips the gradient of each by a global norm of its own."""
     clip = optax.clip_by_global_norm(max_norm)
-    return merge_params(*(clip.update(part, clip.init(part))[0] for part in split_params(gradient)))
+
+    def clipped(part: Any) -> Any:
+        flat, unravel = ravel_pytree(part)  # one kernel for the norm, not one for each leaf
+        return unravel(clip.update(flat, clip.init(flat))[0])
+
+    return merge_params(*map(clipped, split_params(gradient)))

@@ -153,6 +153,31 @@ def is_image(leaf: Leaf) -> bool:
     return isinstance(leaf, Box) and len(leaf.shape) == 3
 
 
+class OutputLayer(nn.Module):
+    """A dense layer of a few outputs, computed with the batch as the last axis.
+
+    Products with a short last axis are slow on a CPU: the gradient of a kernel of 64 x 2 for 256
+    samples takes 12.8 µs batch first, 0.7 µs batch last. The compiler would fold the transpose
+    into the product and undo this; on other devices it may.
+    """
+
+    size: int
+    gain: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., F]` to `[..., size]`."""
+        kernel = self.param("kernel", orthogonal(self.gain), (x.shape[-1], self.size))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.size,))
+        transposed = jax.lax.platform_dependent(
+            kernel, cpu=lambda kernel: jax.lax.optimization_barrier(kernel.T), default=jnp.transpose
+        )
+        outputs = jax.lax.dot_general(
+            transposed, x.reshape(-1, x.shape[-1]), dimension_numbers=(((1,), (1,)), ((), ()))
+        )
+        return (outputs + bias[:, None]).T.reshape(*x.shape[:-1], self.size)
+
+
 class View(NamedTuple):
     """What one part of a policy sees of an observation."""
 
@@ -213,9 +238,9 @@ class ActorCritic(nn.Module):
 
     def setup(self) -> None:
         """Makes the last layers; flax calls this."""
-        self.actor_out = _dense(self.head.num_outputs, _ACTOR_GAIN)
+        self.actor_out = OutputLayer(self.head.num_outputs, _ACTOR_GAIN)
         if self.has_critic:
-            self.critic_out = _dense(1, _CRITIC_GAIN)
+            self.critic_out = OutputLayer(1, _CRITIC_GAIN)
         if self.head.log_std_shape is not None:
             self.actor_log_std = _LogStd(self.head.log_std_shape)
 
