@@ -11,8 +11,10 @@ import pytest
 
 from ppo_jax import Config, HParams, make_train, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, complete
+from ppo_jax.collect import _values
 from ppo_jax.optimizers import clip_actor_and_critic, make_optimizer
 from ppo_jax.rollout import rollout
+from ppo_jax.types import Trajectory
 from tests.conftest import optimized_jit
 
 UPDATES = 6
@@ -372,3 +374,21 @@ def test_separate_norms_change_the_update_of_the_actor():
     assert moved["critic", True] == pytest.approx(0.5, rel=1e-3)
     assert moved["critic", False] == pytest.approx(0.5, rel=1e-3)
     assert moved["actor", True] > 10 * moved["actor", False]
+
+
+def test_the_critic_judges_every_state_and_no_more_at_once_than_a_minibatch():
+    config = small("ppo", num_minibatches=4)  # of 16 samples: 8 states and their successors
+    judged = []
+
+    class Sum:
+        def value(self, obs):
+            judged.append(obs.shape[0] * obs.shape[1])
+            return obs.sum(-1)
+
+    obs, final_obs = jax.random.normal(jax.random.key(0), (2, config.num_steps, config.num_envs, 3))
+    unused = dict.fromkeys(("action", "action_params", "terminated", "truncated"))
+    trajectory = Trajectory(obs=obs, final_obs=final_obs, reward=obs.sum(-1), **unused)
+    values = _values(config, Sum(), trajectory)
+    np.testing.assert_allclose(values.value, obs.sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(values.next_value, final_obs.sum(-1), rtol=1e-6)
+    assert judged == [8, 8]
