@@ -16,7 +16,7 @@ from ppo_jax.collect import collect
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import make_optimizer
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.spec import make_spec, network_of
+from ppo_jax.policy.spec import init_params, make_spec
 from ppo_jax.rollout import reset
 from ppo_jax.types import Learner, Statistics
 
@@ -57,7 +57,7 @@ def test_chunks_of_a_minibatch_add_up_to_its_gradient():
     hparams = complete(None, config)
     algorithm = get_algorithm(config.algorithm)
     obs = jax.random.normal(jax.random.key(0), (8, 4))
-    params = network_of(spec).init(jax.random.key(1), obs)
+    params = init_params(spec, jax.random.key(1), obs)
     policy = Policy(params=params, spec=spec)
     state = reset(env, env.params, jax.random.key(2), num_envs=8)
     key = jax.random.key(3)

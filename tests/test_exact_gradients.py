@@ -15,7 +15,7 @@ from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.losses import make_losses
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.spec import make_spec, network_of
+from ppo_jax.policy.spec import init_params, make_spec
 from ppo_jax.rollout import reset, rollout
 from ppo_jax.types import Statistics
 
@@ -105,7 +105,8 @@ class Fixture:
         self.losses = make_losses(
             self.config, self.spec, self.row.objective, per_episode=self.row.whole_episodes
         )
-        params = network_of(self.spec).init(jax.random.key(0), jnp.zeros((1, STATES + HORIZON + 1)))
+        obs = jnp.zeros((1, STATES + HORIZON + 1))
+        params = init_params(self.spec, jax.random.key(0), obs)
         keys = jax.random.split(jax.random.key(1), 100)
         leaves, treedef = jax.tree.flatten(params)
         self.params = jax.tree.unflatten(

@@ -8,7 +8,7 @@ from ppo_jax import Config, HParams, make_trainer
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.natural_gradient import conjugate_gradient, fisher_vector_product, line_search
 from ppo_jax.policy.distributions import make_head
-from ppo_jax.policy.spec import PolicySpec, network_of
+from ppo_jax.policy.spec import PolicySpec, init_params, network_of
 
 
 @pytest.mark.parametrize("space", [Discrete(3), Box((2,))])
@@ -17,7 +17,7 @@ def test_the_direction_is_that_of_the_dense_fisher_matrix(space):
     spec = PolicySpec(Box((3,)), space, (4,), "tanh", False, False)
     network, head = network_of(spec), make_head(space)
     obs = jax.random.normal(jax.random.key(0), (64, 3))
-    params = network.init(jax.random.key(1), obs)
+    params = init_params(spec, jax.random.key(1), obs)
     flat, unravel = ravel_pytree(params)
     flat = flat + 0.3 * jax.random.normal(jax.random.key(2), flat.shape)
     old = network.apply(unravel(flat), obs, method="actor")[0]

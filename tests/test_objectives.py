@@ -8,7 +8,7 @@ from ppo_jax.algorithms import ALGORITHMS, complete, complete_config
 from ppo_jax.config import Config, HParams
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.losses import make_losses
-from ppo_jax.policy.spec import PolicySpec, network_of
+from ppo_jax.policy.spec import PolicySpec, init_params, network_of
 from ppo_jax.types import Batch
 
 B = 32
@@ -49,7 +49,7 @@ def case(request):
     spec = PolicySpec(Box((5,)), space, (16,), "tanh", False)
     keys = jax.random.split(jax.random.key(0), 8)
     obs = jax.random.normal(keys[0], (B, 5))
-    params = network_of(spec).init(keys[1], obs)
+    params = init_params(spec, keys[1], obs)
     # Not the initial parameters: those make every logit nearly equal.
     leaves, treedef = jax.tree.flatten(params)
     noise = jax.random.split(keys[2], len(leaves))

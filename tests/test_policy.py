@@ -10,31 +10,58 @@ import scipy.stats
 from ppo_jax.config import Config
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.policy.distributions import GaussianParams, make_head
-from ppo_jax.policy.initializers import orthogonal
+from ppo_jax.policy.initializers import draw, orthogonal_matrices
 from ppo_jax.policy.networks import Conv
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.saving import load_policy, save_policy
-from ppo_jax.policy.spec import PolicySpec, network_of
+from ppo_jax.policy.spec import PolicySpec, init_params, network_of
+
+_SHAPES = [(64, 64), (4, 64), (64, 2), (64, 1), (300, 64), (1, 1)]
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (4, 64), (64, 2), (64, 1), (300, 64), (1, 1)])
-def test_orthogonal_matrices_are_orthogonal(shape):
-    keys = jax.random.split(jax.random.key(0), 50)
-    x = np.asarray(jax.vmap(lambda key: orthogonal(2.0)(key, shape))(keys)) / 2.0
-    assert x.shape == (50, *shape)
-    if shape[0] < shape[1]:
-        x = x.transpose(0, 2, 1)
-    gram = x.transpose(0, 2, 1) @ x
-    np.testing.assert_allclose(gram, np.tile(np.eye(min(shape)), (50, 1, 1)), atol=1e-5)
+def _drawn(shapes, *, seed, count):
+    keys = jax.random.split(jax.random.key(seed), count)
+    return jax.jit(jax.vmap(lambda key: orthogonal_matrices(key, shapes)))(keys)
 
 
-def test_orthogonal_matrices_have_no_preferred_direction():
-    keys = jax.random.split(jax.random.key(1), 20_000)
-    x = np.asarray(jax.vmap(lambda key: orthogonal(1.0)(key, (3, 3)))(keys))
-    np.testing.assert_allclose(x.mean(0), np.zeros((3, 3)), atol=0.02)
-    np.testing.assert_allclose((x**2).mean(0), np.full((3, 3), 1 / 3), atol=0.01)
-    # The first entry of a uniform unit vector in three dimensions is uniform on [-1, 1].
-    assert scipy.stats.kstest(x[:, 0, 0], scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+def test_orthogonal_matrices_are_orthogonal():
+    for shape, x in zip(_SHAPES, map(np.asarray, _drawn(_SHAPES, seed=0, count=50)), strict=True):
+        assert x.shape == (50, *shape)
+        if shape[0] < shape[1]:
+            x = x.transpose(0, 2, 1)
+        gram = x.transpose(0, 2, 1) @ x
+        np.testing.assert_allclose(gram, np.tile(np.eye(min(shape)), (50, 1, 1)), atol=1e-5)
+
+
+def test_orthogonal_matrices_have_no_preferred_direction_and_nothing_to_do_with_each_other():
+    first, second = map(np.asarray, _drawn([(3, 3), (3, 3)], seed=1, count=20_000))
+    for x in (first, second):
+        np.testing.assert_allclose(x.mean(0), np.zeros((3, 3)), atol=0.02)
+        np.testing.assert_allclose((x**2).mean(0), np.full((3, 3), 1 / 3), atol=0.01)
+        # The first entry of a uniform unit vector in three dimensions is uniform on [-1, 1].
+        assert scipy.stats.kstest(x[:, 0, 0], scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    products = np.einsum("kij,klm->ijlm", first, second) / 20_000
+    np.testing.assert_allclose(products, np.zeros((3, 3, 3, 3)), atol=0.02)
+
+
+@pytest.mark.parametrize("memory", [None, "gru", "lstm", "mingru"])
+def test_every_kernel_is_drawn_and_units_vary_as_their_inputs_do(memory):
+    spec = PolicySpec(Box((4,)), Discrete(2), memory=memory, memory_size=64)
+    params = jax.jit(lambda key: init_params(spec, key, jnp.zeros((3, 4))))(jax.random.key(0))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    kernels = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if leaf.ndim == 2
+    }
+    assert min(np.abs(kernel).max() for kernel in kernels.values()) > 0.0
+    # Mean squares of a unit's weights times its inputs: what inputs of deviation 1 make of it.
+    variances = {name: (k**2).mean() * k.shape[0] for name, k in kernels.items()}
+    gains = {"actor_out": 1e-4, "critic_out": 1.0, "torso": 2.0}
+    for part, variance in gains.items():
+        found = [value for name, value in variances.items() if part in name]
+        assert found
+        np.testing.assert_allclose(found, variance * np.ones(len(found)), rtol=1e-4)
 
 
 def test_categorical_head():
@@ -97,7 +124,7 @@ def test_gaussian_head(shape):
 
 def make_policy(space, shared_torso=False):
     spec = PolicySpec(Box((2, 3), "uint8"), space, (8, 8), "relu", shared_torso)
-    params = network_of(spec).init(jax.random.key(0), jnp.zeros((1, 2, 3), jnp.uint8))
+    params = init_params(spec, jax.random.key(0), jnp.zeros((1, 2, 3), jnp.uint8))
     return Policy(params=params, spec=spec)
 
 
@@ -144,7 +171,7 @@ def test_activations_of_the_config_exist_in_flax():
 def test_a_convolution_is_that_of_the_compiler(kernel, stride, pads):
     layer = Conv(5, kernel, stride, pads)
     x = jax.random.normal(jax.random.key(0), (2, 10, 9, 3))
-    params = layer.init(jax.random.key(1), x)
+    params = draw(jax.random.key(2), layer.init(jax.random.key(1), x))
     matrix = params["params"]["Dense_0"]["kernel"]
     expected = jax.lax.conv_general_dilated(
         x,
