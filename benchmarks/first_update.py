@@ -25,10 +25,10 @@ def measure(workload: str) -> dict[str, float]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, __file__, workload]
-        cold, warm = (
-            json.loads(subprocess.run(command, env=environment, check=True, stdout=-1).stdout)
-            for _ in range(2)
-        )
+        outputs = [
+            subprocess.run(command, env=environment, check=True, stdout=-1).stdout for _ in range(2)
+        ]
+    cold, warm = (json.loads(output.splitlines()[-1]) for output in outputs)  # brax prints as well
     return {"first_update_cold_seconds": cold, "first_update_warm_seconds": warm}
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     from ppo_jax import envs, make_trainer
 
     config = WORKLOADS[sys.argv[1]].config
-    envs.make(config.env)  # gymnax is imported where the first environment is made
+    envs.make(config.env, **dict(config.env_kwargs))  # its suite is imported here
     jax.block_until_ready(jax.random.key(0))  # and the backend is started
     start = time.perf_counter()
     trainer = make_trainer(config)

@@ -8,8 +8,8 @@ and in one process that stays, so that a machine whose speed drifts slows all of
 PureJaxRL is no package: its checkout is the user's.
 
 The return is that of the trained policy, sampled, over 64 episodes; of PureJaxRL, whose policy does
-not leave its training, that of the episodes that ended in the last update. No learning rate is
-annealed, for rejax cannot.
+not leave its training, that of the episodes that ended in the last update; ± is the standard error
+of the runs' mean. No learning rate is annealed, for rejax cannot.
 """
 
 import argparse
@@ -31,6 +31,9 @@ from ppo_jax.algorithms import complete
 _CONTENDERS = Path(__file__).parent / "contenders"
 _JAX = ("jax>=0.10,<0.11", "gymnax==0.0.9")  # the last gymnax with the API that peers use
 
+_GYMNAX_ONLY = ("W1", "W2", "W3", "W4", "W5")
+_BRAX = "brax>=0.14,<0.15"
+
 _BASELINES = ("stable-baselines3>=2.9,<3", "sbx-rl>=0.28", "gymnasium")
 
 
@@ -46,8 +49,12 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "purejaxrl": Peer((*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0"),
-    "rejax": Peer((*_JAX, "rejax==0.1.3"), "rejax_ppo.py", "rejax"),
+    "purejaxrl": Peer(
+        (*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0", _GYMNAX_ONLY
+    ),
+    "rejax": Peer((*_JAX, "rejax==0.1.3", _BRAX), "rejax_ppo.py", "rejax"),
+    # It calls what jax 0.10 no longer has.
+    "brax": Peer(("jax>=0.9,<0.10", _BRAX), "brax_ppo.py", "brax", ("W6",)),
     "sb3": Peer(_BASELINES, "stable_baselines3_ppo.py", "sb3", ("W1",)),
     "sbx": Peer(_BASELINES, "sbx_ppo.py", "sb3", ("W1",)),
 }
@@ -89,6 +96,7 @@ def describe(workload: Workload) -> dict[str, Any]:
     hparams = complete(None, config)
     return {
         **{name: getattr(config, name) for name in names},
+        "env_kwargs": dict(config.env_kwargs),
         "num_seeds": workload.num_seeds,
         "continuous": config.env == "Pendulum-v1",
         "hparams": {
@@ -100,7 +108,7 @@ def describe(workload: Workload) -> dict[str, Any]:
 
 def devices_for(peer: str, workload: Workload, devices: int) -> int:
     """Seeds are divided among all devices, whoever trains them; one training's environments are
-    by ours alone.
+    by ours and brax's alone.
 
     Minibatches too small to be worth a collective stay on one.
     """
@@ -108,7 +116,7 @@ def devices_for(peer: str, workload: Workload, devices: int) -> int:
     if workload.num_seeds is not None:
         return devices
     minibatch = config.batch_size // (config.num_minibatches or 1)
-    return devices if peer == "ppo_jax" and minibatch // devices >= 256 else 1
+    return devices if peer in ("ppo_jax", "brax") and minibatch // devices >= 256 else 1
 
 
 def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> dict[str, Any]:
@@ -144,27 +152,38 @@ def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> 
             "seconds": [result["seconds"] for result in results],
             "steps_per_second": statistics.median(rates),
             "ours_is_faster_by": statistics.median(ours / theirs for theirs, ours in pairs),
-            "return": _mean([result["return"] for result in results]),
+            **_summary([result["return"] for result in results]),
             "peak_bytes": max(result["peak_bytes"] for result in results),
         }
     return {"workload": name, "title": workload.title, "contenders": rows}
 
 
-def _mean(returns: list[float | None]) -> float | None:
+def _summary(returns: list[float | None]) -> dict[str, float | None]:
+    """The mean of a peer's runs and its standard error."""
     known = [value for value in returns if value is not None]
-    return round(statistics.mean(known), 1) if known else None
+    error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+    return {"return": statistics.mean(known) if known else None, "return_error": error}
+
+
+def _shown(row: dict[str, Any]) -> str:
+    """A return with its standard error."""
+    if row["return"] is None:
+        return "-"
+    error = row["return_error"]
+    return f"{row['return']:.1f}" + ("" if error is None else f" ± {error:.1f}")
 
 
 def python_of(peer: str, folder: Path) -> Path:
-    """The interpreter of a peer's environment, which is made if it is not there."""
+    """The interpreter of a peer's environment, made if it is missing or holds something else."""
     home = folder / PEERS[peer].environment
-    python = home / "bin" / "python"
-    if not (home / "installed").exists():
+    python, stamp = home / "bin" / "python", home / "installed"
+    wanted = "\n".join(PEERS[peer].requirements)
+    if not stamp.exists() or stamp.read_text() != wanted:
         print(f"making {home}", file=sys.stderr)
         venv.create(home, with_pip=True, clear=True)
         install = [str(python), "-m", "pip", "install", "--quiet", *PEERS[peer].requirements]
         subprocess.run(install, check=True)
-        (home / "installed").touch()
+        stamp.write_text(wanted)
     return python
 
 
@@ -197,7 +216,7 @@ def main() -> None:
             print(
                 f"| {name} {result['title']} | {peer} | {row['devices']} "
                 f"| {row['steps_per_second']:,.0f} "
-                f"| {row['ours_is_faster_by']:.2f} | {row['return']} "
+                f"| {row['ours_is_faster_by']:.2f} | {_shown(row)} "
                 f"| {row['compile_seconds']:.1f} s | {row.get('program_bytes', 0) / 2**20:.1f} MiB "
                 f"| {row['peak_bytes'] / 2**20:.0f} MiB |",
                 flush=True,

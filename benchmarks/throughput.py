@@ -45,9 +45,11 @@ def _config(
     updates: int,
     minibatches: int = 4,
     network: str = "mlp",
+    env_kwargs: tuple[tuple[str, str], ...] = (),
 ) -> Config:
     return Config(
         env=env,
+        env_kwargs=env_kwargs,
         num_envs=num_envs,
         num_steps=num_steps,
         total_timesteps=updates * num_envs * num_steps,
@@ -64,6 +66,10 @@ CPU_SET = {
     "W3": Workload("Breakout-MinAtar, 64 x 128, MLP", _config("Breakout-MinAtar", 64, 128, 20, 8)),
     "W4": Workload("16 seeds of W1 under vmap", _config("CartPole-v1", 4, 128, 100), 16),
     "W5": Workload("Pendulum-v1, 2048 x 32", _config("Pendulum-v1", 2048, 32, 10)),
+    "W6": Workload(
+        "brax:hopper (spring), 1024 x 16",
+        _config("brax:hopper", 1024, 16, 10, env_kwargs=(("backend", "spring"),)),
+    ),
 }
 GPU_SET = {
     **{

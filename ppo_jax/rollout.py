@@ -1,5 +1,7 @@
 """The first stage: act in the environments for T steps."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,7 +50,7 @@ def rollout(
     noise_key, env_key = jax.random.split(key)
     noise = head.noise(noise_key, (num_steps, num_envs))
     env_keys = jax.random.split(env_key, (num_steps, num_envs, 2))
-    env_reset = jax.vmap(env.reset, in_axes=(0, None))
+    begin = _new_episodes(env, env_params, env_keys[:, :, 1])
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
 
     def act(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
@@ -70,14 +72,12 @@ def rollout(
         done = transition.done
         episode_return = state.episode_return + step.reward
         episode_length = state.episode_length + 1
+        fresh = begin(reset_keys, ended.episodes)
         ended = EpisodeStats(  # [N] each: sums over environments wait until after the loop
             return_sum=ended.return_sum + jnp.where(done, episode_return, 0.0),
             length_sum=ended.length_sum + jnp.where(done, episode_length, 0),
             episodes=ended.episodes + done,
         )
-        # Drawn at every step for every environment: to draw only where needed takes a branch.
-        fresh_obs, fresh_state = env_reset(reset_keys, env_params)
-        fresh = fresh_obs, strongly_typed(fresh_state)
         obs, env_state = _where(done, fresh, (step.obs, step.state))
         state = state.replace(
             env_state=env_state,
@@ -96,6 +96,31 @@ def rollout(
     inputs = noise, env_keys
     (state, ended), trajectory = jax.lax.scan(act, (state, none_ended), inputs)
     return state, trajectory, jax.tree.map(jnp.sum, ended)
+
+
+def _new_episodes(
+    env: Environment, env_params: Any, keys: jax.Array
+) -> Callable[[jax.Array, jax.Array], tuple[Any, Any]]:
+    """`(keys [N], episodes begun so far [N]) -> (obs, env_state)`, `[N, ...]`, for one step.
+
+    Drawn at every step for every environment, since to draw only where needed takes a branch;
+    before the loop where fewer can begin. `keys` are those of all steps `[T, N]`.
+    """
+
+    def draw(keys: jax.Array) -> tuple[Any, Any]:
+        obs, state = jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
+        return obs, strongly_typed(state)
+
+    if env.shortest_episode == 1:
+        return lambda keys, _: draw(keys)
+    num_steps, num_envs = keys.shape
+    count = math.ceil(num_steps / env.shortest_episode)
+    drawn = jax.vmap(draw)(keys[:count])
+
+    def take(_: jax.Array, num_begun: jax.Array) -> tuple[Any, Any]:
+        return jax.tree.map(lambda x: x[num_begun % count, jnp.arange(num_envs)], drawn)
+
+    return take
 
 
 def _where(done: jax.Array, fresh: Any, successor: Any) -> Any:

@@ -53,7 +53,11 @@ def test_imports_run_downwards(path):
 
 @pytest.mark.parametrize(
     ("package", "home"),
-    [("gymnax", "envs/gymnax_adapter.py"), ("distrax", "policy/distributions.py")],
+    [
+        ("gymnax", "envs/gymnax_adapter.py"),
+        ("brax", "envs/brax_adapter.py"),
+        ("distrax", "policy/distributions.py"),
+    ],
 )
 def test_slow_packages_are_imported_in_one_module(package, home):
     users = {
@@ -64,7 +68,7 @@ def test_slow_packages_are_imported_in_one_module(package, home):
     assert users == {home}
 
 
-SLOW = ["jax", "gymnax", "distrax", "flax"]
+SLOW = ["jax", "gymnax", "brax", "distrax", "flax"]
 
 
 @pytest.mark.parametrize(

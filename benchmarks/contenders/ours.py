@@ -13,6 +13,7 @@ def build(workload: dict[str, Any]) -> Any:
     """Compiles `Trainer.run`."""
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
     config = Config(
+        env_kwargs=workload["env_kwargs"],
         **{name: workload[name] for name in (*names, "num_devices")},
         hidden_sizes=(64, 64),
         lr_schedule="constant",

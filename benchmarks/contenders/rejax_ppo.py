@@ -16,7 +16,7 @@ def build(workload: dict[str, Any]) -> Any:
     names = ("num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
     shared = {name: workload["hparams"][name] for name in workload["hparams"]}
     shared.pop("value_clip_eps", None)  # it clips by clip_eps, always
-    env, env_params = gymnax.make(workload["env"])
+    env, env_params = _environment(workload["env"], workload["env_kwargs"])
     algorithm = PPO.create(
         env=env,
         env_params=env_params,
@@ -35,6 +35,14 @@ def build(workload: dict[str, Any]) -> Any:
 
     evaluated = jax.jit(returns_of if workload["num_seeds"] is None else jax.vmap(returns_of))
     return compile_and_time(lambda key: silent.train(key)[0], evaluated, workload["num_seeds"])
+
+
+def _environment(name: str, kwargs: dict[str, Any]) -> Any:
+    if not name.startswith("brax:"):
+        return gymnax.make(name, **kwargs)
+    from rejax.compat.brax2gymnax import create_brax
+
+    return create_brax(name.removeprefix("brax:"), **kwargs)
 
 
 if __name__ == "__main__":

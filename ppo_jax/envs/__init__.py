@@ -1,7 +1,7 @@
 """Environments by name: `make`, `register`, `names`.
 
-gymnax's names are written down here because importing gymnax takes 8 s, too long for a list
-or for the report of a misspelt name; a test compares them with its registry.
+The suites' names are written down here because importing one takes seconds (gymnax 8), too long
+for a list or for the report of a misspelt name; a test compares them with their registries.
 """
 
 import dataclasses
@@ -42,6 +42,22 @@ GYMNAX_NAMES = (
     "Swimmer-misc",
 )
 
+BRAX_NAMES = (
+    "brax:ant",
+    "brax:fast",
+    "brax:halfcheetah",
+    "brax:hopper",
+    "brax:humanoid",
+    "brax:humanoidstandup",
+    "brax:inverted_double_pendulum",
+    "brax:inverted_pendulum",
+    "brax:pusher",
+    "brax:reacher",
+    "brax:swimmer",
+    "brax:walker2d",
+)
+"""Physics; they need the package brax."""
+
 VARIANTS = {"CartPole-v1-positions": ("CartPole-v1", (("observe_only", "0,2"),))}
 """Name → the environment of gymnax and its wrappers: tasks that need a memory."""
 
@@ -54,7 +70,7 @@ def names() -> tuple[str, ...]:
     >>> "CartPole-v1" in names()
     True
     """
-    return (*GYMNAX_NAMES, *VARIANTS, *_registered)
+    return (*GYMNAX_NAMES, *VARIANTS, *BRAX_NAMES, *_registered)
 
 
 def check_name(name: str) -> None:
@@ -68,7 +84,7 @@ def register(name: str, factory: Callable[..., Any]) -> None:
 
     Args:
       name: a name that is not taken.
-      factory: returns an `Environment`, or any object with gymnax 1.x's interface.
+      factory: returns an `Environment`, or any object with gymnax 1.x's or brax's interface.
     """
     if name in names():
         raise ConfigError(f"an environment's name must be new; {name!r} is taken. Choose another.")
@@ -79,19 +95,39 @@ def make(name: str, **kwargs: Any) -> "Environment":
     """Builds the environment of that name.
 
     Raises:
-      ConfigError: unknown name, or spaces that no policy can handle.
+      ConfigError: unknown name, arguments that it does not take, or spaces that no policy can
+        handle.
     """
     check_name(name)
-    from ppo_jax.envs import gymnax_adapter, wrappers
+    try:
+        return _build(name, kwargs)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        if not kwargs:
+            raise
+        raise ConfigError(
+            f"env_kwargs must be what the constructor of {name} takes; got {kwargs}: {error}. "
+            "Change or leave out env_kwargs."
+        ) from error
+
+
+def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
+    from ppo_jax.envs import brax_adapter, gymnax_adapter, wrappers
     from ppo_jax.envs.environment import Environment
 
     if name in GYMNAX_NAMES:
         return gymnax_adapter.make(name, **kwargs)
+    if name in BRAX_NAMES:
+        return brax_adapter.make(name, **kwargs)
     if name in VARIANTS:
         base, inside = VARIANTS[name]
         return wrappers.apply(gymnax_adapter.make(base, **kwargs), inside)._replace(name=name)
     env = _registered[name](**kwargs)
-    return env if isinstance(env, Environment) else gymnax_adapter.adapt(name, env)
+    if isinstance(env, Environment):
+        return env
+    adapter = brax_adapter if hasattr(env, "action_size") else gymnax_adapter
+    return adapter.adapt(name, env)
 
 
 def override_params(name: str, params: Any, changes: dict[str, Any]) -> Any:

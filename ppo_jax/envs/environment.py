@@ -38,3 +38,7 @@ class Environment(NamedTuple):
     """Default parameters: a pytree of scalars, traced."""
     observation_space: Space
     action_space: Leaf
+    shortest_episode: int = 1
+    """Steps that an episode lasts at least. Worth saying where a reset is costly: above 1 a rollout
+    draws its new episodes before it, as many as can begin, and not one at every step. Should more
+    begin, they begin as the earlier ones did."""

@@ -1,0 +1,70 @@
+"""New episodes: drawn at every step, or before the rollout where fewer can begin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from ppo_jax import Config, envs, make_trainer
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.rollout import rollout
+
+N, T = 64, 16
+
+
+def make_lottery(length, shortest_episode):
+    """Every episode lasts `length` steps, and its number, drawn at its start, is all it shows."""
+
+    def reset(key, params):
+        del params
+        number = jax.random.uniform(key, (1,))
+        return number, (number, jnp.zeros((), jnp.int32))
+
+    def step(key, state, action, params):
+        del key, action, params
+        number, time = state
+        ended = time + 1 >= length
+        return Step(number, (number, time + 1), jnp.float32(time), ended, jnp.array(False))
+
+    spaces = Box((1,)), Discrete(2)
+    return Environment("lottery", reset, step, (), *spaces, shortest_episode=shortest_episode)
+
+
+def numbers(length, shortest_episode):
+    """Of two rollouts in a row, `[2 T, N]`."""
+    name = f"lottery-{length}-{shortest_episode}"
+    if name not in envs.names():
+        envs.register(name, lambda: make_lottery(length, shortest_episode))
+    trainer = make_trainer(Config(env=name, num_envs=N, num_steps=T))
+
+    @jax.jit
+    def twice(key):
+        state = trainer.init(key)
+        policy, env, current = trainer.policy(state), trainer.env, state.rollout
+        seen = []
+        for rollout_key in jax.random.split(key):
+            current, trajectory, ended = rollout(env, (), policy, current, rollout_key, num_steps=T)
+            seen.append(trajectory.obs)
+        return jnp.concatenate(seen)[:, :, 0], ended.episodes
+
+    seen, episodes = twice(jax.random.key(0))
+    assert episodes == N * T // length
+    return np.asarray(seen)
+
+
+@pytest.mark.parametrize("shortest_episode", [1, 3, 4])
+def test_every_episode_begins_anew(shortest_episode):
+    episodes = numbers(4, shortest_episode).reshape(2 * T // 4, 4, N)
+    starts = episodes[:, 0]
+    np.testing.assert_array_equal(episodes, np.broadcast_to(starts[:, None], episodes.shape))
+    assert len(np.unique(starts)) == starts.size
+    assert scipy.stats.kstest(starts.ravel(), scipy.stats.uniform.cdf).pvalue > 1e-3
+
+
+def test_more_episodes_than_were_said_to_begin_are_the_earlier_ones_again():
+    starts = numbers(2, 4)[::2]  # eight in each rollout, of which four are drawn
+    second = starts[T // 2 :]
+    np.testing.assert_array_equal(second[1:4], second[5:])  # the one before it ended first
+    assert len(np.unique(second[1:5])) == 4 * N
