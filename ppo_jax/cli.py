@@ -91,8 +91,7 @@ class Train:
                 f"{config.total_timesteps:,} steps are not a whole number of updates of "
                 f"{config.batch_size:,}: {timesteps:,} will run."
             )
-        time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        run_dir = self.run_dir or Path("runs") / f"{config.env}_{config.algorithm}_{time}"
+        run_dir = self.run_dir or _new_run_dir(config.env, config.algorithm)
         RunDirectory.check(run_dir, overwrite=self.overwrite)
         _enable_compilation_cache()
         if config.num_devices > 1:
@@ -192,8 +191,7 @@ class Sweep:
         hparams = hparams.replace(**values)
         # What is left has one value and no place of its own, as a parameter of the environment.
         varied |= {name: [value] for name, value in fixed.items()}
-        time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        run_dir = self.run_dir or Path("runs") / f"{self.env}_sweep_{time}"
+        run_dir = self.run_dir or _new_run_dir(self.env, "sweep")
         _enable_compilation_cache()
         _make_cpu_devices(_num_cores())
         from ppo_jax.runs.sweep import sweep
@@ -388,6 +386,12 @@ def _preset_summary(name: str) -> str:
         f"{config.total_timesteps:,} steps, {config.num_envs} environments"
         f"{f'; {others} more algorithms' if others else ''}"
     )
+
+
+def _new_run_dir(env: str, what: str) -> Path:
+    """Named after what runs and when; not every file system takes the colon of `brax:hopper`."""
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{env.replace(':', '-')}_{what}_{time}"
 
 
 def _say(message: str) -> None:

@@ -1,7 +1,6 @@
 """The first stage: act in the environments for T steps."""
 
-import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,13 +49,12 @@ def rollout(
     noise_key, env_key = jax.random.split(key)
     noise = head.noise(noise_key, (num_steps, num_envs))
     env_keys = jax.random.split(env_key, (num_steps, num_envs, 2))
-    begin = _new_episodes(env, env_params, env_keys[:, :, 1])
+    env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
 
-    def act(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
+    def act(fresh: tuple, carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
         state, ended = carry
-        noise_t, env_keys_t = inputs
-        step_keys, reset_keys = env_keys_t[:, 0], env_keys_t[:, 1]
+        noise_t, step_keys = inputs
         action_params, memory = policy.step(state.obs, state.memory, state.start)
         action = head.sample(action_params, noise_t)
         step = env_step(step_keys, state.env_state, head.to_env(action), env_params)
@@ -72,7 +70,6 @@ def rollout(
         done = transition.done
         episode_return = state.episode_return + step.reward
         episode_length = state.episode_length + 1
-        fresh = begin(reset_keys, ended.episodes)
         ended = EpisodeStats(  # [N] each: sums over environments wait until after the loop
             return_sum=ended.return_sum + jnp.where(done, episode_return, 0.0),
             length_sum=ended.length_sum + jnp.where(done, episode_length, 0),
@@ -88,39 +85,24 @@ def rollout(
         )
         return (state, ended), transition
 
+    def act_in_block(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
+        # Drawn for every environment: to draw only where one ends takes a branch.
+        noise, keys = inputs
+        obs, env_state = env_reset(keys[0, :, 1], env_params)
+        fresh = obs, strongly_typed(env_state)
+        return jax.lax.scan(partial(act, fresh), carry, (noise, keys[:, :, 0]))
+
     none_ended = EpisodeStats(
         return_sum=jnp.zeros(num_envs, jnp.float32),
         length_sum=jnp.zeros(num_envs, jnp.int32),
         episodes=jnp.zeros(num_envs, jnp.int32),
     )
-    inputs = noise, env_keys
-    (state, ended), trajectory = jax.lax.scan(act, (state, none_ended), inputs)
+    # In so many steps an environment begins one new episode at most.
+    size = max(n for n in range(1, env.shortest_episode + 1) if num_steps % n == 0)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (noise, env_keys))
+    (state, ended), trajectory = jax.lax.scan(act_in_block, (state, none_ended), blocks)
+    trajectory = jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]), trajectory)
     return state, trajectory, jax.tree.map(jnp.sum, ended)
-
-
-def _new_episodes(
-    env: Environment, env_params: Any, keys: jax.Array
-) -> Callable[[jax.Array, jax.Array], tuple[Any, Any]]:
-    """`(keys [N], episodes begun so far [N]) -> (obs, env_state)`, `[N, ...]`, for one step.
-
-    Drawn at every step for every environment, since to draw only where needed takes a branch;
-    before the loop where fewer can begin. `keys` are those of all steps `[T, N]`.
-    """
-
-    def draw(keys: jax.Array) -> tuple[Any, Any]:
-        obs, state = jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
-        return obs, strongly_typed(state)
-
-    if env.shortest_episode == 1:
-        return lambda keys, _: draw(keys)
-    num_steps, num_envs = keys.shape
-    count = math.ceil(num_steps / env.shortest_episode)
-    drawn = jax.vmap(draw)(keys[:count])
-
-    def take(_: jax.Array, num_begun: jax.Array) -> tuple[Any, Any]:
-        return jax.tree.map(lambda x: x[num_begun % count, jnp.arange(num_envs)], drawn)
-
-    return take
 
 
 def _where(done: jax.Array, fresh: Any, successor: Any) -> Any:

@@ -39,6 +39,6 @@ class Environment(NamedTuple):
     observation_space: Space
     action_space: Leaf
     shortest_episode: int = 1
-    """Steps that an episode lasts at least. Worth saying where a reset is costly: above 1 a rollout
-    draws its new episodes before it, as many as can begin, and not one at every step. Should more
-    begin, they begin as the earlier ones did."""
+    """Steps that an episode lasts at least. In so many steps an environment begins one new episode
+    at most, so that a rollout draws one for each as rarely as this: worth saying where a reset is
+    dear. (Should it begin two, both begin alike.)"""
