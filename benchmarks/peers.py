@@ -31,7 +31,9 @@ from ppo_jax.algorithms import complete
 _CONTENDERS = Path(__file__).parent / "contenders"
 _JAX = ("jax>=0.10,<0.11", "gymnax==0.0.9")  # the last gymnax with the API that peers use
 
-_GYMNAX_ONLY = ("W1", "W2", "W3", "W4", "W5")
+_OF_GYMNAX = tuple(
+    name for name, workload in WORKLOADS.items() if not workload.config.env.startswith("brax:")
+)
 _BRAX = "brax>=0.14,<0.15"
 
 _BASELINES = ("stable-baselines3>=2.9,<3", "sbx-rl>=0.28", "gymnasium")
@@ -50,7 +52,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "purejaxrl": Peer(
-        (*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0", _GYMNAX_ONLY
+        (*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0", _OF_GYMNAX
     ),
     "rejax": Peer((*_JAX, "rejax==0.1.3", _BRAX), "rejax_ppo.py", "rejax"),
     # It calls what jax 0.10 no longer has.

@@ -29,7 +29,9 @@ class WalkState(NamedTuple):
 
 
 class Walk:
-    """Starts in [0, 1), walks by the first action, is paid its place, and dies below zero."""
+    """Starts in [0, 1), walks by the first action, is paid its place; dies below zero, or never."""
+
+    mortal = True
 
     action_size = 2
 
@@ -41,15 +43,20 @@ class Walk:
 
     def _state(self, place):
         obs = {"state": jnp.stack([place, 1.0]), "sign": jnp.sign(place)[None]}
-        return WalkState(place, obs, place, (place < 0).astype(jnp.float32))
+        done = (place < 0).astype(jnp.float32) if self.mortal else 0.0  # as brax has it
+        return WalkState(place, obs, place, done)
 
 
-def walk(actions, limit):
+class Immortal(Walk):
+    mortal = False
+
+
+def walk(actions, limit, task=Walk):
     """Observations, rewards and ends of a walk from a known place."""
-    env = adapt("walk", Walk())
+    env = adapt("walk", task())
     params = Params(max_steps_in_episode=limit)
     _, state = env.reset(jax.random.key(0), params)
-    state = state._replace(inner=Walk()._state(jnp.array(0.5)))
+    state = state._replace(inner=task()._state(jnp.array(0.5)))
 
     def act(state, action):
         step = env.step(jax.random.key(1), state, action, params)
@@ -74,6 +81,17 @@ def test_a_death_is_no_time_limit_and_the_true_successor_is_shown():
     died = walk(jnp.array([[-0.25, 0.0], [-1.0, 0.0]]), 9)
     np.testing.assert_array_equal(died.terminated, [False, True])
     np.testing.assert_allclose(died.obs["state"][:, 0], [0.25, -0.75])
+
+
+def test_a_task_may_know_no_death():
+    assert not walk(jnp.array([[-1.0, 0.0], [-1.0, 0.0]]), 9, Immortal).terminated.any()
+
+
+def test_what_is_no_environment_is_said_so():
+    if "nothing" not in envs.names():
+        envs.register("nothing", dict)
+    with pytest.raises(ConfigError, match="must return an Environment, .* got dict"):
+        envs.make("nothing")
 
 
 def test_an_object_with_braxs_interface_can_be_registered_and_learned():

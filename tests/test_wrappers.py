@@ -76,6 +76,14 @@ def test_action_repeat_adds_rewards_and_stops_at_the_end():
     assert last.terminated
 
 
+def test_wrappers_that_shorten_episodes_say_so():
+    env = counter()._replace(shortest_episode=7)
+    assert wrappers.time_limit(env, 9).shortest_episode == 7
+    assert wrappers.time_limit(env, 3).shortest_episode == 3
+    assert wrappers.action_repeat(env, 2).shortest_episode == 4
+    assert wrappers.frame_stack(env, 2).shortest_episode == 7
+
+
 def test_frame_stack_keeps_the_last_frames_in_order():
     env = wrappers.frame_stack(counter(), 3)
     assert env.observation_space == Box((6,))

@@ -126,8 +126,15 @@ def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
     env = _registered[name](**kwargs)
     if isinstance(env, Environment):
         return env
-    adapter = brax_adapter if hasattr(env, "action_size") else gymnax_adapter
-    return adapter.adapt(name, env)
+    if hasattr(env, "default_params"):
+        return gymnax_adapter.adapt(name, env)
+    if hasattr(env, "action_size"):
+        return brax_adapter.adapt(name, env)
+    raise ConfigError(
+        f"{name}'s factory must return an Environment, or an object with gymnax's interface "
+        f"(default_params, ...) or brax's (action_size, ...); got {type(env).__name__}. "
+        "Wrap it in one."
+    )
 
 
 def override_params(name: str, params: Any, changes: dict[str, Any]) -> Any:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from ppo_jax.envs.spaces import Leaf, Space
+from ppo_jax.envs.spaces import Dict, Leaf, Space, Tuple, dtype_of
 
 
 class Step(NamedTuple):
@@ -39,6 +40,16 @@ class Environment(NamedTuple):
     observation_space: Space
     action_space: Leaf
     shortest_episode: int = 1
-    """Steps that an episode lasts at least. In so many steps an environment begins one new episode
-    at most, so that a rollout draws one for each as rarely as this: worth saying where a reset is
-    dear. (Should it begin two, both begin alike.)"""
+    """Steps that an episode lasts at least, 1 or more. In so many steps an environment begins one
+    new episode at most, so that a rollout draws one for each as rarely as this, or as the largest
+    number below it that divides `num_steps`: worth saying where a reset is dear. Should an
+    environment begin two, both begin alike."""
+
+
+def cast(space: Space, obs: Any) -> Any:
+    """An observation as plain dicts, tuples and arrays of the dtypes that its space says."""
+    if isinstance(space, Dict):
+        return {name: cast(entry, obs[name]) for name, entry in space.spaces}
+    if isinstance(space, Tuple):
+        return tuple(map(cast, space.spaces, obs))
+    return jnp.asarray(obs, dtype_of(space))

@@ -9,7 +9,7 @@ import numpy as np
 
 from ppo_jax.config import ConfigError
 from ppo_jax.envs import spaces
-from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.environment import Environment, Step, cast
 from ppo_jax.envs.spaces import Box, Discrete, Leaf, MultiDiscrete, Space
 
 
@@ -40,7 +40,7 @@ def adapt(name: str, env: Any) -> Environment:
     transition = _without_reset(env)
 
     def cast_obs(obs: Any) -> Any:
-        return _cast(observation_space, obs)
+        return cast(observation_space, obs)
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
@@ -112,12 +112,3 @@ def _action_space(name: str, space: Any) -> Leaf:
         f"actions must be Discrete, MultiDiscrete or a floating-point Box; {name} has {space}. "
         "Choose another environment, or flatten its actions into one of these spaces."
     )
-
-
-def _cast(space: Space, obs: Any) -> Any:
-    """An observation as plain dicts, tuples and arrays of the dtypes that its space says."""
-    if isinstance(space, spaces.Dict):
-        return {name: _cast(entry, obs[name]) for name, entry in space.spaces}
-    if isinstance(space, spaces.Tuple):
-        return tuple(map(_cast, space.spaces, obs))
-    return jnp.asarray(obs, spaces.dtype_of(space))

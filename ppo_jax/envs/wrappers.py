@@ -3,6 +3,7 @@
 Those in `WRAPPERS` can be named in `Config.wrappers`, innermost first; each has one argument.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,7 +31,8 @@ def time_limit(env: Environment, steps: int) -> Environment:
         truncated = jnp.logical_or(result.truncated, time + 1 >= steps)
         return result._replace(state=(result.state, time + 1), truncated=truncated)
 
-    return env._replace(reset=reset, step=step)
+    shortest = min(steps, env.shortest_episode)
+    return env._replace(reset=reset, step=step, shortest_episode=shortest)
 
 
 def sticky_actions(env: Environment, probability: float) -> Environment:
@@ -75,7 +77,7 @@ def action_repeat(env: Environment, times: int) -> Environment:
             )
         return result
 
-    return env._replace(step=step)
+    return env._replace(step=step, shortest_episode=math.ceil(env.shortest_episode / times))
 
 
 def frame_stack(env: Environment, frames: int) -> Environment:

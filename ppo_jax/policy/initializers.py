@@ -51,7 +51,7 @@ def orthogonal(gain: float) -> Callable[..., "_Wanted"]:
 
     def initialize(_: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> _Wanted:
         inputs, outputs = shape
-        return _Wanted(jnp.full(shape, jnp.nan, dtype), gain * np.sqrt(max(1.0, outputs / inputs)))
+        return _Wanted(jnp.zeros(shape, dtype), gain * np.sqrt(max(1.0, outputs / inputs)))
 
     return initialize
 
@@ -69,7 +69,7 @@ def draw(key: jax.Array, params: Any) -> Any:
 
 
 class _Wanted(flax.struct.PyTreeNode, nn.meta.AxisMetadata[jax.Array]):
-    """A box that flax opens where a layer uses its parameter, round NaNs, lest it be forgotten."""
+    """A box round zeros, which flax opens where a layer uses its parameter."""
 
     value: jax.Array  # [inputs, outputs]
     scale: float = flax.struct.field(pytree_node=False)
