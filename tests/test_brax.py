@@ -171,15 +171,16 @@ def test_ppo_balances_braxs_pole():
         num_steps=64,
         num_epochs=10,
         num_minibatches=16,
-        total_timesteps=800_000,
+        total_timesteps=1_800_000,
     )
     trainer = make_trainer(config)
+    # A cart that drifts loses the pole after hundreds of steps: credit must reach as far.
+    hparams = HParams(learning_rate=5e-4, ent_coef=0.0, gamma=0.995, gae_lambda=0.98)
 
     def score(key):
-        state, _ = trainer.run(key, HParams(learning_rate=1e-3, ent_coef=0.0))
+        state, _ = trainer.run(key, hparams)
         policy = trainer.policy(state)
         return evaluate(policy, trainer.env, state.env_params, key, 16).returns.mean()
 
     scores = optimized_jit(jax.vmap(score))(jax.random.split(jax.random.key(0), 4))
-    assert scores.min() > 800.0, scores  # 18 at the start, 1,000 at most
-    assert scores.mean() > 950.0, scores
+    assert scores.min() > 950.0, scores  # 18 at the start, 1,000 at most
