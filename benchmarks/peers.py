@@ -8,8 +8,9 @@ and in one process that stays, so that a machine whose speed drifts slows all of
 PureJaxRL is no package: its checkout is the user's.
 
 The return is that of the trained policy, sampled, over 64 episodes; of PureJaxRL, whose policy does
-not leave its training, that of the episodes that ended in the last update; ± is the standard error
-of the runs' mean. No learning rate is annealed, for rejax cannot.
+not leave its training, that of the episodes that ended in the last update; of brax's, which trains
+on from run to run, none. ± is the standard error of the runs' mean. No learning rate is annealed,
+for rejax cannot.
 """
 
 import argparse
@@ -167,12 +168,16 @@ def _summary(returns: list[float | None]) -> dict[str, float | None]:
     return {"return": statistics.mean(known) if known else None, "return_error": error}
 
 
-def _shown(row: dict[str, Any]) -> str:
-    """A return with its standard error."""
+def _shown_return(row: dict[str, Any]) -> str:
+    """With its standard error."""
     if row["return"] is None:
         return "-"
     error = row["return_error"]
     return f"{row['return']:.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def _shown_size(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f} MiB"
 
 
 def python_of(peer: str, folder: Path) -> Path:
@@ -218,8 +223,8 @@ def main() -> None:
             print(
                 f"| {name} {result['title']} | {peer} | {row['devices']} "
                 f"| {row['steps_per_second']:,.0f} "
-                f"| {row['ours_is_faster_by']:.2f} | {_shown(row)} "
-                f"| {row['compile_seconds']:.1f} s | {row.get('program_bytes', 0) / 2**20:.1f} MiB "
+                f"| {row['ours_is_faster_by']:.2f} | {_shown_return(row)} "
+                f"| {row['compile_seconds']:.1f} s | {_shown_size(row.get('program_bytes'))} "
                 f"| {row['peak_bytes'] / 2**20:.0f} MiB |",
                 flush=True,
             )

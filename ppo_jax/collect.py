@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ppo_jax import objectives, running_stats
 from ppo_jax.advantages import discounted_returns
 from ppo_jax.algorithms import Values, get_algorithm
-from ppo_jax.config import Config, HParams
+from ppo_jax.config import Config, HParams, largest_divisor
 from ppo_jax.envs.environment import Environment
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import ObsStats, head_of
@@ -112,8 +112,7 @@ def _valued_at_once(config: Config) -> int:
 def _values(config: Config, policy: Policy, trajectory: Trajectory) -> Values:
     """V(s_t) and V(s'_t), `[T, N]`, for a block of steps at a time."""
     num_steps, num_envs = trajectory.reward.shape
-    fitting = max(1, _valued_at_once(config) // num_envs)
-    size = max(size for size in range(1, fitting + 1) if num_steps % size == 0)
+    size = largest_divisor(num_steps, at_most=max(1, _valued_at_once(config) // num_envs))
 
     def of_block(obs: tuple[jax.Array, jax.Array]) -> Values:
         return Values(*map(policy.value, obs))

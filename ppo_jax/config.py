@@ -397,8 +397,17 @@ def _require_positive_integer(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
 
 
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is no larger than `at_most`.
+
+    >>> largest_divisor(12, at_most=5)
+    4
+    """
+    return max(d for d in range(1, at_most + 1) if number % d == 0)
+
+
 def _nearest_divisors(number: int, near: int) -> str:
-    below = max(d for d in range(1, near + 1) if number % d == 0)
+    below = largest_divisor(number, at_most=near)
     above = next((d for d in range(near, number + 1) if number % d == 0), below)
     return f"{below} or {above}" if below != above else f"{below}"
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.config import largest_divisor
 from ppo_jax.envs.environment import Environment
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import head_of
@@ -98,7 +99,7 @@ def rollout(
         episodes=jnp.zeros(num_envs, jnp.int32),
     )
     # In so many steps an environment begins one new episode at most.
-    size = max(n for n in range(1, env.shortest_episode + 1) if num_steps % n == 0)
+    size = largest_divisor(num_steps, at_most=env.shortest_episode)
     blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (noise, env_keys))
     (state, ended), trajectory = jax.lax.scan(act_in_block, (state, none_ended), blocks)
     trajectory = jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]), trajectory)

@@ -45,7 +45,7 @@ def build(workload: dict[str, Any]) -> tuple[dict[str, float], Run]:
             workload["env"].removeprefix("brax:"), **workload["env_kwargs"]
         ),
         "num_timesteps": _MANY * workload["total_timesteps"],
-        "num_evals": _MANY + 1,  # one stretch after each but the first, which comes before all
+        "num_evals": _MANY + 1,  # a stretch lies between two evaluations
         "run_evals": False,
         "num_envs": workload["num_envs"],
         "episode_length": _EPISODE_LENGTH,

@@ -107,8 +107,8 @@ def make(name: str, **kwargs: Any) -> "Environment":
         if not kwargs:
             raise
         raise ConfigError(
-            f"env_kwargs must be what the constructor of {name} takes; got {kwargs}: {error}. "
-            "Change or leave out env_kwargs."
+            f"env_kwargs must be what the constructor of {name} takes; got {kwargs}: "
+            f"{str(error).rstrip('.')}. Change or leave out env_kwargs."
         ) from error
 
 
