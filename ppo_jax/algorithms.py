@@ -11,6 +11,7 @@ from ppo_jax import advantages, objectives
 from ppo_jax.config import ALGORITHM_SETTINGS, Config, ConfigError, HParams, unknown_name
 from ppo_jax.importance import effective_sample_size, trajectory_log_weights
 from ppo_jax.losses import Objective, PolicyTerms
+from ppo_jax.policy.initializers import GAINS
 from ppo_jax.types import Batch, Metrics, Trajectory
 from ppo_jax.update import MakeUpdateRule, gradient_rule, minibatch_rule, trust_region_rule
 
@@ -183,7 +184,11 @@ _REINFORCE: dict[str, float | None] = {
     "ent_coef": 0.0,
     "max_grad_norm": None,
 }
-EVERYWHERE: dict[str, float | None] = {"reward_scale": None, "reward_clip": None}
+EVERYWHERE: dict[str, float | None] = {
+    "max_grad_value": None,
+    "reward_scale": None,
+    "reward_clip": None,
+}
 """Hyperparameters that every algorithm uses."""
 
 _PPO = "Schulman et al. 2017, arXiv:1707.06347"
@@ -351,12 +356,22 @@ def complete(hparams: HParams | None, config: Config) -> HParams:
     >>> complete(HParams(clip_eps=0.1), Config()).gamma
     0.99
     """
-    used = {**get_algorithm(config.algorithm).hparams, **EVERYWHERE}
+    algorithm = get_algorithm(config.algorithm)
+    used = {**algorithm.hparams, **EVERYWHERE, **GAINS}
+    if not algorithm.has_critic:
+        used.pop("critic_gain")
+    if not _has_hidden_layers(config):
+        used.pop("hidden_gain")
     if config.lr_schedule == "kl_adaptive":
         used["desired_kl"] = 0.01
     if config.n_step is not None:
         used.pop("gae_lambda", None)
     hparams = HParams() if hparams is None else hparams
+    if hparams.hidden_gain is not None and "hidden_gain" not in used:
+        raise ConfigError(
+            "hidden_gain needs hidden layers that are not your own; network is "
+            f"{config.network!r} and hidden_sizes are {config.hidden_sizes}. Leave hidden_gain out."
+        )
     for field in dataclasses.fields(HParams):
         if field.name not in used and getattr(hparams, field.name) is not None:
             raise ConfigError(
@@ -365,3 +380,9 @@ def complete(hparams: HParams | None, config: Config) -> HParams:
             )
     missing = {name: value for name, value in used.items() if getattr(hparams, name) is None}
     return hparams.replace(**missing)
+
+
+def _has_hidden_layers(config: Config) -> bool:
+    """Layers of ours, that is; a user's module starts as it says."""
+    is_ours = isinstance(config.network, str)
+    return is_ours and (config.network != "mlp" or config.hidden_sizes != ())

@@ -272,6 +272,8 @@ class HParams:
     max_grad_norm: Any = None
     """Largest global norm of a gradient: of actor and critic together where they are learned
     together, unless `Config.separate_grad_norms`."""
+    max_grad_value: Any = None
+    """Largest absolute entry of a gradient, after its norm was clipped. None: no clipping."""
     target_kl: Any = None
     """Stop an update's remaining minibatches once the approximate KL passes this. None: never."""
     dual_clip: Any = None
@@ -294,6 +296,12 @@ class HParams:
     """Factor of every reward before anything is learned from it; reported returns are without."""
     reward_clip: Any = None
     """Largest absolute reward that is learned from, after all scaling. None: no clipping."""
+    hidden_gain: Any = None
+    """Of the weights of hidden layers at the start: a multiple of orthogonal ones."""
+    actor_gain: Any = None
+    """The same before the actions; a small one makes the first policy nearly uniform."""
+    critic_gain: Any = None
+    """The same before the value."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in HPARAM_RANGES.items():
@@ -322,6 +330,7 @@ HPARAM_RANGES: dict[str, tuple[float, float]] = {
     "vf_coef": (0.0, _LARGEST),
     "critic_learning_rate": (0.0, _LARGEST),
     "max_grad_norm": (0.0, math.inf),
+    "max_grad_value": (0.0, math.inf),
     "target_kl": (0.0, math.inf),
     "dual_clip": (1.0, math.inf),
     "kl_coef": (0.0, _LARGEST),
@@ -333,6 +342,9 @@ HPARAM_RANGES: dict[str, tuple[float, float]] = {
     "desired_kl": (0.0, _LARGEST),
     "reward_scale": (0.0, _LARGEST),
     "reward_clip": (0.0, math.inf),
+    "hidden_gain": (0.0, _LARGEST),
+    "actor_gain": (0.0, _LARGEST),
+    "critic_gain": (0.0, _LARGEST),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from ppo_jax.config import Config, unknown_name
+from ppo_jax.config import Config, HParams, unknown_name
 from ppo_jax.policy.networks import merge_params, split_params
 
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -48,12 +48,14 @@ def adapt_lr_factor(factor: jax.Array, kl: jax.Array, *, desired_kl: Any) -> jax
     return jnp.clip(factor * change, 0.01, 100.0)
 
 
-Optimizer = Callable[[Any, Any], optax.GradientTransformation]
-"""`(learning_rate, max_grad_norm) -> transformation`; both may be traced, the norm also None."""
+Optimizer = Callable[[Any, HParams], optax.GradientTransformation]
+"""`(learning_rate, hparams) -> transformation`; all may be traced."""
 
 
 def make_optimizer(config: Config) -> Optimizer:
-    """The optimiser that `config` names, behind a clip of the gradient's global norm.
+    """The optimiser that `config` names, behind clips of the gradient's global norm and entries.
+
+    With `separate_grad_norms` the norms are not its business: see `clip_actor_and_critic`.
 
     Raises:
       ConfigError: unknown optimiser, or an argument that it does not take.
@@ -67,11 +69,13 @@ def make_optimizer(config: Config) -> Optimizer:
             raise unknown_name(f"argument of optax.{config.optimizer}", name, known)
     kwargs = {**OPTIMIZERS[config.optimizer], **dict(config.optimizer_kwargs)}
 
-    def optimizer(learning_rate: Any, max_grad_norm: Any) -> optax.GradientTransformation:
-        descend = factory(learning_rate, **kwargs)
-        if max_grad_norm is None:
-            return descend
-        return optax.chain(optax.clip_by_global_norm(max_grad_norm), descend)
+    def optimizer(learning_rate: Any, hparams: HParams) -> optax.GradientTransformation:
+        clip_norm = clip_entries = optax.identity()  # its state is theirs: an empty one
+        if hparams.max_grad_norm is not None and not config.separate_grad_norms:
+            clip_norm = optax.clip_by_global_norm(hparams.max_grad_norm)
+        if hparams.max_grad_value is not None:
+            clip_entries = optax.clip(hparams.max_grad_value)
+        return optax.chain(clip_norm, clip_entries, factory(learning_rate, **kwargs))
 
     return optimizer
 

@@ -18,6 +18,7 @@ from ppo_jax.envs import wrappers
 from ppo_jax.envs.environment import Environment
 from ppo_jax.losses import make_losses
 from ppo_jax.optimizers import SCHEDULES, adapt_lr_factor, make_optimizer
+from ppo_jax.policy.initializers import GAINS
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, initial_memory_of, initial_obs_stats, make_spec
 from ppo_jax.rollout import reset
@@ -118,7 +119,8 @@ def make_trainer(config: Config) -> Trainer:
             reward=running_stats.initial(()) if config.normalize_reward else None,
         )
         rollout_state = reset(env, env_params, reset_key, num_envs=config.num_envs, memory=memory)
-        params = init_params(spec, network_key, rollout_state.obs)
+        gains = {name: getattr(hparams, name) for name in GAINS}
+        params = init_params(spec, network_key, rollout_state.obs, gains)
         learner = Learner(
             params=params,
             opt_state=rule.init(params, hparams),

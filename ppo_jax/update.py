@@ -47,23 +47,19 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
     computed but not applied, so that the trip count stays fixed under `vmap`; metrics are the
     means over the minibatches that were applied.
     """
-    is_joint = not config.separate_grad_norms
-
-    def transformation(learning_rate: Any, hparams: HParams) -> optax.GradientTransformation:
-        return optimizer(learning_rate, hparams.max_grad_norm if is_joint else None)
 
     def init(params: Any, hparams: HParams) -> Any:
-        return transformation(hparams.learning_rate, hparams).init(ravel_pytree(params)[0])
+        return optimizer(hparams.learning_rate, hparams).init(ravel_pytree(params)[0])
 
     def update(
         learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
     ) -> tuple[Learner, Metrics]:
         flat, unravel = ravel_pytree(learner.params)
-        tx = transformation(hparams.learning_rate * anneal, hparams)
-        clip = partial(clip_actor_and_critic, max_norm=hparams.max_grad_norm)
-        step = _gradient_step(
-            losses, losses.joint, tx, unravel, hparams, clip=None if is_joint else clip
-        )
+        tx = optimizer(hparams.learning_rate * anneal, hparams)
+        clip = None
+        if config.separate_grad_norms:
+            clip = partial(clip_actor_and_critic, max_norm=hparams.max_grad_norm)
+        step = _gradient_step(losses, losses.joint, tx, unravel, hparams, clip=clip)
 
         def step_while_near(
             carry: tuple[_Flat, jax.Array], samples: Batch
@@ -90,7 +86,7 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
 
     def init(params: Any, hparams: HParams) -> Any:
         actor, critic = split_params(params)
-        tx = optimizer(hparams.learning_rate, hparams.max_grad_norm)
+        tx = optimizer(hparams.learning_rate, hparams)
         has_critic = hparams.critic_learning_rate is not None
         return {
             "actor": tx.init(ravel_pytree(actor)[0]),
@@ -102,7 +98,7 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
     ) -> tuple[Learner, Metrics]:
         actor, critic = split_params(learner.params)
         actor_state, critic_state = learner.opt_state["actor"], learner.opt_state["critic"]
-        tx = optimizer(hparams.learning_rate * anneal, hparams.max_grad_norm)
+        tx = optimizer(hparams.learning_rate * anneal, hparams)
         batch = batch._replace(advantages=losses.scaled(batch.advantages, batch.mask))
         flat, unravel = ravel_pytree(actor)
         step = _gradient_step(losses, losses.policy, tx, unravel, hparams)
@@ -133,7 +129,7 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
 
     def init(params: Any, hparams: HParams) -> Any:
         _, critic = split_params(params)
-        tx = optimizer(hparams.critic_learning_rate, hparams.max_grad_norm)
+        tx = optimizer(hparams.critic_learning_rate, hparams)
         return tx.init(ravel_pytree(critic)[0])
 
     def update(
@@ -266,7 +262,7 @@ def _fit_critic(
     """Epochs of minibatch steps on the value loss alone."""
     params, opt_state = critic
     flat, unravel = ravel_pytree(params)
-    tx = optimizer(hparams.critic_learning_rate * anneal, hparams.max_grad_norm)
+    tx = optimizer(hparams.critic_learning_rate * anneal, hparams)
     step = _gradient_step(losses, losses.value, tx, unravel, hparams)
     end, metrics = _epochs(config, losses, step, _Flat(flat, opt_state), batch, key)
     return unravel(end.params), end.opt_state, jax.tree.map(jnp.mean, metrics)

@@ -1,5 +1,6 @@
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, EVERYWHERE, complete
 from ppo_jax.config import ALGORITHM_SETTINGS, HPARAM_RANGES
+from ppo_jax.policy.initializers import GAINS
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,8 @@ def test_every_hyperparameter_has_a_range_and_a_user():
     fields = set(vars(HParams()))
     assert set(HPARAM_RANGES) == fields
     used = set().union(*(row.hparams for row in ALGORITHMS.values()))
-    assert used | {"desired_kl", *EVERYWHERE} == fields  # that one belongs to a schedule
+    used |= {"desired_kl", *EVERYWHERE, *GAINS}  # the first belongs to a schedule
+    assert used == fields
     settings = set().union(*(row.settings for row in ALGORITHMS.values()))
     assert settings == set(ALGORITHM_SETTINGS)
 
@@ -118,6 +121,20 @@ def test_a_hyperparameter_that_the_algorithm_does_not_use_is_refused(monkeypatch
     monkeypatch.setitem(ALGORITHMS, "unclipped", row._replace(hparams=without))
     with pytest.raises(ConfigError, match="clip_eps is set and unclipped uses learning_rate"):
         complete(HParams(clip_eps=0.1), Config(algorithm="unclipped"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("critic_gain", {"algorithm": "reinforce"}, "critic_gain is set and reinforce uses"),
+        ("hidden_gain", {"hidden_sizes": ()}, r"network is 'mlp' and hidden_sizes are \(\)"),
+        ("hidden_gain", {"network": nn.Dense(8)}, "layers that are not your own; network is Dense"),
+    ],
+)
+def test_a_gain_of_layers_that_are_not_there_is_refused(name, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        complete(HParams(**{name: 1.0}), Config(**fields))
+    assert getattr(complete(None, Config(**fields)), name) is None
 
 
 def test_config_is_hashable_and_equal_by_value():

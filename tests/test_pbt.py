@@ -89,6 +89,7 @@ def test_a_learner_that_is_no_longer_finite_is_no_parent():
     ("changes", "message"),
     [
         ({"names": ["learning_rat"]}, "unknown hyperparameter 'learning_rat'"),
+        ({"names": ["actor_gain"]}, "must act throughout; got actor_gain"),
         ({"replaced": 0.6}, r"must be in \(0, 0.5\]; got 0.6"),
         ({"num_rounds": 0}, "must be at least 1 and factor above 1; got 0, 1 and 1.25"),
     ],

@@ -13,6 +13,7 @@ from ppo_jax import Config, HParams, make_train, make_trainer
 from ppo_jax.algorithms import ALGORITHMS, complete
 from ppo_jax.collect import _values
 from ppo_jax.optimizers import clip_actor_and_critic, make_optimizer
+from ppo_jax.policy.initializers import GAINS
 from ppo_jax.rollout import rollout
 from ppo_jax.types import Trajectory
 from tests.conftest import optimized_jit
@@ -203,6 +204,22 @@ def test_the_kl_penaltys_weight_and_its_target_are_a_vmap_away():
     assert moved[2] < moved[3]
 
 
+@pytest.mark.parametrize("name", list(GAINS))
+def test_gains_are_a_vmap_away_and_move_their_own_layers_alone(name):
+    trainer = make_trainer(small("ppo"))
+    gains = HParams(**{name: jnp.array([0.5, 1.0])})
+    states = jax.jit(jax.vmap(trainer.init, in_axes=(None, 0)))(jax.random.key(0), gains)
+    ratios = {
+        jax.tree_util.keystr(path): np.asarray(kernel[1] / kernel[0])
+        for path, kernel in jax.tree_util.tree_leaves_with_path(states.learner.params)
+        if kernel.ndim == 3
+    }
+    part = {"hidden_gain": "torso", "actor_gain": "actor_out", "critic_gain": "critic_out"}[name]
+    assert sum(part in layer for layer in ratios) == (2 if part == "torso" else 1)
+    for layer, ratio in ratios.items():
+        np.testing.assert_allclose(ratio, 2.0 if part in layer else 1.0, rtol=1e-6)
+
+
 def test_the_policy_that_acts_is_the_policy_that_learns():
     """Log-probabilities of the rollout, recomputed for the first minibatch: the ratio is 1."""
     for env in ("CartPole-v1", "Pendulum-v1"):
@@ -270,7 +287,7 @@ def test_target_kl_stops_an_update_under_vmap():
         assert all(np.allclose(x[i], y[i], atol=1e-6) for x, y in pairs) == same
 
 
-def test_value_clipping_and_gradient_norm_change_the_update():
+def test_value_clipping_and_clipped_gradients_change_the_update():
     trainer = make_trainer(small("ppo"))
     state = jax.jit(trainer.init)(jax.random.key(0))
     step = jax.jit(trainer.step)
@@ -283,6 +300,7 @@ def test_value_clipping_and_gradient_norm_change_the_update():
     assert not np.allclose(params_after(value_clip_eps=1e-3), base)
     np.testing.assert_allclose(params_after(value_clip_eps=jnp.inf), base, atol=1e-6)
     assert not np.allclose(params_after(max_grad_norm=1e-6), base)
+    assert not np.allclose(params_after(max_grad_value=1e-6), base)
 
 
 @pytest.mark.parametrize("where", ["minibatch", "batch", "none"])
@@ -325,10 +343,23 @@ def test_adams_eps_is_1e5_unless_given():
     def first_step(tx):
         return tx.update(gradient, tx.init(gradient), gradient)[0]["w"]
 
-    ours = make_optimizer(Config())(0.1, None)
+    ours = make_optimizer(Config())(0.1, HParams())
     np.testing.assert_allclose(first_step(ours), first_step(optax.adam(0.1, eps=1e-5)), rtol=1e-6)
-    given = make_optimizer(Config(optimizer_kwargs={"eps": 1e-8}))(0.1, None)
+    given = make_optimizer(Config(optimizer_kwargs={"eps": 1e-8}))(0.1, HParams())
     np.testing.assert_allclose(first_step(given), first_step(optax.adam(0.1)), rtol=1e-6)
+
+
+def test_a_gradient_s_norm_is_clipped_before_its_entries():
+    gradient = jnp.array([30.0, -40.0])
+    for config, hparams, expected in (
+        (Config(), {"max_grad_norm": 0.5}, [0.3, -0.4]),
+        (Config(), {"max_grad_value": 0.35}, [0.35, -0.35]),
+        (Config(), {"max_grad_norm": 0.5, "max_grad_value": 0.35}, [0.3, -0.35]),
+        (Config(separate_grad_norms=True), {"max_grad_norm": 0.5}, [30.0, -40.0]),
+    ):
+        tx = make_optimizer(config.replace(optimizer="sgd"))(1.0, HParams(**hparams))
+        updates, _ = tx.update(gradient, tx.init(gradient), gradient)
+        np.testing.assert_allclose(-updates, expected, rtol=1e-6)
 
 
 def test_a_critic_s_gradient_fills_the_joint_norm_alone():
@@ -339,7 +370,7 @@ def test_a_critic_s_gradient_fills_the_joint_norm_alone():
             "critic_torso": {"w": jnp.array([300.0, 400.0])},
         }
     }
-    joint = make_optimizer(Config(optimizer="sgd"))(1.0, 0.5)
+    joint = make_optimizer(Config(optimizer="sgd"))(1.0, HParams(max_grad_norm=0.5))
     updates, _ = joint.update(gradient, joint.init(gradient), gradient)
     for parts, norm in (
         (updates["params"], 0.001),

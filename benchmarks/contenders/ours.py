@@ -1,5 +1,6 @@
 """ppo_jax."""
 
+import math
 from typing import Any
 
 import jax
@@ -12,14 +13,23 @@ from ppo_jax import Config, HParams, evaluate, make_trainer
 def build(workload: dict[str, Any]) -> Any:
     """Compiles `Trainer.run`."""
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
+    # As rejax: its max_grad_norm clips a gradient's entries, and its weights start with gains of 1.
     config = Config(
         env_kwargs=workload["env_kwargs"],
         **{name: workload[name] for name in (*names, "num_devices")},
         hidden_sizes=(64, 64),
         lr_schedule="constant",
-        separate_grad_norms=True,  # as rejax; PureJaxRL clips the joint norm
+        optimizer_kwargs={"eps": 1e-8},
     )
-    hparams = HParams(**workload["hparams"])
+    hparams = HParams(
+        **{
+            **workload["hparams"],
+            "max_grad_norm": math.inf,
+            "max_grad_value": workload["hparams"]["max_grad_norm"],
+            "hidden_gain": 1.0,
+            "actor_gain": 1.0,
+        }
+    )
     trainer = make_trainer(config)
 
     def returns_of(result: Any) -> jax.Array:

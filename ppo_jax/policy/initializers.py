@@ -1,6 +1,6 @@
 """Orthogonal initialisation out of matrix products alone, of all layers at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +8,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+GAINS: Mapping[str, Any] = {
+    "hidden_gain": np.sqrt(2.0),
+    # A small gain makes the first policy nearly uniform, or centred: Andrychowicz et al. 2021
+    # (arXiv:2006.05990), section 3.2.
+    "actor_gain": 0.01,
+    "critic_gain": 1.0,
+}
+"""Hyperparameters of the weights at the start, with their defaults."""
 
 _ITERATIONS = 40
 
@@ -40,31 +49,33 @@ def orthogonal_matrices(key: jax.Array, shapes: Sequence[tuple[int, int]]) -> li
     return [x if x.shape == shape else x.T for x, shape in zip(found, shapes, strict=True)]
 
 
-def orthogonal(gain: float) -> Callable[..., "_Wanted"]:
-    """An initialiser of `[inputs, outputs]` for `draw` to follow.
+def orthogonal(gain: str | None = None) -> Callable[..., "_Wanted"]:
+    """An initialiser of `[inputs, outputs]` for `draw` to follow; `gain` is a name in `GAINS`.
 
-    `gain` times an orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120), and √(outputs / inputs)
-    times that in a layer that widens, whose units then vary as much as what they see: an isometry
-    would leave each of 64 units that see 4 numbers a quarter of the deviation (Yang et al. 2023,
-    arXiv:2310.17813, condition 1).
+    The gain, or 1, times an orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120), and
+    √(outputs / inputs) times that in a layer that widens, whose units then vary as much as what
+    they see: an isometry would leave each of 64 units that see 4 numbers a quarter of the deviation
+    (Yang et al. 2023, arXiv:2310.17813, condition 1).
     """
 
     def initialize(_: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> _Wanted:
         inputs, outputs = shape
-        return _Wanted(jnp.zeros(shape, dtype), gain * np.sqrt(max(1.0, outputs / inputs)))
+        return _Wanted(jnp.zeros(shape, dtype), np.sqrt(max(1.0, outputs / inputs)), gain)
 
     return initialize
 
 
-def draw(key: jax.Array, params: Any) -> Any:
+def draw(key: jax.Array, params: Any, gains: Mapping[str, Any] = GAINS) -> Any:
     """`params` as flax made them, with the matrices that `orthogonal` only asked for."""
     leaves, treedef = jax.tree.flatten(params, is_leaf=_is_wanted)
     wanted = [leaf for leaf in leaves if _is_wanted(leaf)]
     matrices = iter(orthogonal_matrices(key, [leaf.value.shape for leaf in wanted]))
-    drawn = [
-        (leaf.scale * next(matrices)).astype(leaf.value.dtype) if _is_wanted(leaf) else leaf
-        for leaf in leaves
-    ]
+
+    def made(leaf: _Wanted) -> jax.Array:
+        scale = leaf.scale if leaf.gain is None else gains[leaf.gain] * leaf.scale
+        return (scale * next(matrices)).astype(leaf.value.dtype)
+
+    drawn = [made(leaf) if _is_wanted(leaf) else leaf for leaf in leaves]
     return jax.tree.unflatten(treedef, drawn)
 
 
@@ -73,6 +84,7 @@ class _Wanted(flax.struct.PyTreeNode, nn.meta.AxisMetadata[jax.Array]):
 
     value: jax.Array  # [inputs, outputs]
     scale: float = flax.struct.field(pytree_node=False)
+    gain: str | None = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> jax.Array:
         return self.value

@@ -34,7 +34,7 @@ class Memory(nn.Module):
         """
         if self.kind == "mingru":
             return self._min_gru(memory, x, start)
-        cell = _CELLS[self.kind](self.size, recurrent_kernel_init=orthogonal(1.0))
+        cell = _CELLS[self.kind](self.size, recurrent_kernel_init=orthogonal())
 
         def step(
             cell: nn.RNNCellBase, memory: Any, inputs: tuple[jax.Array, jax.Array]
@@ -53,8 +53,8 @@ class Memory(nn.Module):
         Feng et al. 2024 (arXiv:2410.01201), section 3.1. Linear in h, so that all steps are
         found at once by an associative scan over pairs (a, b) of h ↦ a h + b.
         """
-        update = nn.sigmoid(nn.Dense(self.size, kernel_init=orthogonal(1.0))(x))
-        candidate = nn.Dense(self.size, kernel_init=orthogonal(1.0))(x)
+        update = nn.sigmoid(nn.Dense(self.size, kernel_init=orthogonal())(x))
+        candidate = nn.Dense(self.size, kernel_init=orthogonal())(x)
         keep = jnp.where(start[..., None], 0.0, 1.0 - update)
         add = (update * candidate).at[0].add(keep[0] * memory)
 

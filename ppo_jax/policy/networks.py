@@ -6,19 +6,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ppo_jax.config import ConfigError, unknown_name
 from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete, Leaf, Space, leaves, shape_of
 from ppo_jax.policy.distributions import MASKED, Head
 from ppo_jax.policy.initializers import orthogonal
 from ppo_jax.policy.memory import Memory, read
-
-_HIDDEN_GAIN = np.sqrt(2.0)
-# A small gain makes the first policy nearly uniform, or centred: Andrychowicz et al. 2021
-# (arXiv:2006.05990), section 3.2.
-_ACTOR_GAIN = 0.01
-_CRITIC_GAIN = 1.0
 
 Convolutions = tuple[tuple[int, int, int], ...]
 """Features, width of the kernel and stride of each layer."""
@@ -41,7 +34,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., F]` to `[..., hidden_sizes[-1]]`."""
         for size in self.hidden_sizes:
-            x = _dense(size, _HIDDEN_GAIN)(x)
+            x = _hidden(size)(x)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
         return x
 
@@ -77,7 +70,7 @@ class Conv(nn.Module):
             for i in range(self.kernel)
             for j in range(self.kernel)
         ]
-        return _dense(self.features, _HIDDEN_GAIN)(jnp.concatenate(patches, axis=-1))
+        return _hidden(self.features)(jnp.concatenate(patches, axis=-1))
 
 
 class CNN(nn.Module):
@@ -162,7 +155,8 @@ class OutputLayer(nn.Module):
     """
 
     size: int
-    gain: float
+    gain: str
+    """A name in `initializers.GAINS`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -238,9 +232,9 @@ class ActorCritic(nn.Module):
 
     def setup(self) -> None:
         """Makes the last layers; flax calls this."""
-        self.actor_out = OutputLayer(self.head.num_outputs, _ACTOR_GAIN)
+        self.actor_out = OutputLayer(self.head.num_outputs, "actor_gain")
         if self.has_critic:
-            self.critic_out = OutputLayer(1, _CRITIC_GAIN)
+            self.critic_out = OutputLayer(1, "critic_gain")
         if self.head.log_std_shape is not None:
             self.actor_log_std = _LogStd(self.head.log_std_shape)
 
@@ -341,5 +335,5 @@ def merge_params(actor: Any, critic: Any) -> Any:
     return {"params": {**actor["params"], **critic["params"]}}
 
 
-def _dense(size: int, gain: float) -> nn.Dense:
-    return nn.Dense(size, kernel_init=orthogonal(gain))
+def _hidden(size: int) -> nn.Dense:
+    return nn.Dense(size, kernel_init=orthogonal("hidden_gain"))

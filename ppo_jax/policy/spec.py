@@ -1,6 +1,7 @@
 """From a config and spaces to the network that acts, checked before anything is traced."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.spaces import Box, Dict, Discrete, Leaf, MultiDiscrete, Space
 from ppo_jax.policy import networks
 from ppo_jax.policy.distributions import Head, make_head
-from ppo_jax.policy.initializers import draw
+from ppo_jax.policy.initializers import GAINS, draw
 from ppo_jax.policy.memory import Memory, initial_memory
 from ppo_jax.policy.networks import ActorCritic, View
 from ppo_jax.running_stats import RunningStats
@@ -67,17 +68,19 @@ def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> P
     return spec
 
 
-def init_params(spec: PolicySpec, key: jax.Array, obs: Any) -> Any:
+def init_params(
+    spec: PolicySpec, key: jax.Array, obs: Any, gains: Mapping[str, Any] = GAINS
+) -> Any:
     """Parameters for observations `[N, ...]`."""
     network = network_of(spec)
     draw_key, init_key = jax.random.split(key)
     if spec.memory is None:
-        return draw(draw_key, network.init(init_key, obs))
+        return draw(draw_key, network.init(init_key, obs), gains)
     (num_envs,) = networks.batch_shape_of(spec.observation_space, obs)
     sequence = jax.tree.map(lambda x: x[None], obs)
     memory = initial_memory_of(spec, (num_envs,))
     start = jnp.zeros((1, num_envs), bool)
-    return draw(draw_key, network.init(init_key, sequence, memory, start))
+    return draw(draw_key, network.init(init_key, sequence, memory, start), gains)
 
 
 def initial_memory_of(spec: PolicySpec, batch_shape: tuple[int, ...]) -> Any:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.config import HPARAM_RANGES, ConfigError, HParams
+from ppo_jax.policy.initializers import GAINS
 from ppo_jax.population.rounds import check_hparam_names, for_every_member, make_round
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
@@ -92,9 +93,15 @@ def make_pbt(
       shared.
 
     Raises:
-      ConfigError: an unknown name, or a number that makes no sense.
+      ConfigError: an unknown name or one of the first weights, or a number that makes no sense.
     """
     check_hparam_names(names)
+    early = sorted(GAINS.keys() & set(names))
+    if early:
+        raise ConfigError(
+            "hyperparameters that are changed must act throughout; got "
+            f"{', '.join(early)}, of the first weights alone. Leave them out."
+        )
     if not 0 < replaced <= 0.5:
         raise ConfigError(f"the share that is replaced must be in (0, 0.5]; got {replaced}.")
     if min(num_rounds, updates_per_round) < 1 or factor <= 1:
