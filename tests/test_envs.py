@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -6,6 +10,7 @@ import pytest
 
 from ppo_jax import Config, ConfigError, envs, make_trainer
 from ppo_jax.envs import gymnax_adapter
+from ppo_jax.envs.deferred import deferred
 from ppo_jax.envs.spaces import Box, Discrete
 from tests.probes import PROBES, probe_name
 
@@ -19,6 +24,47 @@ def test_the_list_of_names_is_gymnaxs():
     import gymnax
 
     assert set(envs.GYMNAX_NAMES) == set(gymnax.registered_envs)
+
+
+def test_no_plotting_library_is_imported_until_something_is_drawn():
+    code = """
+import sys
+from ppo_jax import envs
+env = envs.make("Catch-bsuite")
+plotting = {"matplotlib", "seaborn", "pandas"}
+assert not plotting & set(sys.modules), plotting & set(sys.modules)
+import gymnax, jax
+game, params = gymnax.make("Catch-bsuite")
+_, state = game.reset(jax.random.key(0), params)
+figure, axes = game.render(state, params)
+import matplotlib.pyplot as plt
+assert isinstance(figure, plt.Figure) and axes.images
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MPLBACKEND": "agg"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_stand_in_is_the_module_itself_once_it_is_used():
+    for use_inside in (False, True):
+        for name in ("wsgiref", "wsgiref.util"):
+            sys.modules.pop(name, None)
+        with deferred("wsgiref", "wsgiref.util"):
+            import wsgiref.util as by_name
+            from wsgiref import util as from_parent
+
+            if use_inside:
+                assert by_name.request_uri.__name__ == "request_uri"
+        assert ("wsgiref.util" in sys.modules) == use_inside
+        assert from_parent.request_uri is by_name.request_uri
+        assert sys.modules["wsgiref.util"].request_uri is by_name.request_uri
+        with pytest.raises(AttributeError, match="nothing"):
+            _ = by_name.nothing
 
 
 def test_a_name_can_be_registered_once():

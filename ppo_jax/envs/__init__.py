@@ -1,7 +1,7 @@
 """Environments by name: `make`, `register`, `names`.
 
-The suites' names are written down here because importing one takes seconds (gymnax 8), too long
-for a list or for the report of a misspelt name; a test compares them with their registries.
+The suites' names are written down here because importing one takes JAX and seconds, too long for a
+list or for the report of a misspelt name; a test compares them with their registries.
 """
 
 import dataclasses

@@ -9,13 +9,17 @@ import numpy as np
 
 from ppo_jax.config import ConfigError
 from ppo_jax.envs import spaces
+from ppo_jax.envs.deferred import deferred
 from ppo_jax.envs.environment import Environment, Step, cast
 from ppo_jax.envs.spaces import Box, Discrete, Leaf, MultiDiscrete, Space
 
 
 def make(name: str, **kwargs: Any) -> Environment:
     """The environment of that name in gymnax's registry."""
-    import gymnax  # 8 s of CPU: plotting libraries come with it
+    # Five environments can draw themselves with these, which take nine tenths of the import's time
+    # and 130 MiB.
+    with deferred("matplotlib", "matplotlib.colors", "matplotlib.pyplot", "seaborn"):
+        import gymnax
 
     env, _ = gymnax.make(name, **kwargs)
     return adapt(name, env)

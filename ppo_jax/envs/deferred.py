@@ -1,0 +1,57 @@
+"""Imports that wait until something of the module is used."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+
+@contextlib.contextmanager
+def deferred(*names: str) -> Iterator[None]:
+    """What is imported inside gets stand-ins for modules that are not loaded yet.
+
+    A stand-in imports the module when it is asked for an attribute. After the block `sys.modules`
+    holds none, so that nobody else meets one.
+
+    Args:
+      names: of modules, parents before children.
+
+    >>> with deferred("tabnanny"):
+    ...     import tabnanny
+    >>> "tabnanny" in sys.modules
+    False
+    >>> tabnanny.verbose
+    0
+    """
+    stand_ins: dict[str, _StandIn] = {}
+    for name in names:
+        if name not in sys.modules:
+            stand_ins[name] = _StandIn(name, stand_ins)
+            parent, _, child = name.rpartition(".")
+            if parent in stand_ins:
+                setattr(stand_ins[parent], child, stand_ins[name])
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        _withdraw(stand_ins)
+
+
+class _StandIn(ModuleType):
+    def __init__(self, name: str, all_of_them: "dict[str, _StandIn]") -> None:
+        super().__init__(name)
+        self._all_of_them = all_of_them
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import system asks whether a module is a package
+            raise AttributeError(name)
+        _withdraw(self._all_of_them)  # the module itself needs its real parents
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _withdraw(stand_ins: dict[str, _StandIn]) -> None:
+    for name, stand_in in stand_ins.items():
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
