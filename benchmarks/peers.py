@@ -133,12 +133,11 @@ def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> 
             share = devices_for(peer, workload, devices)
             described["num_devices"] = share if workload.num_seeds is None else 1
             contenders[peer] = Contender(python, scripts[peer], described, share)
+    warm_up = {peer: contender.ask({"seed": 0}) for peer, contender in contenders.items()}
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in contenders}
-    for seed in range(repeats + 1):
+    for seed in range(1, repeats + 1):
         for peer, contender in contenders.items():
-            result = contender.ask({"seed": seed})
-            if seed > 0:  # the first warms up
-                runs[peer].append(result)
+            runs[peer].append(contender.ask({"seed": seed}))
     for contender in contenders.values():
         contender.close()
     rows = {}
@@ -156,7 +155,7 @@ def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> 
             "steps_per_second": statistics.median(rates),
             "ours_is_faster_by": statistics.median(ours / theirs for theirs, ours in pairs),
             **_summary([result["return"] for result in results]),
-            "peak_bytes": max(result["peak_bytes"] for result in results),
+            "peak_bytes": warm_up[peer]["peak_bytes"],
         }
     return {"workload": name, "title": workload.title, "contenders": rows}
 

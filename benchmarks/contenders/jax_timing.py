@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from serving import Run
+from serving import Run, peak_bytes
 
 
 def compile_and_time(
@@ -46,8 +46,13 @@ def compile_and_time(
         start = time.perf_counter()
         result = jax.block_until_ready(compiled(key))
         seconds = time.perf_counter() - start
+        peak = peak_bytes()  # of the training: not all contenders evaluate a policy after it
         returns = np.asarray(returns_of(result))
         ended = returns[np.isfinite(returns)]
-        return {"seconds": seconds, "return": float(ended.mean()) if ended.size else None}
+        return {
+            "seconds": seconds,
+            "return": float(ended.mean()) if ended.size else None,
+            "peak_bytes": peak,
+        }
 
     return figures, run

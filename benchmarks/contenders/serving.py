@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 Run = Callable[[int], dict[str, float | None]]
-"""`seed -> {"seconds": of training alone, "return": reached, or None if no episode ended}`."""
+"""`seed -> {"seconds": of training alone, "return": reached, or None if no episode ended}`, and
+"peak_bytes" if something else than the training came after it."""
 
 
 def serve(build: Callable[[dict[str, Any]], tuple[dict[str, float], Run]]) -> None:
@@ -25,5 +26,10 @@ def serve(build: Callable[[dict[str, Any]], tuple[dict[str, float], Run]]) -> No
     print(json.dumps(figures), file=answers, flush=True)
     for line in sys.stdin:
         result = run(json.loads(line)["seed"])
-        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result.setdefault("peak_bytes", peak_bytes())
         print(json.dumps(result), file=answers, flush=True)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
