@@ -109,6 +109,9 @@ def describe(workload: Workload) -> dict[str, Any]:
     }
 
 
+_ONE_DEVICE = "ppo_jax, one device"
+
+
 def devices_for(peer: str, workload: Workload, devices: int) -> int:
     """Seeds are divided among all devices, whoever trains them; one training's environments are
     by ours and brax's alone.
@@ -122,17 +125,25 @@ def devices_for(peer: str, workload: Workload, devices: int) -> int:
     return devices if peer in ("ppo_jax", "brax") and minibatch // devices >= 256 else 1
 
 
+def takes_part(peer: str, name: str, devices: int) -> bool:
+    """Whether a contender runs a workload: ours on one device only where it is on several, too."""
+    if peer == _ONE_DEVICE:
+        workload = WORKLOADS[name]
+        return workload.num_seeds is None and devices_for("ppo_jax", workload, devices) > 1
+    return peer == "ppo_jax" or name in PEERS[peer].workloads
+
+
 def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> dict[str, Any]:
     """All contenders on one workload, one run of each in turn."""
     workload = WORKLOADS[name]
-    scripts = {"ppo_jax": "ours.py", **{peer: PEERS[peer].script for peer in PEERS}}
     described = describe(workload)
     contenders = {}
     for peer, python in pythons.items():
-        if peer == "ppo_jax" or name in PEERS[peer].workloads:
+        if takes_part(peer, name, devices):
+            script = PEERS[peer].script if peer in PEERS else "ours.py"
             share = devices_for(peer, workload, devices)
             described["num_devices"] = share if workload.num_seeds is None else 1
-            contenders[peer] = Contender(python, scripts[peer], described, share)
+            contenders[peer] = Contender(python, script, described, share)
     warm_up = {peer: contender.ask({"seed": 0}) for peer, contender in contenders.items()}
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in contenders}
     for seed in range(1, repeats + 1):
@@ -209,6 +220,7 @@ def main() -> None:
             parser.error("--purejaxrl must name a checkout of PureJaxRL, which holds purejaxrl/.")
         os.environ["PUREJAXRL"] = str(arguments.purejaxrl.resolve())
     pythons = {"ppo_jax": Path(sys.executable)}
+    pythons[_ONE_DEVICE] = pythons["ppo_jax"]
     pythons |= {peer: python_of(peer, arguments.environments) for peer in peers}
     print(
         "| workload | trainer | devices | steps/s | ours is faster by | return | compile "
