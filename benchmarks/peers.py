@@ -7,6 +7,10 @@ Each peer runs in a virtual environment of its own, made from the package index 
 and in one process that stays, so that a machine whose speed drifts slows all of them alike.
 PureJaxRL is no package: its checkout is the user's.
 
+All are given the same hyperparameters by name. Ours is set to what rejax makes of them, which clips
+a gradient's entries where others clip its norm and whose weights and optimiser start otherwise
+(`contenders/ours.py`). A process's peak is that of its first training, compilation included.
+
 The return is that of the trained policy, sampled, over 64 episodes; of PureJaxRL, whose policy does
 not leave its training, that of the episodes that ended in the last update; of brax's, which trains
 on from run to run, none. ± is the standard error of the runs' mean. No learning rate is annealed,
@@ -92,7 +96,7 @@ class Contender:
 
 
 def describe(workload: Workload) -> dict[str, Any]:
-    """A workload as plain data, with the hyperparameters that every contender gets."""
+    """A workload as plain data, with the hyperparameters that every contender is given."""
     config = workload.config
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
     used = ("learning_rate", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Names are imported when first used: `ppo-jax --help` and a misspelt flag need neither JAX
-# nor the environments, which take up to ten seconds to import.
+# nor the environments, whose packages take seconds to import.
 _HOMES = {
     "Config": "config",
     "ConfigError": "config",

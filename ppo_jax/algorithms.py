@@ -370,7 +370,8 @@ def complete(hparams: HParams | None, config: Config) -> HParams:
     if hparams.hidden_gain is not None and "hidden_gain" not in used:
         raise ConfigError(
             "hidden_gain needs hidden layers that are not your own; network is "
-            f"{config.network!r} and hidden_sizes are {config.hidden_sizes}. Leave hidden_gain out."
+            f"{_name_of(config.network)} and hidden_sizes are {config.hidden_sizes}. "
+            "Leave hidden_gain out."
         )
     for field in dataclasses.fields(HParams):
         if field.name not in used and getattr(hparams, field.name) is not None:
@@ -380,6 +381,10 @@ def complete(hparams: HParams | None, config: Config) -> HParams:
             )
     missing = {name: value for name, value in used.items() if getattr(hparams, name) is None}
     return hparams.replace(**missing)
+
+
+def _name_of(network: Any) -> str:
+    return network if isinstance(network, str) else type(network).__name__
 
 
 def _has_hidden_layers(config: Config) -> bool:

@@ -273,7 +273,8 @@ class HParams:
     """Largest global norm of a gradient: of actor and critic together where they are learned
     together, unless `Config.separate_grad_norms`."""
     max_grad_value: Any = None
-    """Largest absolute entry of a gradient, after its norm was clipped. None: no clipping."""
+    """Largest absolute entry of a gradient, after its norm was clipped. None: no clipping. Of
+    TRPO, this and the norm are the critic's alone."""
     target_kl: Any = None
     """Stop an update's remaining minibatches once the approximate KL passes this. None: never."""
     dual_clip: Any = None
@@ -297,7 +298,8 @@ class HParams:
     reward_clip: Any = None
     """Largest absolute reward that is learned from, after all scaling. None: no clipping."""
     hidden_gain: Any = None
-    """Of the weights of hidden layers at the start: a multiple of orthogonal ones."""
+    """Of the weights of hidden layers and convolutions at the start: a multiple of orthogonal ones.
+    What is inside a memory starts at 1, whatever this is."""
     actor_gain: Any = None
     """The same before the actions; a small one makes the first policy nearly uniform."""
     critic_gain: Any = None

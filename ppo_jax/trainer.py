@@ -119,7 +119,8 @@ def make_trainer(config: Config) -> Trainer:
             reward=running_stats.initial(()) if config.normalize_reward else None,
         )
         rollout_state = reset(env, env_params, reset_key, num_envs=config.num_envs, memory=memory)
-        gains = {name: getattr(hparams, name) for name in GAINS}
+        given = {name: getattr(hparams, name) for name in GAINS}
+        gains = {name: GAINS[name] if gain is None else gain for name, gain in given.items()}
         params = init_params(spec, network_key, rollout_state.obs, gains)
         learner = Learner(
             params=params,

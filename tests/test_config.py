@@ -127,7 +127,7 @@ def test_a_hyperparameter_that_the_algorithm_does_not_use_is_refused(monkeypatch
     ("name", "fields", "message"),
     [
         ("critic_gain", {"algorithm": "reinforce"}, "critic_gain is set and reinforce uses"),
-        ("hidden_gain", {"hidden_sizes": ()}, r"network is 'mlp' and hidden_sizes are \(\)"),
+        ("hidden_gain", {"hidden_sizes": ()}, r"network is mlp and hidden_sizes are \(\)"),
         ("hidden_gain", {"network": nn.Dense(8)}, "layers that are not your own; network is Dense"),
     ],
 )

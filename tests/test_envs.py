@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -51,16 +52,24 @@ assert isinstance(figure, plt.Figure) and axes.images
 
 
 def test_a_stand_in_is_the_module_itself_once_it_is_used():
-    for use_inside in (False, True):
-        for name in ("wsgiref", "wsgiref.util"):
-            sys.modules.pop(name, None)
+    for use_inside, use_other in itertools.product((False, True), repeat=2):
+        for name in [name for name in sys.modules if name.startswith("wsgiref")]:
+            del sys.modules[name]
         with deferred("wsgiref", "wsgiref.util"):
             import wsgiref.util as by_name
             from wsgiref import util as from_parent
 
+            if use_other:  # a submodule that has no stand-in
+                import wsgiref.headers
+                from wsgiref import types
+
+                assert types.StartResponse
+                assert wsgiref.headers.Headers
             if use_inside:
                 assert by_name.request_uri.__name__ == "request_uri"
-        assert ("wsgiref.util" in sys.modules) == use_inside
+        assert not any(isinstance(module, type(by_name)) for module in sys.modules.values())
+        if not use_inside and not use_other:
+            assert "wsgiref.util" not in sys.modules
         assert from_parent.request_uri is by_name.request_uri
         assert sys.modules["wsgiref.util"].request_uri is by_name.request_uri
         with pytest.raises(AttributeError, match="nothing"):

@@ -14,6 +14,7 @@ from ppo_jax.algorithms import ALGORITHMS, complete, complete_config, get_algori
 from ppo_jax.collect import collect
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from ppo_jax.losses import make_losses
+from ppo_jax.policy.networks import MLP
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.saving import load_policy, save_policy
 from ppo_jax.policy.spec import (
@@ -43,7 +44,7 @@ class Doubled(nn.Module):
 
     @nn.compact
     def __call__(self, obs):
-        return nn.tanh(nn.Dense(8)(2.0 * obs))
+        return MLP((8,), nn.tanh)(nn.Dense(4)(2.0 * obs))  # a layer of ours inside
 
 
 CASES = {

@@ -356,6 +356,7 @@ def test_a_gradient_s_norm_is_clipped_before_its_entries():
         (Config(), {"max_grad_value": 0.35}, [0.35, -0.35]),
         (Config(), {"max_grad_norm": 0.5, "max_grad_value": 0.35}, [0.3, -0.35]),
         (Config(separate_grad_norms=True), {"max_grad_norm": 0.5}, [30.0, -40.0]),
+        (Config(separate_grad_norms=True), {"max_grad_norm": 0.5, "max_grad_value": 9}, [9, -9]),
     ):
         tx = make_optimizer(config.replace(optimizer="sgd"))(1.0, HParams(**hparams))
         updates, _ = tx.update(gradient, tx.init(gradient), gradient)

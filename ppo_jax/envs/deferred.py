@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -12,12 +13,13 @@ from typing import Any
 def deferred(*names: str) -> Iterator[None]:
     """What is imported inside gets stand-ins for modules that are not loaded yet.
 
-    A stand-in imports the module when it is asked for an attribute. After the block `sys.modules`
-    holds none, so that nobody else meets one.
+    A stand-in imports the module when it is asked for an attribute that is no dunder. After the
+    block `sys.modules` holds none, so that nobody else meets one.
 
     Args:
       names: of modules, parents before children.
 
+    >>> _ = sys.modules.pop("tabnanny", None)
     >>> with deferred("tabnanny"):
     ...     import tabnanny
     >>> "tabnanny" in sys.modules
@@ -43,9 +45,13 @@ class _StandIn(ModuleType):
     def __init__(self, name: str, all_of_them: "dict[str, _StandIn]") -> None:
         super().__init__(name)
         self._all_of_them = all_of_them
+        if "." not in name:  # where a submodule that has no stand-in is found
+            self.__spec__ = importlib.util.find_spec(name)
+            if self.__spec__ and self.__spec__.submodule_search_locations is not None:
+                self.__path__ = self.__spec__.submodule_search_locations
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system asks whether a module is a package
+        if name.startswith("__"):  # asked by those who look through all modules
             raise AttributeError(name)
         _withdraw(self._all_of_them)  # the module itself needs its real parents
         return getattr(importlib.import_module(self.__name__), name)

@@ -16,13 +16,17 @@ from ppo_jax.envs.spaces import Box, Discrete, Leaf, MultiDiscrete, Space
 
 def make(name: str, **kwargs: Any) -> Environment:
     """The environment of that name in gymnax's registry."""
-    # Five environments can draw themselves with these, which take nine tenths of the import's time
-    # and 130 MiB.
+    env, _ = _gymnax().make(name, **kwargs)
+    return adapt(name, env)
+
+
+def _gymnax() -> Any:
+    """The package, without what five of its environments draw themselves with: that is nine
+    tenths of the import's time, and 160 MiB of a process.
+    """
     with deferred("matplotlib", "matplotlib.colors", "matplotlib.pyplot", "seaborn"):
         import gymnax
-
-    env, _ = gymnax.make(name, **kwargs)
-    return adapt(name, env)
+    return gymnax
 
 
 def adapt(name: str, env: Any) -> Environment:
@@ -70,7 +74,6 @@ def adapt(name: str, env: Any) -> Environment:
 
 def _without_reset(env: Any) -> Callable[..., tuple]:
     """`step` up to its automatic reset, whose random numbers are half of a step's work."""
-    from gymnax.environments.environment import Environment as Gymnax
 
     def transition(key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple:
         obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
@@ -81,7 +84,8 @@ def _without_reset(env: Any) -> Callable[..., tuple]:
         return info["final_observation"], state, reward, terminated, truncated
 
     # A class with a step of its own is asked for that; its reset state is never looked at.
-    return transition if type(env).step is Gymnax.step else step
+    gymnax_s = _gymnax().environments.environment.Environment
+    return transition if type(env).step is gymnax_s.step else step
 
 
 def _space(name: str, space: Any) -> Space:
