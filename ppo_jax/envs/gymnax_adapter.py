@@ -1,5 +1,6 @@
 """gymnax environments under our protocol. The only module that imports gymnax."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def make(name: str, **kwargs: Any) -> Environment:
     return adapt(name, env)
 
 
+@functools.cache  # once: stand-ins, too, take time
 def _gymnax() -> Any:
     """The package, without what five of its environments draw themselves with: that is nine
     tenths of the import's time, and 160 MiB of a process.
@@ -84,8 +86,8 @@ def _without_reset(env: Any) -> Callable[..., tuple]:
         return info["final_observation"], state, reward, terminated, truncated
 
     # A class with a step of its own is asked for that; its reset state is never looked at.
-    gymnax_s = _gymnax().environments.environment.Environment
-    return transition if type(env).step is gymnax_s.step else step
+    inherited = _gymnax().environments.environment.Environment.step
+    return transition if type(env).step is inherited else step
 
 
 def _space(name: str, space: Any) -> Space:
