@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax import Config, envs
-from ppo_jax.algorithms import complete, complete_config, get_algorithm
-from ppo_jax.collect import collect
-from ppo_jax.losses import make_losses
-from ppo_jax.optimizers import make_optimizer
+from ppo_jax import Config
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.spec import init_params, make_spec, network_of
-from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import Batch, Learner, RolloutState, Statistics
+from ppo_jax.policy.spec import init_params, network_of
+from ppo_jax.resolve import resolve
+from ppo_jax.stages.collect import collect
+from ppo_jax.stages.losses import Losses
+from ppo_jax.stages.rollout import reset, rollout
+from ppo_jax.types import Batch, Learner, RolloutState, Shard, Statistics
 
 
 class Arithmetic(NamedTuple):
@@ -31,24 +30,21 @@ class Arithmetic(NamedTuple):
 class Uniform(Policy):
     """A policy that looks at nothing; its `params` are the distribution's."""
 
-    def step(self, obs: Any, memory: Any, start: Any = None) -> tuple[Any, Any]:  # noqa: ARG002
+    def step(self, obs: Any, recurrent_state: Any, start: Any = None) -> tuple[Any, Any]:  # noqa: ARG002
         """The same for every observation."""
-        return self.params, memory
+        return self.params, recurrent_state
 
 
 class Stages:
     """The parts of a training, as functions of a key that do as many updates as it does."""
 
     def __init__(self, config: Config) -> None:
-        self.config = complete_config(config)
-        self.algorithm = get_algorithm(config.algorithm)
-        self.hparams = complete(None, config)
-        self.env = envs.make(config.env, **dict(config.env_kwargs))
-        self.spec = make_spec(self.config, self.env)
-        self.losses = make_losses(
-            self.config, self.spec, self.algorithm.objective, per_episode=False
-        )
-        self.rule = self.algorithm.update(self.config, self.losses, make_optimizer(self.config))
+        resolved = resolve(config)
+        self.config, self.algorithm, self.env = resolved.config, resolved.algorithm, resolved.env
+        self.spec, self.hparams = resolved.spec, resolved.hparams
+        self.shard = Shard(config.num_envs)
+        self.losses = Losses(self.config, self.spec, self.algorithm.objective, self.shard)
+        self.rule = self.algorithm.update_rule(self.config, self.losses, resolved.optimizer)
 
     def init(self, key: jax.Array) -> Any:
         """Parameters, and environments at the start of an episode."""
@@ -74,7 +70,16 @@ class Stages:
         """The data of one rollout."""
         policy = Policy(params, spec=self.spec)
         return collect(
-            self.config, self.env, self.env.params, policy, state, Statistics(), key, self.hparams
+            policy,
+            state,
+            Statistics(),
+            config=self.config,
+            algorithm=self.algorithm,
+            env=self.env,
+            env_params=self.env.params,
+            hparams=self.hparams,
+            key=key,
+            shard=self.shard,
         ).batch
 
     def networks(self, key: jax.Array) -> Any:
@@ -125,11 +130,18 @@ class Stages:
         """Updates on the data of one rollout, again and again."""
         params, state = self.init(key)
         batch = self.batch(params, state, key)
-        opt_state = self.rule.init(params, self.hparams)
-        learner = Learner(params, opt_state, kl_coef=jnp.zeros(()), lr_factor=jnp.ones(()))
+        learner = Learner(params, self.rule.init(params, self.hparams))
 
         def step(learner: Learner, key: jax.Array) -> tuple[Learner, None]:
-            return self.rule.update(learner, batch, key, self.hparams, jnp.ones(()))[0], None
+            params, rule_state, _ = self.rule.update(
+                learner.params,
+                learner.rule_state,
+                batch,
+                key=key,
+                hparams=self.hparams,
+                anneal=jnp.ones(()),
+            )
+            return Learner(params, rule_state), None
 
         return jax.lax.scan(step, learner, jax.random.split(key, self.config.num_updates))
 

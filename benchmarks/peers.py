@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
 from benchmarks.throughput import CPU_SET, WORKLOADS, Workload
-from ppo_jax.algorithms import complete
+from ppo_jax.resolve import complete_hparams
 
 _CONTENDERS = Path(__file__).parent / "contenders"
 _JAX = ("jax>=0.10,<0.11", "gymnax==0.0.9")  # the last gymnax with the API that peers use
@@ -100,7 +100,7 @@ def describe(workload: Workload) -> dict[str, Any]:
     config = workload.config
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
     used = ("learning_rate", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")
-    hparams = complete(None, config)
+    hparams = complete_hparams(None, config)
     return {
         **{name: getattr(config, name) for name in names},
         "env_kwargs": dict(config.env_kwargs),

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
 from ppo_jax import Config, make_train
-from ppo_jax.runs.members import member_sharding
+from ppo_jax.devices import member_sharding
 
 SIZES = (1, 4, 16, 64, 256, 1024)
 CONFIG = Config(env="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=20 * 512)

@@ -13,56 +13,73 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_jax.config import Config, ConfigError
+    from ppo_jax.algorithms import register_algorithm
+    from ppo_jax.config import Config
+    from ppo_jax.envs import make_env
+    from ppo_jax.errors import ConfigError
     from ppo_jax.evaluation import Evaluation, evaluate
+    from ppo_jax.hparams import HParams, hyperparameter
     from ppo_jax.policy.policy import Policy
     from ppo_jax.presets import preset
     from ppo_jax.runs.run import load, train
     from ppo_jax.runs.sweep import sweep
+    from ppo_jax.stages.algorithm import Algorithm
+    from ppo_jax.stages.metrics import Metrics
     from ppo_jax.trainer import Trainer, make_train, make_trainer
-    from ppo_jax.types import HParams
 
 __version__ = "0.1.0"
 
 # Names are imported when first used: `ppo-jax --help` and a misspelt flag need neither JAX
 # nor the environments, whose packages take seconds to import.
-_HOMES = {
+_MODULES = {
+    "Algorithm": "stages.algorithm",
     "Config": "config",
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "Evaluation": "evaluation",
-    "HParams": "types",  # where it becomes a pytree
+    "HParams": "hparams",
+    "Metrics": "stages.metrics",
     "Policy": "policy.policy",
     "Trainer": "trainer",
     "evaluate": "evaluation",
+    "hyperparameter": "hparams",
     "load": "runs.run",
+    "make_env": "envs",
     "make_train": "trainer",
     "make_trainer": "trainer",
     "preset": "presets",
+    "register_algorithm": "algorithms",
     "sweep": "runs.sweep",
     "train": "runs.run",
 }
 
 __all__ = [
+    "Algorithm",
     "Config",
     "ConfigError",
     "Evaluation",
     "HParams",
+    "Metrics",
     "Policy",
     "Trainer",
     "evaluate",
+    "hyperparameter",
     "load",
+    "make_env",
     "make_train",
     "make_trainer",
     "preset",
+    "register_algorithm",
     "sweep",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # `HParams` becomes a pytree when one is made after JAX was imported; see `hparams`.
+    importlib.import_module("jax")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,58 +1,25 @@
-"""The algorithms, from the policy gradient to PPO and beyond: each a row of one table."""
+"""The algorithms, from the policy gradient to PPO and beyond: each is a row of one table."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax import advantages, objectives
-from ppo_jax.config import ALGORITHM_SETTINGS, Config, ConfigError, HParams, unknown_name
-from ppo_jax.importance import effective_sample_size, trajectory_log_weights
-from ppo_jax.losses import Objective, PolicyTerms
+from ppo_jax.config import ALGORITHM_SETTINGS, Config
+from ppo_jax.errors import ConfigError, require_known, require_new_name
+from ppo_jax.hparams import HParams
+from ppo_jax.ops import advantages, objectives
+from ppo_jax.ops.importance import effective_sample_size, trajectory_log_weights
 from ppo_jax.policy.initializers import GAINS
-from ppo_jax.types import Batch, Metrics, Trajectory
-from ppo_jax.update import MakeUpdateRule, gradient_rule, minibatch_rule, trust_region_rule
-
-
-class Values(NamedTuple):
-    """The critic's opinion of a trajectory, before the update."""
-
-    value: jax.Array  # [T, N], V(s_t)
-    next_value: jax.Array  # [T, N], V(s'_t) of the true successor
-
-
-class Estimates(NamedTuple):
-    """What the policy and the critic learn from a trajectory."""
-
-    advantages: jax.Array  # [T, N]
-    targets: jax.Array | None  # [T, N]; None without a critic
-    mask: jax.Array | None  # [T, N], samples that count; None where all do
-
-
-Estimator = Callable[[Config, Trajectory, Values | None, HParams], Estimates]
-
-
-class Algorithm(NamedTuple):
-    """What makes one algorithm differ from another."""
-
-    title: str
-    source: str
-    """The paper and its section."""
-    settings: Mapping[str, Any]
-    """The algorithm settings of `Config` that it uses, with their defaults."""
-    hparams: Mapping[str, float | None]
-    """The hyperparameters that it uses, with their defaults."""
-    estimate: Estimator
-    objective: Objective
-    update: MakeUpdateRule
-    has_critic: bool = True
-    whole_episodes: bool = False
-    """Every rollout starts from a reset, and the first episode of each environment counts."""
-    adapts_kl_coef: bool = False
-    report: Callable[[jax.Array, Batch], Metrics] | None = None
-    """`(log_ratio [T, N] after the update, batch) -> metrics`."""
+from ppo_jax.stages.algorithm import Algorithm
+from ppo_jax.stages.update_rules import (
+    adaptive_penalty,
+    gradient_rule,
+    minibatch_rule,
+    trust_region_rule,
+)
+from ppo_jax.types import Batch, Estimates, PolicyTerms, Scalars, Trajectory, Values
 
 
 def _whole_return(
@@ -74,7 +41,7 @@ def _reward_to_go(
 def _return_minus_baseline(
     config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
 ) -> Estimates:
-    """γ^t (G_t − b(s_t)); G_t is bootstrapped where a time limit cut the episode."""
+    """Estimates γ^t (G_t − b(s_t)); G_t is bootstrapped where a time limit cut the episode."""
     assert values is not None
     mask = advantages.first_episode(trajectory.done)
     centred = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=1.0)
@@ -86,7 +53,7 @@ def _return_minus_baseline(
 def _advantage(
     config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
 ) -> Estimates:
-    """GAE, or n-step where the config says; targets from the same or from the TD error."""
+    """Estimates GAE, or n-step advantages; targets come from the same or from the TD error."""
     assert values is not None
     if config.n_step is not None:
         estimates = advantages.n_step(
@@ -153,8 +120,8 @@ def _discovered_policy(terms: PolicyTerms, hparams: HParams) -> jax.Array:
     )
 
 
-def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Metrics:
-    """How far the weights have spread: per step, and per piece of trajectory (their product)."""
+def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Scalars:
+    """Returns the spread of the weights of steps, and of pieces of trajectories (products)."""
     log_weights, is_last = trajectory_log_weights(log_ratio, batch.done)
     weights = jnp.exp(log_weights)
     return {
@@ -184,12 +151,13 @@ _REINFORCE: dict[str, float | None] = {
     "ent_coef": 0.0,
     "max_grad_norm": None,
 }
-EVERYWHERE: dict[str, float | None] = {
+COMMON_HPARAMS: Mapping[str, float | None] = {
     "max_grad_value": None,
     "reward_scale": None,
     "reward_clip": None,
+    **GAINS,
 }
-"""Hyperparameters that every algorithm uses."""
+"""Hyperparameters that every algorithm uses, with their defaults."""
 
 _PPO = "Schulman et al. 2017, arXiv:1707.06347"
 _WILLIAMS = "Williams 1992, Machine Learning 8"
@@ -202,7 +170,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams=_REINFORCE,
         estimate=_whole_return,
         objective=_policy_gradient,
-        update=gradient_rule,
+        update_rule=gradient_rule,
         has_critic=False,
         whole_episodes=True,
     ),
@@ -213,7 +181,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams=_REINFORCE,
         estimate=_reward_to_go,
         objective=_policy_gradient,
-        update=gradient_rule,
+        update_rule=gradient_rule,
         has_critic=False,
         whole_episodes=True,
     ),
@@ -224,7 +192,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams={**_REINFORCE, "critic_learning_rate": 1e-3, "value_clip_eps": None},
         estimate=_return_minus_baseline,
         objective=_policy_gradient,
-        update=gradient_rule,
+        update_rule=gradient_rule,
         whole_episodes=True,
     ),
     "actor_critic": Algorithm(
@@ -234,7 +202,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams={**_ACTOR_CRITIC, "learning_rate": 7e-4, "gae_lambda": 0.0},
         estimate=_advantage,
         objective=_policy_gradient,
-        update=minibatch_rule,
+        update_rule=minibatch_rule,
     ),
     "off_policy_pg": Algorithm(
         title="Importance-sampled policy gradient: several epochs, unclipped",
@@ -243,7 +211,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams=_PROXIMAL,
         estimate=_advantage,
         objective=_surrogate,
-        update=minibatch_rule,
+        update_rule=minibatch_rule,
         report=_importance_weights,
     ),
     "trpo": Algorithm(
@@ -268,7 +236,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         },
         estimate=_advantage,
         objective=_surrogate,
-        update=trust_region_rule,
+        update_rule=trust_region_rule,
     ),
     "ppo_penalty": Algorithm(
         title="Proximal policy optimisation with a fixed KL penalty",
@@ -277,7 +245,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams={**_PROXIMAL, "kl_coef": 1.0},
         estimate=_advantage,
         objective=_kl_penalized,
-        update=minibatch_rule,
+        update_rule=minibatch_rule,
     ),
     "ppo_adaptive": Algorithm(
         title="Proximal policy optimisation with an adaptive KL penalty",
@@ -286,8 +254,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams={**_PROXIMAL, "kl_coef": 1.0, "d_targ": 0.01},
         estimate=_advantage,
         objective=_kl_penalized,
-        update=minibatch_rule,
-        adapts_kl_coef=True,
+        update_rule=adaptive_penalty(minibatch_rule),
     ),
     "ppo": Algorithm(
         title="Proximal policy optimisation with the clipped surrogate",
@@ -296,7 +263,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams={**_PROXIMAL, "clip_eps": 0.2, "dual_clip": None},
         estimate=_advantage,
         objective=_clipped_surrogate,
-        update=minibatch_rule,
+        update_rule=minibatch_rule,
     ),
     "spo": Algorithm(
         title="Simple policy optimisation: a squared penalty on the ratio",
@@ -305,7 +272,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams={**_PROXIMAL, "clip_eps": 0.2},
         estimate=_advantage,
         objective=_simple_policy,
-        update=minibatch_rule,
+        update_rule=minibatch_rule,
     ),
     "dpo": Algorithm(
         title="Discovered policy optimisation: a learned drift, in closed form",
@@ -314,80 +281,42 @@ ALGORITHMS: dict[str, Algorithm] = {
         hparams={**_PROXIMAL, "dpo_alpha": 2.0, "dpo_beta": 0.6},
         estimate=_advantage,
         objective=_discovered_policy,
-        update=minibatch_rule,
+        update_rule=minibatch_rule,
     ),
 }
-"""Name → algorithm, in the order of the story that docs/algorithms.md tells."""
+"""Algorithms by name, in the order in which docs/algorithms.md explains them."""
 
 
 def get_algorithm(name: str) -> Algorithm:
-    """The row of that name; an unknown name is a `ConfigError` that lists the known ones."""
-    if name not in ALGORITHMS:
-        raise unknown_name("algorithm", name, ALGORITHMS)
+    """Returns the algorithm of that name; an unknown name is a `ConfigError`."""
+    require_known("algorithm", name, ALGORITHMS)
     return ALGORITHMS[name]
 
 
-def complete_config(config: Config) -> Config:
-    """`config` with the algorithm's settings where it leaves them open.
+def register_algorithm(name: str, algorithm: Algorithm) -> None:
+    """Makes an algorithm available as `Config(algorithm=name)`.
+
+    Args:
+      name: a name that is not taken.
+      algorithm: often a changed copy of a row: `ALGORITHMS["ppo"]._replace(objective=mine)`.
 
     Raises:
-      ConfigError: a setting is given that the algorithm does not use.
-
-    >>> complete_config(Config(algorithm="ppo")).num_epochs
-    4
+      ConfigError: the name is taken, or the row names settings or hyperparameters that do not
+        exist.
     """
-    used = get_algorithm(config.algorithm).settings
-    for name in ALGORITHM_SETTINGS:
-        if name not in used and getattr(config, name) is not None:
-            raise ConfigError(
-                f"a setting must be one that the algorithm uses; {name} is given and "
-                f"{config.algorithm} uses {', '.join(used)}. Leave {name} out."
-            )
-    missing = {name: value for name, value in used.items() if getattr(config, name) is None}
-    return config.replace(**missing)
-
-
-def complete(hparams: HParams | None, config: Config) -> HParams:
-    """`hparams` with the algorithm's defaults where it leaves a value open.
-
-    Raises:
-      ConfigError: a value is given that the algorithm does not use.
-
-    >>> complete(HParams(clip_eps=0.1), Config()).gamma
-    0.99
-    """
-    algorithm = get_algorithm(config.algorithm)
-    used = {**algorithm.hparams, **EVERYWHERE, **GAINS}
-    if not algorithm.has_critic:
-        used.pop("critic_gain")
-    if not _has_hidden_layers(config):
-        used.pop("hidden_gain")
-    if config.lr_schedule == "kl_adaptive":
-        used["desired_kl"] = 0.01
-    if config.n_step is not None:
-        used.pop("gae_lambda", None)
-    hparams = HParams() if hparams is None else hparams
-    if hparams.hidden_gain is not None and "hidden_gain" not in used:
+    require_new_name("algorithm", name, ALGORITHMS)
+    for setting in algorithm.settings:
+        require_known("algorithm setting", setting, ALGORITHM_SETTINGS)
+    if not issubclass(algorithm.hparams_type, HParams):
         raise ConfigError(
-            "hidden_gain needs hidden layers that are not your own; network is "
-            f"{_name_of(config.network)} and hidden_sizes are {config.hidden_sizes}. "
-            "Leave hidden_gain out."
+            f"hparams_type must be HParams or a subclass; got {algorithm.hparams_type!r}."
         )
-    for field in dataclasses.fields(HParams):
-        if field.name not in used and getattr(hparams, field.name) is not None:
-            raise ConfigError(
-                f"a hyperparameter must be one that the algorithm uses; {field.name} is set and "
-                f"{config.algorithm} uses {', '.join(used)}. Leave {field.name} out."
-            )
-    missing = {name: value for name, value in used.items() if getattr(hparams, name) is None}
-    return hparams.replace(**missing)
+    for hparam in algorithm.hparams:
+        require_known("hyperparameter", hparam, algorithm.hparams_type.names())
+    algorithm.hparams_type(**algorithm.hparams)  # defaults are within their ranges, or an error
+    ALGORITHMS[name] = algorithm
 
 
-def _name_of(network: Any) -> str:
-    return network if isinstance(network, str) else type(network).__name__
-
-
-def _has_hidden_layers(config: Config) -> bool:
-    """Layers of ours, that is; a user's module starts as it says."""
-    is_ours = isinstance(config.network, str)
-    return is_ours and (config.network != "mlp" or config.hidden_sizes != ())
+def hparam_names() -> frozenset[str]:
+    """Returns the names of the hyperparameters of all algorithms."""
+    return frozenset(name for row in ALGORITHMS.values() for name in row.hparams_type.names())

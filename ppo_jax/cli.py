@@ -14,30 +14,36 @@ import tyro
 
 import ppo_jax
 from ppo_jax import envs, presets
-from ppo_jax.config import Config, ConfigError, HParams, Network
+from ppo_jax.config import Config, Network
+from ppo_jax.errors import ConfigError, require_positive_integer
+from ppo_jax.hparams import HParams
 from ppo_jax.runs.directory import RunDirectory
 
+ActionDistribution = Literal["gaussian", "tanh_gaussian", "beta"]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _ConfigFlags(Config):
-    """What changes shapes or control flow: each new set of values is compiled anew."""
+    """Settings that change shapes or control flow: a new set of values compiles a new program."""
 
     env: tyro.conf.Positional[str] = "CartPole-v1"
     """Name of the environment (`ppo-jax envs` lists them)."""
     network: Network = "mlp"
-    """What images pass before the hidden layers: nothing ("mlp"), convolutions or a residual
+    """Layers that images pass before the hidden layers: none ("mlp"), convolutions or a residual
     network. In Python also a module of your own."""
+    action_distribution: ActionDistribution | None = None
+    """Distribution of continuous actions. None: gaussian, clipped by the environment."""
 
     def __post_init__(self) -> None:
-        """Checks nothing: `config` does, where an error can be told from a fault in parsing."""
+        """Checks nothing: `config` does, outside the parser, which would hide the message."""
 
     @property
     def config(self) -> Config:
-        """The same as a `Config`."""
+        """The settings as a checked `Config`."""
         return Config(**vars(self))
 
 
-# The same fields as scalars: in Python they may be arrays, or tracers, as well.
+# The command line takes scalars for the fields that may be arrays or tracers in Python.
 _Scalars: Any = dataclasses.make_dataclass(
     "_Scalars",
     [(field.name, float | None, None) for field in dataclasses.fields(HParams)],
@@ -47,19 +53,19 @@ _Scalars: Any = dataclasses.make_dataclass(
 
 
 class _HParamFlags(_Scalars):
-    """Scalars. None leaves a value to the algorithm."""
+    """Hyperparameters, which are traced. None leaves a value to the algorithm."""
 
     def __post_init__(self) -> None:
         """Checks nothing: `hparams` does."""
 
     @property
     def hparams(self) -> HParams:
-        """The same as `HParams`."""
+        """The values as checked `HParams`."""
         return HParams(**vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class TrainCommand:
     """Train a policy, evaluate it, and keep both in a run directory.
 
     A known environment and algorithm start from their tuned preset, others from the algorithm's
@@ -73,7 +79,7 @@ class Train:
     seeds: int | None = None
     """Train this many seeds at once, starting from --seed."""
     run_dir: Path | None = None
-    """Where the run is written; runs/ENV_ALGORITHM_TIME by default."""
+    """Directory of the run; runs/ENV_ALGORITHM_TIME by default."""
     overwrite: bool = False
     """Replace a run that is there already."""
     eval_episodes: int = 128
@@ -136,17 +142,17 @@ _SpaceFlags: Any = dataclasses.make_dataclass(
     ],
     frozen=True,
 )
-_SpaceFlags.__doc__ = """As of `train`; values with commas, uniform(LOW,HIGH), loguniform(LOW,HIGH)
-or choice(VALUES) are varied. hidden_sizes are written 64x64,128x128; parameters of the environment,
-env_params.NAME, are for --file."""
+_SpaceFlags.__doc__ = """The settings of `train`. Values with commas, uniform(LOW,HIGH),
+loguniform(LOW,HIGH) and choice(VALUES) are varied. hidden_sizes are written 64x64,128x128.
+Parameters of the environment, env_params.NAME, can be varied in a --file."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class SweepCommand:
     """Train every combination of some settings with many seeds, compiled together.
 
-    Starts from the preset, as `train` does, unless the algorithm is varied. A directory of a
-    sweep that was cut off is continued.
+    Starts from the preset, as `train` does, unless the algorithm is varied. A sweep that was
+    interrupted is continued from its directory.
     """
 
     space: tyro.conf.OmitArgPrefixes[_SpaceFlags]
@@ -155,41 +161,41 @@ class Sweep:
     file: Path | None = None
     """YAML with a mapping of settings to a value, a list or a distribution; flags override it."""
     seeds: int = 8
-    """Seeds of every configuration."""
+    """Number of seeds of every configuration."""
     draws: int | None = None
-    """Draws of the distributions."""
+    """Number of draws of the distributions."""
     sampler: Literal["random", "sobol", "tpe"] = "random"
-    """How they are drawn: tpe, which needs optuna, in batches that follow the results so far."""
+    """Sampler of the draws; tpe, which needs optuna, draws in batches that follow the results."""
     batch: int | None = None
-    """Configurations in a batch of tpe."""
+    """Number of configurations in a batch of tpe."""
     run_dir: Path | None = None
-    """Where results are kept; runs/ENV_sweep_TIME by default."""
+    """Directory of the results; runs/ENV_sweep_TIME by default."""
     chunk: int | None = None
-    """Members at once; by default as many as fit."""
+    """Number of members that train together; by default as many as fit."""
     eval_episodes: int = 64
-    """Episodes of each member's final evaluation."""
+    """Number of episodes of each member's final evaluation."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
         envs.check_name(self.env)
-        from ppo_jax.population import space as spaces
+        from ppo_jax.population import search_space
 
-        given = {} if self.file is None else spaces.read(self.file)
+        given = {} if self.file is None else search_space.read(self.file)
         if "env" in given:
             raise ConfigError("env is the command's own argument; a file must not hold it.")
         given |= {name: text for name, text in vars(self.space).items() if text is not None}
-        space = {name: spaces.parse(entry) for name, entry in given.items()}
+        space = {name: search_space.parse(entry) for name, entry in given.items()}
         fixed = {name: v[0] for name, v in space.items() if isinstance(v, list) and len(v) == 1}
         varied = {name: entry for name, entry in space.items() if name not in fixed}
         settings = {name: fixed.pop(name) for name in vars(Config()) if name in fixed}
         values = {name: fixed.pop(name) for name in vars(HParams()) if name in fixed}
-        if "algorithm" in varied:  # a preset is of one
+        if "algorithm" in varied:  # a preset belongs to a single algorithm
             config, hparams = Config(env=self.env, **settings), HParams()
         else:
             algorithm = settings.pop("algorithm", "ppo")
             config, hparams = presets.preset(self.env, algorithm, **settings)
         hparams = hparams.replace(**values)
-        # What is left has one value and no place of its own, as a parameter of the environment.
+        # The remaining names with a single value are parameters of the environment.
         varied |= {name: [value] for name, value in fixed.items()}
         run_dir = self.run_dir or _new_run_dir(self.env, "sweep")
         _enable_compilation_cache()
@@ -214,15 +220,15 @@ class Sweep:
             f"{result.compile_seconds:.1f} s"
         )
         if not result.is_complete:
-            print(f"stopped by Ctrl-C; the same command with --run-dir {run_dir} goes on")
+            print(f"stopped by Ctrl-C; the same command with --run-dir {run_dir} continues it")
             return 130
         _print_report(run_dir)
         return 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """Compare the configurations of a sweep, and draw them."""
+class ReportCommand:
+    """Compare the configurations of a sweep in tables and plots."""
 
     run_dir: tyro.conf.Positional[Path]
     """A directory that `ppo-jax sweep` wrote."""
@@ -234,7 +240,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Eval:
+class EvalCommand:
     """Evaluate the policy of a run over complete episodes."""
 
     run_dir: tyro.conf.Positional[Path]
@@ -248,8 +254,7 @@ class Eval:
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
-        if self.episodes < 1:
-            raise ConfigError(f"episodes must be at least 1; got {self.episodes}.")
+        require_positive_integer("episodes", self.episodes)
         RunDirectory.open(self.run_dir)
         _enable_compilation_cache()
         from ppo_jax.runs.run import evaluate_run
@@ -262,7 +267,7 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Envs:
+class EnvsCommand:
     """List the environments that can be trained."""
 
     def run(self) -> int:
@@ -297,19 +302,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _commands(argv: list[str]) -> Any:
-    """The union of all commands; `train` has the preset of what `argv` names."""
+    """Returns the union of all commands, with the preset that `argv` names as `train`'s default."""
     words = [part for word in argv for part in word.split("=", 1)]
     env = next((word for word in words if word in envs.names()), "CartPole-v1")
     named = dict(itertools.pairwise(words)).get("--algorithm", "ppo")
     config, hparams = presets.preset(env, named)
-    default = Train(config=_ConfigFlags(**vars(config)), hparams=_HParamFlags(**vars(hparams)))
+    default = TrainCommand(
+        config=_ConfigFlags(**vars(config)), hparams=_HParamFlags(**vars(hparams))
+    )
     subcommand = tyro.conf.subcommand
     return (
-        Annotated[Train, subcommand("train", default=default)]
-        | Annotated[Eval, subcommand("eval")]
-        | Annotated[Sweep, subcommand("sweep")]
-        | Annotated[Report, subcommand("report")]
-        | Annotated[Envs, subcommand("envs")]
+        Annotated[TrainCommand, subcommand("train", default=default)]
+        | Annotated[EvalCommand, subcommand("eval")]
+        | Annotated[SweepCommand, subcommand("sweep")]
+        | Annotated[ReportCommand, subcommand("report")]
+        | Annotated[EnvsCommand, subcommand("envs")]
     )
 
 
@@ -323,15 +330,16 @@ def _enable_compilation_cache() -> None:
 
 
 def _num_cores() -> int:
-    """Of those that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _make_cpu_devices(number: int) -> None:
-    """So many devices if the platform is a CPU; others have as many as they have."""
+    """Makes devices out of the cores of a CPU; other platforms have a fixed number of devices."""
     import jax
 
-    with contextlib.suppress(RuntimeError):  # JAX has begun, in a process that is not ours alone
+    # JAX refuses once it has started, as in a program that calls `main` itself.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", number)
 
 
@@ -341,7 +349,7 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     for row in per_seed:
         print(
             f"evaluation of seed {row['seed']}: return {row['eval/return']:.1f} "
-            f"± {row['eval/return_std']:.1f} (least {row['eval/return_min']:.1f}), "
+            f"± {row['eval/return_std']:.1f} (minimum {row['eval/return_min']:.1f}), "
             f"length {row['eval/length']:.1f}, over {result['episodes']} {acting} episodes"
         )
     if len(per_seed) > 1:
@@ -360,7 +368,7 @@ def _print_report(run_dir: Path) -> None:
     console = Console()
     for title, frame in {
         "configurations, the best first (interquartile mean and 95 % interval)": shown,
-        "what mattered": report.sensitivity,
+        "sensitivity of the return to each setting": report.sensitivity,
     }.items():
         table = Table(*frame.columns, title=title, box=None)
         for row in frame.itertuples(index=False):
@@ -373,8 +381,8 @@ def _print_report(run_dir: Path) -> None:
                 *report.improvement
             )
         )
-    written = reports.write_pictures(members, curves, report, run_dir)
-    console.print(f"tables and pictures ({', '.join(path.name for path in written)}): {run_dir}")
+    written = reports.write_plots(members, curves, report, run_dir)
+    console.print(f"tables and plots ({', '.join(path.name for path in written)}): {run_dir}")
 
 
 def _preset_summary(name: str) -> str:
@@ -389,8 +397,9 @@ def _preset_summary(name: str) -> str:
 
 
 def _new_run_dir(env: str, what: str) -> Path:
-    """Named after what runs and when; not every file system takes the colon of `brax:hopper`."""
+    """Returns a directory named after the environment, the command and the time."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    # Not every file system takes the colon of `brax:hopper`.
     return Path("runs") / f"{env.replace(':', '-')}_{what}_{time}"
 
 

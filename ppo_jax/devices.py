@@ -1,11 +1,72 @@
-"""Members of a population on several devices, which exchange nothing."""
+"""Meshes of devices: for the environments of one training, and for the members of a population."""
+
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ppo_jax.errors import ConfigError
+from ppo_jax.types import Shard, TrainState
+
+ENV_AXIS = "env"
+MEMBER_AXIS = "member"
+
+STATE_SPECS = TrainState(
+    learner=PartitionSpec(),
+    rollout=PartitionSpec(ENV_AXIS),  # every leaf is [N, ...]
+    statistics=PartitionSpec(),
+    env_params=PartitionSpec(),
+    key=PartitionSpec(),
+    updates_done=PartitionSpec(),
+)
+"""Placement of a training's state: environments are divided, everything else is replicated."""
+
+
+def make_env_mesh(num_devices: int) -> Mesh | None:
+    """Returns the mesh of the devices that share environments.
+
+    Returns None for one device, so that no backend is started.
+
+    Raises:
+      ConfigError: there are fewer devices.
+    """
+    if num_devices == 1:
+        return None
+    devices = jax.devices()
+    if len(devices) < num_devices:
+        raise ConfigError(
+            f"num_devices must be at most the devices there are; got {num_devices} and "
+            f"{len(devices)}. On a CPU, jax.config.update('jax_num_cpu_devices', {num_devices}) "
+            "before anything is computed makes them."
+        )
+    return Mesh(np.array(devices[:num_devices]), (ENV_AXIS,))
+
+
+def make_shard(mesh: Mesh | None, num_envs: int) -> Shard:
+    """Returns the share of `num_envs` environments that each device of the mesh has."""
+    if mesh is None:
+        return Shard(num_envs)
+    # A device of a CPU is one core: 256 samples fit its cache; see docs/performance.md.
+    is_cpu = mesh.devices[0].platform == "cpu"
+    return Shard(num_envs // mesh.size, ENV_AXIS, chunk_size=256 if is_cpu else None)
+
+
+def place(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Places a new state as a step returns it, so that all steps are one program."""
+    if mesh is None:
+        return state
+
+    def place_part(spec: PartitionSpec, part: Any) -> Any:
+        return jax.lax.with_sharding_constraint(part, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place_part, STATE_SPECS, state)
+
 
 def member_sharding(num_devices: int) -> NamedSharding:
-    """Of arrays whose first axis is that of members, `[S, ...]`."""
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("member",))
-    return NamedSharding(mesh, PartitionSpec("member"))
+    """Returns the sharding of arrays whose first axis is that of members, `[S, ...]`.
+
+    Members are trained independently: their devices exchange nothing.
+    """
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), (MEMBER_AXIS,))
+    return NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))

@@ -10,18 +10,18 @@ from ppo_jax.policy.policy import Policy
 
 
 class Evaluation(NamedTuple):
-    """One entry per episode."""
+    """Results of an evaluation, one entry per episode."""
 
     returns: jax.Array  # [E], undiscounted
     lengths: jax.Array  # [E]
     finished: jax.Array  # [E], False where max_steps cut the episode
 
 
-_EVALUATION_STREAM = 0xE7A1  # folded into a seed's key, away from training's splits
+_EVALUATION_STREAM = 0xE7A1  # folded into a key, so that training and evaluation draw differently
 
 
 def evaluation_key(key: jax.Array) -> jax.Array:
-    """The key of the final evaluation of the training that started from `key`."""
+    """Returns the key of the final evaluation of a training that started from `key`."""
     return jax.random.fold_in(key, _EVALUATION_STREAM)
 
 
@@ -35,14 +35,14 @@ def evaluate(
     greedy: bool = True,
     max_steps: int = 100_000,
 ) -> Evaluation:
-    """Runs the first episode of `num_episodes` fresh environments, each to its end.
+    """Runs the first episode of `num_episodes` new environments, each to its end.
 
-    One episode from each environment, so that short episodes are not counted more often than
-    long ones, as they are when whatever ends first is averaged. Pure: jit and vmap it.
+    Each environment contributes one episode. An average over the episodes that end first would
+    count short episodes more often than long ones. Pure: jit and vmap it.
 
     Args:
-      policy: what acts.
-      env: the environment, as from `ppo_jax.envs.make`.
+      policy: acts.
+      env: the environment, as from `ppo_jax.make_env`.
       env_params: its parameters; `env.params` are the defaults.
       key: random key; training's keys play no part.
       num_episodes: E, a static integer.
@@ -73,9 +73,9 @@ def evaluate(
         return (time < max_steps) & ~jnp.all(result.finished)
 
     def step(carry: tuple) -> tuple:
-        time, env_state, obs, memory, result = carry
+        time, env_state, obs, recurrent_state, result = carry
         action_key, env_key = jax.random.split(jax.random.fold_in(act_key, time))
-        action, memory = policy.act(obs, memory, None if greedy else action_key)
+        action, recurrent_state = policy.act(obs, recurrent_state, None if greedy else action_key)
         step_keys = jax.random.split(env_key, num_episodes)
         step = jax.vmap(env.step, in_axes=(0, 0, 0, None))(step_keys, env_state, action, env_params)
         running = ~result.finished
@@ -84,9 +84,10 @@ def evaluate(
             lengths=result.lengths + running,
             finished=result.finished | step.terminated | step.truncated,
         )
-        return time + 1, step.state, step.obs, memory, result
+        return time + 1, step.state, step.obs, recurrent_state, result
 
     time = jnp.zeros((), jnp.int32)
-    memory = policy.initial_memory((num_episodes,))
-    *_, result = jax.lax.while_loop(unfinished, step, (time, env_state, obs, memory, start))
+    recurrent_state = policy.initial_recurrent_state((num_episodes,))
+    first = (time, env_state, obs, recurrent_state, start)
+    *_, result = jax.lax.while_loop(unfinished, step, first)
     return result

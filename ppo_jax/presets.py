@@ -1,11 +1,12 @@
-"""Tuned settings for known environments: what `ppo-jax train ENV` starts from.
+"""Tuned settings for known environments, from which `ppo-jax train ENV` starts.
 
-`python benchmarks/presets.py` and `python benchmarks/algorithms.py` measure what each reaches.
+`python benchmarks/presets.py` and `python benchmarks/algorithms.py` measure the returns they reach.
 """
 
 from typing import Any, NamedTuple
 
-from ppo_jax.config import Config, HParams
+from ppo_jax.config import Config
+from ppo_jax.hparams import HParams
 
 
 class _Preset(NamedTuple):
@@ -13,10 +14,10 @@ class _Preset(NamedTuple):
     hparams: dict[str, float]
 
 
-# The ladder on CartPole: every row sees about as much data as its kind needs, and no more.
+# All algorithms on CartPole: REINFORCE needs three times as much data as those with a critic.
 _EPISODES = {"num_envs": 16, "num_steps": 500, "total_timesteps": 1_600_000}
 _ROLLOUTS = {"num_envs": 8, "num_steps": 128, "total_timesteps": 500_000}
-# Clipping the value keeps its gradient from crowding the actor's out of the joint norm.
+# Clipping the value keeps the critic's gradient from dominating the joint norm.
 _CLIPPED_VALUE = {"learning_rate": 1e-3, "value_clip_eps": 0.2}
 
 _PENDULUM = {
@@ -33,8 +34,8 @@ _PENDULUM_HPARAMS = {
     "max_grad_norm": 10.0,
 }
 
-# Normalised rewards make of a far reward one worth looking for; observations of the two mountain
-# cars differ a hundredfold in size.
+# Normalised rewards make a distant goal worth exploring for. Observations of the two mountain cars
+# differ in size by a factor of a hundred.
 _NORMALIZED = {
     "num_envs": 32,
     "num_steps": 128,
@@ -45,8 +46,8 @@ _NORMALIZED = {
 _SHORT = {"num_envs": 16, "num_steps": 64, "total_timesteps": 200_000}
 _FAST = {**_CLIPPED_VALUE, "learning_rate": 2e-3}
 
-# Layer normalisation is what makes these networks learn: without it they stop at 7 to 12 points
-# of Breakout's 40.
+# Without layer normalisation these networks stop at 7 to 12 points of Breakout, with it they reach
+# 40.
 _MINATAR = _Preset(
     {
         "num_envs": 64,
@@ -59,8 +60,8 @@ _MINATAR = _Preset(
     _CLIPPED_VALUE,
 )
 
-# Where enemies come from out of sight, long returns are noise: with λ = 0.95 Asterix reaches 5 in
-# three million steps and Seaquest 7 in two, with 0.6 they reach 11 and 14.
+# Enemies appear unpredictably, so that long returns are noisy: with λ = 0.95 Asterix reaches 5 in
+# three million steps and Seaquest 7 in two million, with λ = 0.6 they reach 11 and 14.
 _MINATAR_SHORT = _Preset(
     {**_MINATAR.config, "separate_grad_norms": True}, {**_MINATAR.hparams, "gae_lambda": 0.6}
 )
@@ -94,14 +95,14 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
         ),
     },
     "Pendulum-v1": {
-        # Each update moves the policy by the whole bound, noise included: more data for each.
+        # Each update moves the policy by the whole bound, whatever the noise: it needs more data.
         "trpo": _Preset(
             {**_PENDULUM, "num_envs": 32, "num_steps": 200, "num_minibatches": 32},
             {"gamma": 0.95},
         ),
         "ppo_penalty": _Preset(_PENDULUM, {**_PENDULUM_HPARAMS, "kl_coef": 3.0}),
         "ppo_adaptive": _Preset(_PENDULUM, _PENDULUM_HPARAMS),
-        # Rewards of up to −16 a step make values of hundreds, whose errors drown everything else.
+        # Rewards down to −16 a step make values of hundreds, whose errors dominate the joint norm.
         "ppo": _Preset(
             {**_PENDULUM, "separate_grad_norms": True},
             {
@@ -180,7 +181,7 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
 
 
 def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
-    """The settings tuned for `algorithm` in `env`, or the defaults where there are none.
+    """Returns the settings tuned for `algorithm` in `env`, or the defaults where there are none.
 
     Args:
       env: an environment's name.
@@ -200,10 +201,10 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
 
 
 def names() -> tuple[str, ...]:
-    """The environments that have a preset."""
+    """Returns the names of the environments that have a preset."""
     return tuple(_PRESETS)
 
 
 def algorithms(env: str) -> tuple[str, ...]:
-    """The algorithms that have a preset for `env`, in the ladder's order."""
+    """Returns the names of the algorithms that have a preset for `env`."""
     return tuple(_PRESETS.get(env, {}))

@@ -1,48 +1,58 @@
-"""The records that flow from stage to stage, and the state that lives between updates.
+"""Records that flow from stage to stage, and the state that lives between updates.
 
 Axes: T time, N environments, B minibatch, A action dimension, S population. Time-major.
 """
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ppo_jax.config import HParams
-from ppo_jax.running_stats import RunningStats
+from ppo_jax.ops.running_stats import RunningStats
 
-Metrics = dict[str, jax.Array]
-"""Scalars that a person wants to see; keys are "train/…" and "episode/…"."""
+Scalars = dict[str, jax.Array]
+"""Named scalars of one update, before they become `Metrics`; keys are "train/…"."""
+
+
+class Shard(NamedTuple):
+    """The part of a training that one device computes."""
+
+    num_envs: int
+    """Environments of this device, of which there are `Config.num_envs` in all."""
+    axis_name: str | None = None
+    """Mesh axis of the devices that share the training; None for a single device."""
+    chunk_size: int | None = None
+    """Samples of a minibatch that are differentiated together; None for all."""
 
 
 class EpisodeStats(NamedTuple):
-    """Episodes that ended during one rollout."""
+    """Sums over the episodes that ended during one rollout."""
 
     return_sum: jax.Array  # []
     length_sum: jax.Array  # []
-    episodes: jax.Array  # []
+    num_episodes: jax.Array  # []
 
 
 class RolloutState(struct.PyTreeNode):
-    """Where the environments stand between two rollouts."""
+    """State of the environments between two rollouts."""
 
     env_state: Any  # [N, ...]
     obs: Any  # [N, ...]
-    episode_return: jax.Array  # [N], of the episodes under way
+    episode_return: jax.Array  # [N], of the unfinished episodes
     episode_length: jax.Array  # [N]
-    discounted_return: jax.Array  # [N], Σ γ^(t−i) r_i of the episodes under way
-    memory: Any = None  # [N, ...], what the policy carries into obs; None without a memory
+    discounted_return: jax.Array  # [N], Σ γ^(t−i) r_i of the unfinished episodes
+    recurrent_state: Any = None  # [N, ...], of the policy before obs; None without a memory
 
     @property
     def start(self) -> jax.Array:
-        """`[N]`: obs is the first of its episode, and what the policy carries is forgotten."""
+        """`[N]`: obs is the first of its episode, so the recurrent state is reset before it."""
         return self.episode_length == 0
 
 
 class Trajectory(NamedTuple):
-    """What one rollout saw and did; every leaf is [T, N, ...]."""
+    """Everything that one rollout saw and did; every leaf is [T, N, ...]."""
 
     obs: Any  # [T, N, ...], raw, in the environment's dtypes
     action: jax.Array  # [T, N, ...], as sampled: before a head's `to_env`
@@ -58,74 +68,87 @@ class Trajectory(NamedTuple):
         return jnp.logical_or(self.terminated, self.truncated)
 
 
-class Batch(NamedTuple):
-    """What an update learns from: per sample [T, N], or [B] within a minibatch.
+class Values(NamedTuple):
+    """The critic's values of a trajectory, before the update."""
 
-    With a memory, minibatches are of whole environments, [T, B].
+    value: jax.Array  # [T, N], V(s_t)
+    next_value: jax.Array  # [T, N], V(s'_t) of the true successor
+
+
+class Estimates(NamedTuple):
+    """Learning targets of the policy and the critic for a trajectory."""
+
+    advantages: jax.Array  # [T, N]
+    targets: jax.Array | None  # [T, N]; None without a critic
+    mask: jax.Array | None  # [T, N], samples that count; None where all do
+
+
+class Batch(NamedTuple):
+    """The data of one update: per sample [T, N], or [B] within a minibatch.
+
+    With a memory, minibatches consist of whole environments, [T, B].
     """
 
-    obs: Any  # [B, ...], as the network sees them
+    obs: Any  # [B, ...], normalised, as the network sees them
     action: jax.Array  # [B, ...]
     action_params: Any  # [B, ...], of the policy that acted
     log_prob: jax.Array  # [B], of the policy that acted
     advantages: jax.Array  # [B]
     value: jax.Array | None  # [B], of the critic before the update; None without a critic
-    targets: jax.Array | None  # [B], what the critic should learn; None without a critic
+    targets: jax.Array | None  # [B], of the critic; None without a critic
     mask: jax.Array | None  # [B], samples that count; None where all do
     done: jax.Array  # [B], an episode ended here
     start: jax.Array | None = None  # [T, B], obs is an episode's first; None without a memory
-    memory: Any = None  # [B, ...], what the policy carried into the rollout
+    recurrent_state: Any = None  # [B, ...], of the policy before the rollout
+
+
+class PolicyTerms(NamedTuple):
+    """The inputs of an objective, per sample of the policy that acted."""
+
+    log_prob: jax.Array  # [B], log π_θ(a|s)
+    log_ratio: jax.Array  # [B], log π_θ(a|s) − log π_θold(a|s)
+    ratio: jax.Array  # [B], π_θ(a|s) / π_θold(a|s)
+    advantages: jax.Array  # [B]
+    kl: jax.Array | None  # [B], exact KL(π_θold ‖ π_θ); None unless kl_coef or exact_kl is set
+
+
+# Hyperparameters are typed `Any`: an algorithm may have a `hparams_type` of its own.
+Objective = Callable[[PolicyTerms, Any], jax.Array]
+"""`(terms, hparams) -> [B]`: the objective of the policy per sample, to be maximised."""
 
 
 class Statistics(NamedTuple):
-    """What observations and rewards are normalised by; None where they are not."""
+    """Statistics that normalise observations and rewards; None where these are not normalised."""
 
     obs: tuple[RunningStats | None, ...] | None = None
-    """Of each array of an observation, in the order of its leaves; None for those not floating."""
+    """One entry for each array of an observation, in the order of `jax.tree.leaves`; None for
+    arrays that are not floating-point."""
     reward: RunningStats | None = None
-    """Of the discounted return."""
+    """Statistics of the discounted return."""
 
 
 class Learner(struct.PyTreeNode):
-    """What an update changes."""
+    """Everything that an update changes."""
 
     params: Any
-    opt_state: Any
-    kl_coef: jax.Array  # [], β where it is adapted
-    lr_factor: jax.Array  # [], of the learning rate where it is adapted
+    rule_state: Any  # of the algorithm's update rule: the optimiser's state, an adaptive weight, …
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything the next update needs, so that saving it and resuming is exact."""
+    """Everything that the next update needs, so that saving it and resuming is exact."""
 
     learner: Learner
     rollout: RolloutState
     statistics: Statistics
     env_params: Any
     key: jax.Array
-    update: jax.Array  # [], updates done
+    updates_done: jax.Array  # [], int32
 
 
 def strongly_typed(tree: Any) -> Any:
-    """The same tree with arrays for leaves, none of them weakly typed.
+    """Returns the same tree with arrays for leaves, none of them weakly typed.
 
-    Python's numbers (gymnax counts time from 0) are weakly typed; an update makes them strong,
-    and the next call of a jitted function would compile a second time.
+    Python's numbers are weakly typed (gymnax counts time from 0), and an update makes them strong.
+    Without this, the next call of a jitted function would compile a second time.
     """
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
-
-
-def _flatten(hparams: HParams) -> tuple[list[tuple[jax.tree_util.GetAttrKey, Any]], None]:
-    names = (field.name for field in dataclasses.fields(HParams))
-    return [(jax.tree_util.GetAttrKey(name), getattr(hparams, name)) for name in names], None
-
-
-def _unflatten(_: None, values: Any) -> HParams:
-    # Past __post_init__: a tree's leaves may be axes, gradients or tracers, not settings.
-    hparams = object.__new__(HParams)
-    for field, value in zip(dataclasses.fields(HParams), values, strict=True):
-        object.__setattr__(hparams, field.name, value)
-    return hparams
-
-
-jax.tree_util.register_pytree_with_keys(HParams, _flatten, _unflatten)

@@ -137,7 +137,7 @@ def check_a_sweep_s_members_are_divided():
 def check_the_seeds_of_a_training_are_divided():
     described = config("ppo", 1).replace(num_envs=2)
     result = train(described, num_seeds=4, eval_episodes=2, progress=False)
-    assert len(result.state.update.sharding.device_set) == 4
+    assert len(result.state.updates_done.sharding.device_set) == 4
     assert result.evaluation.returns.shape == (4, 2)
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
     states, _ = jax.jit(jax.vmap(make_trainer(described).run))(keys)

@@ -1,8 +1,12 @@
 """A training whose best learning rate is known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from ppo_jax import HParams
+from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import Learner, RolloutState, Statistics, TrainState
 
@@ -12,7 +16,7 @@ def quadratic():
 
     def init(key, hparams, env_params):
         del hparams, env_params
-        learner = Learner({"x": jnp.ones(())}, (), jnp.zeros(()), jnp.ones(()))
+        learner = Learner({"x": jnp.ones(())}, ())
         rollout = RolloutState((), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1))
         return TrainState(learner, rollout, Statistics(), (), key, jnp.int32(0))
 
@@ -21,11 +25,13 @@ def quadratic():
         key, noise_key = jax.random.split(state.key)
         x = x - hparams.learning_rate * x + 0.1 * jax.random.normal(noise_key)
         state = state.replace(
-            learner=state.learner.replace(params={"x": x}), key=key, update=state.update + 1
+            learner=state.learner.replace(params={"x": x}),
+            key=key,
+            updates_done=state.updates_done + 1,
         )
-        return state, {"episode/return": -jnp.square(x), "episode/count": jnp.float32(1)}
+        return state, Metrics({"episode/return": -jnp.square(x)}, jnp.ones(()), jnp.ones(()))
 
-    return Trainer(init, step, None, None, None)
+    return Trainer(init, step, None, None, None, HParams())
 
 
 def quadratic_that_breaks(*, sound_return):
@@ -37,6 +43,7 @@ def quadratic_that_breaks(*, sound_return):
         is_nan = hparams.learning_rate > 1.0
         x = jnp.where(is_nan, jnp.nan, state.learner.params["x"])
         state = state.replace(learner=state.learner.replace(params={"x": x}))
-        return state, metrics | {"episode/return": jnp.where(is_nan, 9.0, sound_return)}
+        returns = {"episode/return": jnp.where(is_nan, 9.0, sound_return)}
+        return state, dataclasses.replace(metrics, totals=returns)
 
     return whole._replace(step=step)

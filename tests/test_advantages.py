@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rlax
 
-from ppo_jax import advantages
+from ppo_jax.ops import advantages
 
 T, N = 40, 6
 GAMMA, LAMBDA = 0.97, 0.9

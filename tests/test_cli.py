@@ -52,7 +52,7 @@ def test_envs_lists_what_can_be_trained(capsys):
         (["train", "CartPole-v1", "--gamma", "nan"], "gamma must be in [0, 1]; got nan."),
         (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be a positive integer"),
         (["eval", "/nowhere"], "a run's directory must hold config.json; /nowhere does not."),
-        (["eval", "/nowhere", "--episodes", "0"], "episodes must be at least 1; got 0."),
+        (["eval", "/nowhere", "--episodes", "0"], "episodes must be a positive integer; got 0."),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_and_status_2(arguments, message, capsys):
@@ -72,7 +72,7 @@ def test_an_unknown_flag_names_the_nearest(capsys):
 def test_every_setting_is_an_explained_flag(capsys):
     import dataclasses
 
-    from ppo_jax.config import Config, HParams
+    from ppo_jax import Config, HParams
 
     with pytest.raises(SystemExit):
         main(["train", "--help"])

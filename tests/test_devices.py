@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from ppo_jax import Config, ConfigError, envs, objectives
-from ppo_jax.algorithms import complete, complete_config, get_algorithm
-from ppo_jax.collect import collect
-from ppo_jax.losses import make_losses
-from ppo_jax.optimizers import make_optimizer
+from ppo_jax import Config, ConfigError, envs
+from ppo_jax.algorithms import get_algorithm
+from ppo_jax.ops import objectives
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, make_spec
-from ppo_jax.rollout import reset
-from ppo_jax.types import Learner, Statistics
+from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.stages.collect import collect
+from ppo_jax.stages.losses import Losses
+from ppo_jax.stages.optimizers import make_optimizer
+from ppo_jax.stages.rollout import reset
+from ppo_jax.types import Shard, Statistics
 
 SHARDS = 4
 
@@ -54,24 +56,38 @@ def test_chunks_of_a_minibatch_add_up_to_its_gradient():
     config = complete_config(Config(num_envs=8, num_steps=8, hidden_sizes=(16,)))
     env = envs.make(config.env)
     spec = make_spec(config, env)
-    hparams = complete(None, config)
+    hparams = complete_hparams(None, config)
     algorithm = get_algorithm(config.algorithm)
     obs = jax.random.normal(jax.random.key(0), (8, 4))
     params = init_params(spec, jax.random.key(1), obs)
     policy = Policy(params=params, spec=spec)
     state = reset(env, env.params, jax.random.key(2), num_envs=8)
     key = jax.random.key(3)
-    batch = collect(config, env, env.params, policy, state, Statistics(), key, hparams).batch
+    batch = collect(
+        policy,
+        state,
+        Statistics(),
+        config=config,
+        algorithm=algorithm,
+        env=env,
+        env_params=env.params,
+        hparams=hparams,
+        key=key,
+        shard=Shard(8),
+    ).batch
     learned = []
     for chunk_size in (None, 4, 5):  # 5 divides nothing here: one chunk
-        losses = make_losses(
-            config, spec, algorithm.objective, per_episode=False, chunk_size=chunk_size
+        losses = Losses(config, spec, algorithm.objective, Shard(8, chunk_size=chunk_size))
+        rule = algorithm.update_rule(config, losses, make_optimizer(config))
+        after, _, metrics = jax.jit(rule.update)(
+            params,
+            rule.init(params, hparams),
+            batch,
+            key=jax.random.key(4),
+            hparams=hparams,
+            anneal=jnp.ones(()),
         )
-        rule = algorithm.update(config, losses, make_optimizer(config))
-        learner = Learner(params, rule.init(params, hparams), jnp.zeros(()), jnp.ones(()))
-        update = jax.jit(rule.update)
-        learner, metrics = update(learner, batch, jax.random.key(4), hparams, jnp.ones(()))
-        learned.append((learner.params, metrics))
+        learned.append((after, metrics))
     whole, chunked, indivisible = (ravel_pytree(x)[0] for x in learned)
     np.testing.assert_allclose(chunked, whole, rtol=1e-3, atol=1e-5)
     assert not np.array_equal(chunked, whole)  # it was added up in another order

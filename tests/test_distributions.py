@@ -9,8 +9,8 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from ppo_jax.config import ConfigError
 from ppo_jax.envs.spaces import Box, Discrete, MultiDiscrete
+from ppo_jax.errors import ConfigError
 from ppo_jax.policy.distributions import MASKED, Categorical, make_head
 
 LOW, HIGH = np.array([-1.0, 0.0, 2.0]), np.array([3.0, 0.5, 2.5])

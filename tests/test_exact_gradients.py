@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, envs, make_trainer
-from ppo_jax.algorithms import ALGORITHMS, Values, complete, complete_config
-from ppo_jax.collect import collect
+from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.losses import make_losses
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, make_spec
-from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import Statistics
+from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.stages.collect import collect
+from ppo_jax.stages.losses import Losses
+from ppo_jax.stages.rollout import reset, rollout
+from ppo_jax.types import Shard, Statistics, Values
 
 STATES, ACTIONS, HORIZON = 4, 2, 3
 _RNG = np.random.default_rng(0)
@@ -102,8 +103,12 @@ class Fixture:
         self.config = complete_config(config)
         self.env = envs.make("tabular")
         self.spec = make_spec(self.config, self.env, has_critic=self.row.has_critic)
-        self.losses = make_losses(
-            self.config, self.spec, self.row.objective, per_episode=self.row.whole_episodes
+        self.losses = Losses(
+            self.config,
+            self.spec,
+            self.row.objective,
+            Shard(num_envs),
+            per_episode=self.row.whole_episodes,
         )
         obs = jnp.zeros((1, STATES + HORIZON + 1))
         params = init_params(self.spec, jax.random.key(0), obs)
@@ -115,7 +120,7 @@ class Fixture:
         )
 
     def hparams(self, **values):
-        return complete(None, self.config).replace(**values)
+        return complete_hparams(None, self.config).replace(**values)
 
     def batch(self, key, hparams):
         """One rollout of whole episodes, by the stage that the trainer uses."""
@@ -123,7 +128,18 @@ class Fixture:
         start = reset(self.env, (), reset_key, num_envs=self.config.num_envs)
         policy = Policy(self.params, spec=self.spec)
         stats = Statistics()
-        batch = collect(self.config, self.env, (), policy, start, stats, key, hparams).batch
+        batch = collect(
+            policy,
+            start,
+            stats,
+            config=self.config,
+            algorithm=self.row,
+            env=self.env,
+            env_params=(),
+            hparams=hparams,
+            key=key,
+            shard=Shard(self.config.num_envs),
+        ).batch
         # Only first episodes start from START; later ones in the rollout are cut by its end.
         mask = (jnp.cumsum(batch.done, axis=0) - batch.done) == 0
         return batch._replace(mask=mask if batch.mask is None else batch.mask)

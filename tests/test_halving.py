@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
-from ppo_jax.population.halving import losers, make_halving
-from ppo_jax.population.space import Choice, LogUniform, Uniform
+from ppo_jax.population.halving import make_halving, stopped_trials
+from ppo_jax.population.search_space import Choice, LogUniform, Uniform
 from tests.quadratic import quadratic, quadratic_that_breaks
 
 RATES = {"learning_rate": LogUniform(1e-3, 10.0)}
 
 
 def stopped(scores, ages, number, factor=3):
-    return np.asarray(losers(jnp.array(scores), jnp.array(ages), number, factor=factor)).tolist()
+    return np.asarray(
+        stopped_trials(jnp.array(scores), jnp.array(ages), number, factor=factor)
+    ).tolist()
 
 
 def test_one_in_factor_is_left_of_those_that_start_together():
@@ -62,7 +64,7 @@ def test_the_best_learning_rate_is_found():
     assert ((rates[oldest] > 0.5) & (rates[oldest] < 1.5)).all()
     # Every slot trains in every round; a trial's own updates are its age's.
     assert record.scores.shape == (30, 27)
-    np.testing.assert_array_equal(result.states.update, 5 * record.ages[-1])
+    np.testing.assert_array_equal(result.states.updates_done, 5 * record.ages[-1])
     assert record.stopped[0].sum() == 18
     assert not record.stopped[-1].any()
 
@@ -92,7 +94,7 @@ def test_a_trial_that_stays_is_what_it_is_alone_and_a_new_one_starts_anew():
     result = jax.jit(run)(keys, HParams(ent_coef=0.02))
     ages = np.asarray(result.record.ages[-1])
     assert sorted(ages)[-1] == 3
-    np.testing.assert_array_equal(result.states.update, ages)
+    np.testing.assert_array_equal(result.states.updates_done, ages)
     np.testing.assert_array_equal(result.hparams.ent_coef, np.float32(0.02))
     assert set(np.asarray(result.record.hparams.gamma).ravel()) <= {
         np.float32(0.9),
@@ -130,7 +132,7 @@ def test_a_learner_that_breaks_between_rungs_is_stopped_at_once():
 
     def step(state, hparams):
         state, metrics = whole.step(state, hparams)
-        x = jnp.where(state.update == 2, jnp.nan, state.learner.params["x"])  # an age of 2
+        x = jnp.where(state.updates_done == 2, jnp.nan, state.learner.params["x"])  # an age of 2
         return state.replace(learner=state.learner.replace(params={"x": x})), metrics
 
     run = make_halving(whole._replace(step=step), RATES, num_rounds=5, updates_per_round=1)
@@ -145,8 +147,8 @@ def test_a_learner_that_breaks_between_rungs_is_stopped_at_once():
         ({"space": {"learning_rat": Uniform(0, 1)}}, "unknown hyperparameter 'learning_rat'"),
         ({"space": {"gamma": Uniform(0.9, 1.1)}}, r"gamma must be in \[0, 1\]; got 1.1"),
         ({"space": {}}, "a space must have a hyperparameter to draw"),
-        ({"factor": 1}, "factor at least 2; got 1, 1 and 1"),
-        ({"num_rounds": 0}, "num_rounds and updates_per_round must be at least 1.*got 0"),
+        ({"factor": 1}, "factor must be at least 2; got 1"),
+        ({"num_rounds": 0}, "num_rounds must be a positive integer; got 0"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(changes, message):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ppo_jax.importance import (
+from ppo_jax.ops.importance import (
     effective_sample_size,
     importance_sampling,
     trajectory_log_weights,

@@ -11,14 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "ppo_jax"
 
 # From the bottom up; a module may import from its own layer's package and from layers below.
 LAYERS = [
-    ["config", "presets"],
-    ["collective"],
-    ["advantages", "importance", "natural_gradient", "objectives", "running_stats", "shuffle"],
-    ["types"],
-    ["envs", "policy"],
-    ["optimizers", "rollout", "losses", "update", "algorithms"],
-    ["collect"],
-    ["trainer", "evaluation"],
+    ["ops", "errors"],
+    ["config", "hparams"],
+    ["presets", "types"],
+    ["envs"],
+    ["policy"],
+    ["stages"],
+    ["algorithms"],
+    ["resolve"],
+    ["devices", "evaluation"],
+    ["trainer"],
     ["population"],
     ["runs"],
     ["cli", "__main__"],
@@ -30,8 +32,10 @@ def modules():
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path, *, deferred=True):
+    """Names that a module imports; without `deferred`, those that it imports when it is loaded."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if deferred else tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -49,6 +53,24 @@ def test_imports_run_downwards(path):
     own = LEVEL[path.relative_to(PACKAGE).with_suffix("").parts[0]]
     upwards = [name for name in imports(path) if (layer(name) or 0) > own]
     assert not upwards
+
+
+def test_modules_import_each_other_in_no_circle():
+    """Inside a package, too, there is an order in which modules can be read."""
+    names = {
+        ".".join(("ppo_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
+        for path in modules()
+    }
+    graph = {
+        name: {other for other in imports(path, deferred=False) if other in names}
+        for name, path in names.items()
+    }
+    # Leaves are removed until nothing is left but circles and what leads to them.
+    while leaves := {name for name, used in graph.items() if not used & graph.keys()}:
+        graph = {name: used for name, used in graph.items() if name not in leaves}
+    assert not graph
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer
-from ppo_jax.collect import _values_in_sequence
 from ppo_jax.policy.initializers import draw
-from ppo_jax.policy.memory import Memory, initial_memory, read
-from ppo_jax.rollout import rollout
+from ppo_jax.policy.recurrent import RecurrentLayer, initial_state, read
+from ppo_jax.stages.collect import _values_in_sequence
+from ppo_jax.stages.rollout import rollout
 from tests.probes import PROBES, probe, probe_name
 
 KINDS = ("gru", "lstm", "mingru")
@@ -27,9 +27,9 @@ def test_a_sequence_is_its_steps_with_resets_in_random_places(kind):
     x = jax.random.normal(keys[0], (T, N, F))
     start = jax.random.bernoulli(keys[1], 0.3, (T, N))
     memory = jax.tree.map(
-        lambda m: jax.random.normal(keys[2], m.shape), initial_memory(kind, SIZE, (N,))
+        lambda m: jax.random.normal(keys[2], m.shape), initial_state(kind, SIZE, (N,))
     )
-    cell = Memory(kind, SIZE)
+    cell = RecurrentLayer(kind, SIZE)
     params = initial_params(cell, keys[3], memory, x, start)
     together = cell.apply(params, memory, x, start)
     for t in range(T):
@@ -46,8 +46,8 @@ def test_a_sequence_is_its_steps_with_resets_in_random_places(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_an_episode_is_remembered_in_the_next(kind):
     keys = jax.random.split(jax.random.key(0), 2)
-    cell = Memory(kind, SIZE)
-    memory = initial_memory(kind, SIZE, (1,))
+    cell = RecurrentLayer(kind, SIZE)
+    memory = initial_state(kind, SIZE, (1,))
     x = jax.random.normal(keys[0], (4, 1, F))
     start = jnp.array([[True], [False], [True], [False]])
     params = initial_params(cell, keys[1], memory, x, start)
@@ -61,7 +61,7 @@ def test_nothing_of_an_episode_is_remembered_in_the_next(kind):
 
 
 def test_min_gru_is_the_paper_s_recurrence():
-    cell = Memory("mingru", SIZE)
+    cell = RecurrentLayer("mingru", SIZE)
     x = jax.random.normal(jax.random.key(0), (T, 1, F))
     memory = jnp.ones((1, SIZE))
     start = jnp.zeros((T, 1), bool)
@@ -125,7 +125,7 @@ def test_time_limits_are_not_deaths_for_a_policy_with_a_memory(kind):
     policy = trainer.policy(state)
     obs = jnp.array([1.0, 0.0, 0.0])[:, None, None]
     start = jnp.array([True, False, False])[:, None]
-    values, _ = policy.values(obs, policy.initial_memory((1,)), start)
+    values, _ = policy.values(obs, policy.initial_recurrent_state((1,)), start)
     np.testing.assert_allclose(values[:, 0], [9.0, 10.0, 10.0], rtol=0.1)
 
 
@@ -146,10 +146,10 @@ def test_the_true_successor_is_judged_by_what_was_remembered():
     policy = trainer.policy(state)
 
     def first_two(state, key):
-        start, memory = state.start, state.memory
+        start, carried = state.start, state.recurrent_state
         _, trajectory, _ = rollout(trainer.env, trainer.env.params, policy, state, key, num_steps=6)
         starts = jnp.concatenate([start[None], trajectory.done[:-1]])
-        return trajectory, _values_in_sequence(policy, trajectory, memory, starts)[0]
+        return trajectory, _values_in_sequence(policy, trajectory, carried, starts)[0]
 
     trajectory, values = jax.jit(first_two)(state.rollout, jax.random.key(1))
     goes_on = ~np.asarray(trajectory.done)[:-1]
@@ -168,15 +168,15 @@ def test_a_policy_with_a_memory_is_asked_by_act():
     trainer = make_trainer(Config(num_envs=4, num_steps=8, memory="gru", memory_size=4))
     policy = trainer.policy(jax.jit(trainer.init)(jax.random.key(0)))
     obs = jnp.ones(4)
-    with pytest.raises(ConfigError, match=r"Call policy.act\(obs, memory, key\)"):
+    with pytest.raises(ConfigError, match=r"Call policy.act\(obs, recurrent_state, key\)"):
         policy(obs)
     for ask in (lambda: policy.act(obs, None), lambda: policy.value(obs)):
-        with pytest.raises(ConfigError, match="must be told what it remembers"):
+        with pytest.raises(ConfigError, match="needs its recurrent state"):
             ask()
-    action, memory = policy.act(obs, policy.initial_memory())
+    action, memory = policy.act(obs, policy.initial_recurrent_state())
     assert action.shape == ()
     assert memory["actor"].shape == (4,)
-    many, memories = policy.act(jnp.ones((3, 2, 4)), policy.initial_memory((3, 2)))
+    many, memories = policy.act(jnp.ones((3, 2, 4)), policy.initial_recurrent_state((3, 2)))
     assert many.shape == (3, 2)
     np.testing.assert_allclose(memories["actor"][1, 1], memory["actor"], rtol=1e-5)
 

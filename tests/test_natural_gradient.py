@@ -6,7 +6,7 @@ from jax.flatten_util import ravel_pytree
 
 from ppo_jax import Config, HParams, make_trainer
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.natural_gradient import conjugate_gradient, fisher_vector_product, line_search
+from ppo_jax.ops.natural_gradient import conjugate_gradient, fisher_vector_product, line_search
 from ppo_jax.policy.distributions import make_head
 from ppo_jax.policy.spec import PolicySpec, init_params, network_of
 
@@ -14,7 +14,9 @@ from ppo_jax.policy.spec import PolicySpec, init_params, network_of
 @pytest.mark.parametrize("space", [Discrete(3), Box((2,))])
 def test_the_direction_is_that_of_the_dense_fisher_matrix(space):
     """F = E[Jᵀ M J], with the outputs' Fisher matrix M from score functions, not from a KL."""
-    spec = PolicySpec(Box((3,)), space, (4,), "tanh", False, False)
+    spec = PolicySpec(
+        observation_space=Box((3,)), action_space=space, hidden_sizes=(4,), has_critic=False
+    )
     network, head = network_of(spec), make_head(space)
     obs = jax.random.normal(jax.random.key(0), (64, 3))
     params = init_params(spec, jax.random.key(1), obs)

@@ -3,13 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import objectives
-from ppo_jax.algorithms import ALGORITHMS, complete, complete_config
-from ppo_jax.config import Config, HParams
+from ppo_jax import Config, HParams
+from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.losses import make_losses
+from ppo_jax.ops import objectives
 from ppo_jax.policy.spec import PolicySpec, init_params, network_of
-from ppo_jax.types import Batch
+from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.stages.losses import Losses
+from ppo_jax.types import Batch, Shard
 
 B = 32
 
@@ -46,7 +47,7 @@ def test_explained_variance():
 def case(request):
     """A network, its parameters, and a minibatch of a policy that has since moved."""
     space = Discrete(3) if request.param == "discrete" else Box((2,))
-    spec = PolicySpec(Box((5,)), space, (16,), "tanh", False)
+    spec = PolicySpec(observation_space=Box((5,)), action_space=space, hidden_sizes=(16,))
     keys = jax.random.split(jax.random.key(0), 8)
     obs = jax.random.normal(keys[0], (B, 5))
     params = init_params(spec, keys[1], obs)
@@ -130,14 +131,13 @@ def ppo_loss_from_the_paper(params, batch, eps, value_eps, c1, c2, has_log_std):
 @pytest.mark.parametrize("value_clip_eps", [None, 0.2])
 def test_loss_and_gradient_of_a_minibatch_are_the_papers(case, value_clip_eps):
     spec, params, batch = case
-    hparams = complete(
+    hparams = complete_hparams(
         HParams(clip_eps=0.15, vf_coef=0.7, ent_coef=0.03, value_clip_eps=value_clip_eps),
         Config(),
     )
-    losses = make_losses(
-        complete_config(Config()), spec, ALGORITHMS["ppo"].objective, per_episode=False
-    )
-    scaled = batch._replace(advantages=losses.scaled(batch.advantages, None))
+    config = complete_config(Config())
+    losses = Losses(config, spec, ALGORITHMS["ppo"].objective, Shard(config.num_envs))
+    scaled = batch._replace(advantages=losses.normalize_advantages(batch.advantages, None))
     value_and_grad = jax.value_and_grad(losses.joint, has_aux=True)
     (loss, metrics), gradient = value_and_grad(params, scaled, hparams)
 

@@ -1,4 +1,4 @@
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import distrax
 import jax
@@ -46,7 +46,12 @@ def test_orthogonal_matrices_have_no_preferred_direction_and_nothing_to_do_with_
 
 @pytest.mark.parametrize("memory", [None, "gru", "lstm", "mingru"])
 def test_every_kernel_is_drawn_and_units_vary_as_their_inputs_do(memory):
-    spec = PolicySpec(Box((4,)), Discrete(2), memory=memory, memory_size=64)
+    spec = PolicySpec(
+        observation_space=Box((4,)),
+        action_space=Discrete(2),
+        memory=memory,
+        memory_size=None if memory is None else 64,
+    )
     params = jax.jit(lambda key: init_params(spec, key, jnp.zeros((3, 4))))(jax.random.key(0))
     kernels = {
         jax.tree_util.keystr(path): np.asarray(leaf)
@@ -123,7 +128,13 @@ def test_gaussian_head(shape):
 
 
 def make_policy(space, shared_torso=False):
-    spec = PolicySpec(Box((2, 3), "uint8"), space, (8, 8), "relu", shared_torso)
+    spec = PolicySpec(
+        observation_space=Box((2, 3), "uint8"),
+        action_space=space,
+        hidden_sizes=(8, 8),
+        activation="relu",
+        shared_torso=shared_torso,
+    )
     params = init_params(spec, jax.random.key(0), jnp.zeros((1, 2, 3), jnp.uint8))
     return Policy(params=params, spec=spec)
 
@@ -163,7 +174,7 @@ def test_the_first_policy_is_nearly_uniform():
 def test_activations_of_the_config_exist_in_flax():
     import flax.linen as nn
 
-    for name in get_args(Config.__annotations__["activation"]):
+    for name in get_args(get_type_hints(Config)["activation"]):
         assert callable(getattr(nn, name))
 
 

@@ -9,7 +9,7 @@ import scipy.stats
 from ppo_jax import Config, envs, make_trainer
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.rollout import rollout
+from ppo_jax.stages.rollout import rollout
 
 N, T = 64, 16
 
@@ -47,7 +47,7 @@ def numbers(length, shortest_episode, key):
         for rollout_key in jax.random.split(key):
             current, trajectory, ended = rollout(env, (), policy, current, rollout_key, num_steps=T)
             seen.append(trajectory.obs)
-        return jnp.concatenate(seen)[:, :, 0], ended.episodes
+        return jnp.concatenate(seen)[:, :, 0], ended.num_episodes
 
     seen, episodes = twice(key)
     assert episodes == N * T // length

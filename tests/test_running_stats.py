@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, HParams, make_trainer, running_stats
-from ppo_jax.advantages import discounted_returns
+from ppo_jax import Config, HParams, make_trainer
+from ppo_jax.ops import running_stats
+from ppo_jax.ops.advantages import discounted_returns
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
@@ -14,7 +15,7 @@ def test_merged_batches_are_the_whole_stream(shape):
     batches = [100.0 + scale * rng.normal(size=(*n, *shape)) for n in ((1,), (4, 5), (300,))]
     stats = running_stats.initial(shape)
     for batch in batches:
-        stats = running_stats.update(stats, jnp.asarray(batch, jnp.float32))
+        stats = running_stats.merge(stats, jnp.asarray(batch, jnp.float32))
     stream = np.concatenate([batch.reshape(-1, *shape) for batch in batches])
     assert stats.num_samples == len(stream)
     np.testing.assert_allclose(stats.mean, stream.mean(0), rtol=1e-5)
@@ -26,9 +27,9 @@ def test_merged_batches_are_the_whole_stream(shape):
 
 def test_devices_together_have_the_statistics_of_one():
     x = jnp.asarray(np.random.default_rng(0).normal(5.0, 2.0, (4, 10, 3)), jnp.float32)
-    start = running_stats.update(running_stats.initial((3,)), x[0] - 3.0)
-    alone = running_stats.update(start, x)
-    shared = jax.vmap(lambda x: running_stats.update(start, x, "env"), axis_name="env")(x)
+    start = running_stats.merge(running_stats.initial((3,)), x[0] - 3.0)
+    alone = running_stats.merge(start, x)
+    shared = jax.vmap(lambda x: running_stats.merge(start, x, "env"), axis_name="env")(x)
     for one, many in zip(alone, shared, strict=True):
         np.testing.assert_allclose(many, np.broadcast_to(one, many.shape), rtol=1e-5)
 

@@ -14,6 +14,7 @@ from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
 from ppo_jax.runs.run import evaluate_run
+from ppo_jax.stages.metrics import Metrics
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -128,7 +129,7 @@ def test_a_run_that_cannot_start_leaves_nothing(tmp_path):
         ppo_jax.train(Config(env="CartPol-v1"), run_dir=tmp_path / "x", progress=False)
     assert not (tmp_path / "x").exists()
     for bad in ({"num_seeds": 0}, {"eval_episodes": 0}, {"log_every": 0}):
-        with pytest.raises(ConfigError, match="must be at least 1; got 0"):
+        with pytest.raises(ConfigError, match="must be a positive integer; got 0"):
             ppo_jax.train(CONFIG, run_dir=tmp_path / "x", progress=False, **bad)
     assert not (tmp_path / "x").exists()
 
@@ -178,16 +179,15 @@ def test_a_second_ctrl_c_interrupts_at_once(request):
 
 def test_metrics_rows_are_means_over_windows_weighted_by_episodes():
     log = MetricsLog(seeds=[7], batch_size=10, log_every=2)
-    nan = float("nan")
 
     def metrics(loss, returns, count):
-        return {
+        totals = {
             "train/policy_loss": np.array(loss)[:, None],
-            "episode/return": np.array(returns)[:, None],
-            "episode/count": np.array(count)[:, None],
+            "episode/return": (np.array(returns) * count)[:, None],
         }
+        return Metrics(totals, np.ones((len(loss), 1)), np.array(count)[:, None])
 
-    assert log.add(metrics([1.0], [nan], [0]), flush=False) == []
+    assert log.add(metrics([1.0], [0.0], [0]), flush=False) == []
     (row,) = log.add(metrics([3.0, 5.0], [4.0, 8.0], [2, 6]), flush=False)
     assert row["update"] == 2
     assert row["timesteps"] == 20
@@ -198,5 +198,5 @@ def test_metrics_rows_are_means_over_windows_weighted_by_episodes():
     (row,) = log.add(metrics([7.0], [0.0], [2]), flush=True)
     assert row["train/policy_loss"] == 6.0
     assert row["episode/return"] == (8.0 * 6 + 0.0 * 2) / 8
-    (row,) = log.add(metrics([1.0], [nan], [0]), flush=True)
+    (row,) = log.add(metrics([1.0], [0.0], [0]), flush=True)
     assert np.isnan(row["episode/return"])

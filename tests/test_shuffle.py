@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ppo_jax.shuffle import shuffled
+from ppo_jax.ops.shuffle import shuffled
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 100, 513, 4096])

@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, envs, evaluate, make_trainer
-from ppo_jax.algorithms import ALGORITHMS, complete, complete_config, get_algorithm
-from ppo_jax.collect import collect
+from ppo_jax.algorithms import ALGORITHMS, get_algorithm
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
-from ppo_jax.losses import make_losses
 from ppo_jax.policy.networks import MLP
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.saving import load_policy, save_policy
 from ppo_jax.policy.spec import (
     PolicySpec,
     init_params,
-    initial_memory_of,
     initial_obs_stats,
+    initial_recurrent_state,
     make_spec,
 )
-from ppo_jax.rollout import reset
-from ppo_jax.types import Batch, Statistics
+from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.stages.collect import collect
+from ppo_jax.stages.losses import Losses
+from ppo_jax.stages.rollout import reset
+from ppo_jax.types import Batch, Shard, Statistics
 from tests.random_env import random_env
 
 VECTOR = Box((3,))
@@ -115,8 +116,13 @@ def collected(case):
 
     @jax.jit
     def start():
-        memory = initial_memory_of(spec, (config.num_envs,))
-        state = reset(env, (), reset_key, num_envs=config.num_envs, memory=memory)
+        state = reset(
+            env,
+            (),
+            reset_key,
+            num_envs=config.num_envs,
+            recurrent_state=initial_recurrent_state(spec, (config.num_envs,)),
+        )
         params = init_params(spec, init_key, state.obs)
         # Larger weights than at the start, so that nothing is uniform by chance.
         shifted = jax.tree.map(
@@ -128,7 +134,18 @@ def collected(case):
     @jax.jit
     def once(params, state, statistics, key):
         policy = Policy(params, statistics.obs, spec=spec)
-        return collect(config, env, (), policy, state, statistics, key, complete(None, config))
+        return collect(
+            policy,
+            state,
+            statistics,
+            config=config,
+            algorithm=get_algorithm(config.algorithm),
+            env=env,
+            env_params=(),
+            hparams=complete_hparams(None, config),
+            key=key,
+            shard=Shard(config.num_envs),
+        )
 
     params, state, statistics = start()
     first = once(params, state, statistics, keys[0])
@@ -160,7 +177,7 @@ def test_the_ratio_is_one_before_the_first_update(case):
     spec, policy, batch = collected(case)
     config = complete_config(config_of(case))
     objective = get_algorithm(config.algorithm).objective
-    losses = make_losses(config, spec, objective, per_episode=False)
+    losses = Losses(config, spec, objective, Shard(config.num_envs))
     log_ratio, kl = jax.jit(
         lambda params, batch: (losses.log_ratio(params, batch), losses.kl(params, batch))
     )(policy.params, batch)

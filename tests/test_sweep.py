@@ -20,9 +20,10 @@ from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.cli import main
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.proposals import make_proposals
-from ppo_jax.population.space import Choice, LogUniform, Uniform, parse, rows
+from ppo_jax.population.search_space import Choice, LogUniform, Uniform, parse, rows
+from ppo_jax.runs import compiled_population
 from ppo_jax.runs import report as reports
-from ppo_jax.runs import sweep as sweeps
+from ppo_jax.runs.sweep_store import SweepStore
 
 CONFIG = Config(num_envs=2, num_steps=16, hidden_sizes=(8,), total_timesteps=6 * 32)
 RATES = [1e-4, 3e-3, 1e-3]
@@ -68,7 +69,7 @@ def test_draws_follow_their_distributions(sampler):
         ({"gamma": [0.9]}, 3, "num_draws must be given if and only if something is drawn; got 3"),
         ({"gamma": Uniform(0.0, 1.0)}, None, "got None and gamma"),
         ([{"gamma": 0.9}], 3, "num_draws needs distributions"),
-        ({"gamma": Uniform(0.0, 1.0)}, 0, "num_draws must be at least 1; got 0"),
+        ({"gamma": Uniform(0.0, 1.0)}, 0, "num_draws must be a positive integer; got 0"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(space, draws, message):
@@ -167,7 +168,7 @@ def test_a_member_that_fails_is_frozen_and_the_others_are_untouched():
 
 
 def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
-    add = sweeps._Store.add
+    add = SweepStore.add
     calls = []
 
     def cut_off(store, tables):
@@ -180,7 +181,7 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         sweep, CONFIG, {"learning_rate": RATES}, seeds=2, chunk=4, run_dir=tmp_path / "run"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps._Store, "add", cut_off)
+        patch.setattr(SweepStore, "add", cut_off)
         with pytest.raises(RuntimeError, match="the power went"):
             again()
     # A file that was being written when the power went is no result.
@@ -200,9 +201,9 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
 def test_a_sweep_killed_as_it_began_can_begin_again(tmp_path):
     (tmp_path / ".sweep.json.unfinished").write_text("{")
-    store = sweeps._Store.open(tmp_path, {"seeds": [0]})
+    store = SweepStore.open(tmp_path, {"seeds": [0]})
     assert store.finished() == set()
-    assert sweeps._Store.open(tmp_path, {"seeds": [0]}).path == tmp_path
+    assert SweepStore.open(tmp_path, {"seeds": [0]}).path == tmp_path
 
 
 def test_values_of_every_kind_are_swept(tmp_path):
@@ -215,14 +216,14 @@ def test_values_of_every_kind_are_swept(tmp_path):
     assert list(result.members["hidden_sizes"].astype(str)) == ["4x4", "4x4", "4"]
     members, curves = reports.load_tables(tmp_path / "run")
     report = reports.make_report(members, curves)
-    assert reports.write_pictures(members, curves, report, tmp_path)
+    assert reports.write_plots(members, curves, report, tmp_path)
 
 
 def test_a_report_of_a_sweep_without_episodes_is_drawn(tmp_path):
     members, curves = make_tables()
     curves["episode/return"] = np.nan
     report = reports.make_report(members, curves)
-    assert reports.write_pictures(members, curves, report, tmp_path)
+    assert reports.write_plots(members, curves, report, tmp_path)
 
 
 DRAWN = {"learning_rate": LogUniform(1e-5, 1e-1), "ent_coef": Choice((0.0, 0.01, 0.1))}
@@ -280,7 +281,7 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
     assert list(whole.members["configuration"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert whole.is_complete
 
-    add = sweeps._Store.add
+    add = SweepStore.add
 
     def cut_off(store, tables):
         if len(store.parts) == (1 if chunk is None else 3):  # after, or within, a batch
@@ -288,7 +289,7 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
         add(store, tables)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps._Store, "add", cut_off)
+        patch.setattr(SweepStore, "add", cut_off)
         with pytest.raises(RuntimeError, match="the power went"):
             again(run_dir=tmp_path / "run")
     resumed = again(run_dir=tmp_path / "run")
@@ -329,7 +330,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 def test_what_does_not_fit_runs_in_smaller_chunks(monkeypatch):
     said = []
     limit = iter([1.0])
-    monkeypatch.setattr(sweeps, "_memory_limit", lambda device: next(limit, None))
+    monkeypatch.setattr(compiled_population, "_memory_limit", lambda device: next(limit, None))
     result = sweep(CONFIG, {"learning_rate": RATES}, seeds=2, say=said.append)
     assert any("going on with 1 members at once" in line for line in said)
     assert len(result.members) == 6
@@ -375,7 +376,7 @@ def test_a_report_finds_the_best_and_says_how_sure_it_is(tmp_path):
     first = report.sensitivity.iloc[0]
     assert (first["name"], first["best"], first["worst"]) == ("learning_rate", "0.01", "0.001")
     assert report.sensitivity.iloc[1]["difference"] == 0
-    written = reports.write_pictures(members, curves, report, tmp_path)
+    written = reports.write_plots(members, curves, report, tmp_path)
     assert {path.suffix for path in written} == {".png", ".svg"}
     assert all(path.stat().st_size > 5_000 for path in written)
 

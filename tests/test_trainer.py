@@ -10,12 +10,13 @@ import optax
 import pytest
 
 from ppo_jax import Config, HParams, make_train, make_trainer
-from ppo_jax.algorithms import ALGORITHMS, complete
-from ppo_jax.collect import _values
-from ppo_jax.optimizers import clip_actor_and_critic, make_optimizer
+from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.policy.initializers import GAINS
-from ppo_jax.rollout import rollout
-from ppo_jax.types import Trajectory
+from ppo_jax.resolve import complete_hparams
+from ppo_jax.stages.collect import _evaluated_together, _values
+from ppo_jax.stages.optimizers import clip_actor_and_critic, make_optimizer
+from ppo_jax.stages.rollout import rollout
+from ppo_jax.types import Shard, Trajectory
 from tests.conftest import optimized_jit
 
 UPDATES = 6
@@ -47,7 +48,7 @@ class Case:
         self.algorithm = algorithm
         self.config = small(algorithm)
         self.trainer = make_trainer(self.config)
-        self.hparams = jax.tree.map(jnp.float32, complete(None, self.config))
+        self.hparams = jax.tree.map(jnp.float32, complete_hparams(None, self.config))
         self.traced = collections.Counter()
         self.init = self.jit(self.trainer.init)
         self.step = self.jit(self.trainer.step)
@@ -154,7 +155,7 @@ def test_new_keys_and_hyperparameters_do_not_recompile(case):
 def test_defaults_values_given_and_steps_are_the_same_in_every_bit(algorithm):
     """With all optimisations: constants that the compiler could fold would round otherwise."""
     trainer = make_trainer(small(algorithm))
-    hparams = jax.tree.map(jnp.float32, complete(None, small(algorithm)))
+    hparams = jax.tree.map(jnp.float32, complete_hparams(None, small(algorithm)))
     run, step = optimized_jit(trainer.run), optimized_jit(trainer.step)
     whole = run(jax.random.key(0))
     assert_same_bits(whole, run(jax.random.key(0), hparams))
@@ -173,7 +174,7 @@ def test_memory_does_not_grow_with_total_timesteps(algorithm):
         config = small(algorithm, total_timesteps=updates * 64)
         lowered = jax.jit(make_train(config)).lower(jax.random.key(0))
         analysis = lowered.compile().memory_analysis()
-        num_metrics = len(lowered.out_info[1])
+        num_metrics = len(jax.tree.leaves(lowered.out_info[1]))
         return analysis.temp_size_in_bytes, analysis.output_size_in_bytes, num_metrics
 
     short, long = temporaries_and_outputs(10), temporaries_and_outputs(10_000)
@@ -198,7 +199,7 @@ def test_the_kl_penaltys_weight_and_its_target_are_a_vmap_away():
     up, down = 2.0 ** np.arange(UPDATES + 1), 0.5 ** np.arange(UPDATES + 1)
     expected = np.stack([0.5 * up, 0.5 * down, 2.0 * up, 2.0 * down])
     np.testing.assert_allclose(metrics["train/kl_coef"], expected[:, :-1])
-    np.testing.assert_allclose(states.learner.kl_coef, expected[:, -1])
+    np.testing.assert_allclose(states.learner.rule_state.kl_coef, expected[:, -1])
     # A heavier penalty holds the policy closer.
     moved = metrics["train/update_kl"].sum(axis=1)
     assert moved[2] < moved[3]
@@ -245,7 +246,7 @@ def test_rollouts_go_on_where_the_last_one_stopped():
     assert (trajectory.final_obs[:-1][done[:-1]] != trajectory.obs[1:][done[:-1]]).any()
     np.testing.assert_array_equal(after.obs[~done[-1]], trajectory.final_obs[-1][~done[-1]])
     # Statistics: every step belongs to an episode that ended or that is under way.
-    assert ended.episodes == done.sum()
+    assert ended.num_episodes == done.sum()
     assert ended.length_sum + after.episode_length.sum() == 50 * 4
     assert ended.return_sum + after.episode_return.sum() == pytest.approx(50 * 4)
     assert after.episode_length[done[-1]].sum() == 0
@@ -420,7 +421,8 @@ def test_the_critic_judges_every_state_and_no_more_at_once_than_a_minibatch():
     obs, final_obs = jax.random.normal(jax.random.key(0), (2, config.num_steps, config.num_envs, 3))
     unused = dict.fromkeys(("action", "action_params", "terminated", "truncated"))
     trajectory = Trajectory(obs=obs, final_obs=final_obs, reward=obs.sum(-1), **unused)
-    values = _values(config, Sum(), trajectory)
+    num_states = _evaluated_together(config, Shard(config.num_envs))
+    values = _values(Sum(), trajectory, num_states)
     np.testing.assert_allclose(values.value, obs.sum(-1), rtol=1e-6)
     np.testing.assert_allclose(values.next_value, final_obs.sum(-1), rtol=1e-6)
     assert judged == [8, 8]

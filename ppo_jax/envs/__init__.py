@@ -1,16 +1,18 @@
-"""Environments by name: `make`, `register`, `names`.
+"""Environments by name: `make`, `make_env`, `register`, `names`.
 
-The suites' names are written down here because importing one takes JAX and seconds, too long for a
-list or for the report of a misspelt name; a test compares them with their registries.
+The names of each suite are listed here, because importing a suite takes seconds, too long for
+a list of environments or for the report of a misspelt name. A test compares the lists with the
+suites' registries.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ppo_jax.config import ConfigError, unknown_name
+from ppo_jax.errors import ConfigError, require_known, require_new_name
 
 if TYPE_CHECKING:
+    from ppo_jax.config import Config
     from ppo_jax.envs.environment import Environment
 
 GYMNAX_NAMES = (
@@ -56,16 +58,16 @@ BRAX_NAMES = (
     "brax:swimmer",
     "brax:walker2d",
 )
-"""Physics; they need the package brax."""
+"""Tasks of continuous control, which need the package brax."""
 
 VARIANTS = {"CartPole-v1-positions": ("CartPole-v1", (("observe_only", "0,2"),))}
-"""Name → the environment of gymnax and its wrappers: tasks that need a memory."""
+"""Environments of gymnax in wrappers, by name: tasks that need a memory."""
 
 _registered: dict[str, Callable[..., Any]] = {}
 
 
 def names() -> tuple[str, ...]:
-    """All names that `make` takes.
+    """Returns all names that `make` takes.
 
     >>> "CartPole-v1" in names()
     True
@@ -75,8 +77,7 @@ def names() -> tuple[str, ...]:
 
 def check_name(name: str) -> None:
     """Raises a `ConfigError` that lists the nearest names if there is no such environment."""
-    if name not in names():
-        raise unknown_name("environment", name, names())
+    require_known("environment", name, names())
 
 
 def register(name: str, factory: Callable[..., Any]) -> None:
@@ -84,10 +85,12 @@ def register(name: str, factory: Callable[..., Any]) -> None:
 
     Args:
       name: a name that is not taken.
-      factory: returns an `Environment`, or any object with gymnax 1.x's or brax's interface.
+      factory: returns an `Environment`, or any object with the interface of gymnax 1.x or brax.
+
+    Raises:
+      ConfigError: the name is taken.
     """
-    if name in names():
-        raise ConfigError(f"an environment's name must be new; {name!r} is taken. Choose another.")
+    require_new_name("environment", name, names())
     _registered[name] = factory
 
 
@@ -110,6 +113,26 @@ def make(name: str, **kwargs: Any) -> "Environment":
             f"env_kwargs must be what the constructor of {name} takes; got {kwargs}: "
             f"{str(error).rstrip('.')}. Change or leave out env_kwargs."
         ) from error
+
+
+def make_env(config: "Config") -> "Environment":
+    """Builds the environment of a config: with its parameters, in its wrappers.
+
+    Evaluating, rendering and exporting a policy need no more than this.
+
+    Raises:
+      ConfigError: as `make`; or unknown parameters or wrappers.
+
+    >>> from ppo_jax import Config
+    >>> env = make_env(Config(env="CartPole-v1", wrappers={"time_limit": 10}))
+    >>> env.longest_episode(env.params)
+    10
+    """
+    from ppo_jax.envs import wrappers
+
+    env = make(config.env, **dict(config.env_kwargs))
+    params = override_params(env.name, env.params, dict(config.env_params))
+    return wrappers.apply(env._replace(params=params), config.wrappers)
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
@@ -138,11 +161,10 @@ def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
 
 
 def override_params(name: str, params: Any, changes: dict[str, Any]) -> Any:
-    """`params`, a dataclass, with some fields changed; an unknown field is a `ConfigError`."""
+    """Returns a dataclass with some fields changed; an unknown field is a `ConfigError`."""
     if not changes:
         return params
     known = [f.name for f in dataclasses.fields(params)] if dataclasses.is_dataclass(params) else []
     for field in changes:
-        if field not in known:
-            raise unknown_name(f"parameter of {name}", field, known)
+        require_known(f"parameter of {name}", field, known)
     return dataclasses.replace(params, **changes)

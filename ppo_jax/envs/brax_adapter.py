@@ -1,4 +1,4 @@
-"""brax's tasks under our protocol. The only module that imports brax."""
+"""Adapter for tasks of brax. The only module that imports brax."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,34 +7,35 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import ConfigError
 from ppo_jax.envs.environment import Environment, Step, cast
 from ppo_jax.envs.spaces import Box, Dict, Space
+from ppo_jax.errors import ConfigError
 
-# Of 2,048 episodes each of ant, hopper, walker2d and the two pendulums (spring engine) under the
-# largest actions the shortest had 5, 8, 31, 7 and 10 steps; humanoid falls 2 cm in 4. A reset of
-# hopper takes a fifth of the time of a step.
+# The shortest of 2,048 episodes under the largest actions had 5 (ant), 8 (hopper), 31 (walker2d), 7
+# and 10 (the two pendulums) steps with the spring engine; humanoid falls by 2 cm in 4 steps. A
+# reset of hopper takes a fifth of the time of a step, so drawing fewer of them pays.
 _SHORTEST_EPISODE = 4
 
 
 class Params(flax.struct.PyTreeNode):
-    """What of an episode is traced."""
+    """Traced parameters of a task."""
 
     max_steps_in_episode: int = 1000
-    """Where it is truncated: brax's episode_length, which it leaves to its wrappers. Below 4 two
-    episodes in a row may begin alike (`Environment.shortest_episode`)."""
+    """Steps after which an episode is truncated; brax calls this episode_length and leaves it to
+    its wrappers. Below 4, two consecutive episodes may share an initial state
+    (`Environment.shortest_episode`)."""
 
 
 class State(NamedTuple):
-    """One environment."""
+    """State of one environment."""
 
     inner: Any
-    """The suite's own state."""
+    """State of the task itself."""
     time: jax.Array  # int32 [], steps since the reset
 
 
 def make(name: str, **kwargs: Any) -> Environment:
-    """The task after `brax:`; `kwargs` are its class's, `backend` among them.
+    """Builds the task whose name follows `brax:`; `kwargs` go to its class, such as `backend`.
 
     Raises:
       ConfigError: brax is not installed.
@@ -46,16 +47,16 @@ def make(name: str, **kwargs: Any) -> Environment:
             f"{name} needs brax, which is not installed: pip install 'ppo-jax[brax]'."
         ) from error
     env = adapt(name, envs.get_environment(name.removeprefix("brax:"), **kwargs))
-    # Other arguments may bring an early death.
+    # Other arguments may make episodes shorter than those that were measured.
     return env._replace(shortest_episode=_SHORTEST_EPISODE if kwargs.keys() <= {"backend"} else 1)
 
 
 def adapt(name: str, env: Any) -> Environment:
-    """Any object with brax's interface, which MuJoCo Playground's have, too, as an `Environment`.
+    """Converts an object with the interface of brax to an `Environment`.
 
-    That is `reset(key) -> state`, `step(state, action) -> state`, where a state has `obs`,
-    `reward` and `done`, and `action_size`; actions are in [-1, 1]. Without brax's wrappers `done`
-    is a death, never a time limit.
+    The interface is `action_size`, `reset(key) -> state` and `step(state, action) -> state`, where
+    a state has `obs`, `reward` and `done`. MuJoCo Playground has it as well. Actions are in
+    [-1, 1]. Without brax's wrappers `done` is a termination, never a time limit.
     """
     initial = jax.eval_shape(lambda: env.reset(jax.random.key(0)))
     space = _space(name, initial.obs)
@@ -67,7 +68,7 @@ def adapt(name: str, env: Any) -> Environment:
         return cast(space, inner.obs), State(inner, jnp.zeros((), jnp.int32))
 
     def step(key: jax.Array, state: State, action: jax.Array, params: Params) -> Step:
-        del key  # a state carries its own, if the task is random
+        del key  # a task that is random keeps a key in its state
         inner = env.step(state.inner, jnp.clip(action, -1.0, 1.0))
         time = state.time + 1
         return Step(
@@ -89,12 +90,12 @@ def adapt(name: str, env: Any) -> Environment:
 
 
 def _space(name: str, shape: Any) -> Space:
-    """Of observations of these shapes."""
+    """Returns the space of observations of these shapes."""
     if isinstance(shape, Mapping):
         return Dict.of({key: _space(name, entry) for key, entry in shape.items()})
     if isinstance(shape, jax.ShapeDtypeStruct):
         return Box(tuple(shape.shape), shape.dtype.name)
     raise ConfigError(
         f"an observation must be an array, or a mapping of them; {name} has {shape}. "
-        "Change what its states show."
+        "Change the obs of its states."
     )

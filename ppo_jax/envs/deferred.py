@@ -1,4 +1,4 @@
-"""Imports that wait until something of the module is used."""
+"""Imports that are deferred until an attribute of the module is used."""
 
 import contextlib
 import importlib
@@ -11,13 +11,14 @@ from typing import Any
 
 @contextlib.contextmanager
 def deferred(*names: str) -> Iterator[None]:
-    """What is imported inside gets stand-ins for modules that are not loaded yet.
+    """Gives code that is imported inside the block stand-ins for modules that are not loaded yet.
 
-    A stand-in imports the module when it is asked for an attribute that is no dunder. After the
-    block `sys.modules` holds none, so that nobody else meets one.
+    A stand-in imports its module when an attribute is read whose name does not start with two
+    underscores. After the block `sys.modules` holds no stand-in, so that other code gets the
+    modules themselves.
 
     Args:
-      names: of modules, parents before children.
+      names: names of modules, parents before children.
 
     >>> _ = sys.modules.pop("tabnanny", None)
     >>> with deferred("tabnanny"):
@@ -45,13 +46,13 @@ class _StandIn(ModuleType):
     def __init__(self, name: str, all_of_them: "dict[str, _StandIn]") -> None:
         super().__init__(name)
         self._all_of_them = all_of_them
-        if "." not in name:  # where a submodule that has no stand-in is found
+        if "." not in name:  # tells where submodules without a stand-in are found
             self.__spec__ = importlib.util.find_spec(name)
             if self.__spec__ and self.__spec__.submodule_search_locations is not None:
                 self.__path__ = self.__spec__.submodule_search_locations
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by those who look through all modules
+        if name.startswith("__"):  # read by tools that inspect all loaded modules
             raise AttributeError(name)
         _withdraw(self._all_of_them)  # the module itself needs its real parents
         return getattr(importlib.import_module(self.__name__), name)

@@ -1,4 +1,4 @@
-"""The protocol that every environment follows inside ppo_jax, whatever suite it comes from."""
+"""The protocol of environments inside ppo_jax, whatever suite they come from."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,26 +10,30 @@ from ppo_jax.envs.spaces import Dict, Leaf, Space, Tuple, dtype_of
 
 
 class Step(NamedTuple):
-    """What one step returns: the true successor, whether or not the episode ends there."""
+    """The result of one step: the true successor, whether or not the episode ends there."""
 
     obs: Any
     state: Any
     reward: jax.Array
     """float32 scalar."""
     terminated: jax.Array
-    """bool: the episode reached a terminal state; what follows is worth nothing."""
+    """bool: the episode reached a terminal state, whose value is 0."""
     truncated: jax.Array
-    """bool: a time limit cut the episode; what would have followed keeps its value."""
+    """bool: a time limit cut the episode; the successor keeps its value."""
+
+
+def max_steps_in_episode(params: Any) -> float | None:
+    """Returns the parameter of that name, where gymnax and our adapters keep a time limit."""
+    return getattr(params, "max_steps_in_episode", None)
 
 
 class Environment(NamedTuple):
-    """An environment as pure functions of one environment (`vmap` makes many).
+    """An environment as pure functions of a single environment; `jax.vmap` makes many.
 
     `reset(key, params) -> (obs, state)`; `step(key, state, action, params) -> Step`. A step does
-    not reset: the rollout does.
-    Observations have the dtypes of `observation_space` (plain dicts and tuples of arrays where it
-    has several), rewards are float32, and actions are clipped to the bounds of a box before they
-    reach the suite's code.
+    not reset; the rollout does. Observations have the dtypes of `observation_space`, and are plain
+    dicts and tuples of arrays where it has several. Rewards are float32. Actions are clipped to the
+    bounds of a box before they reach the suite's code.
     """
 
     name: str
@@ -40,14 +44,16 @@ class Environment(NamedTuple):
     observation_space: Space
     action_space: Leaf
     shortest_episode: int = 1
-    """Steps that an episode lasts at least, 1 or more. In so many steps an environment begins one
-    new episode at most, so that a rollout draws one for each as rarely as this, or as the largest
-    number below it that divides `num_steps`: worth saying where a reset is dear. Should an
-    environment begin two, both begin alike."""
+    """The smallest number of steps that an episode can have, 1 or more. A rollout draws new
+    episodes once in at most this many steps. Set it where resets are expensive. If it is too large,
+    two consecutive episodes may share an initial state."""
+    longest_episode: Callable[[Any], float | None] = max_steps_in_episode
+    """`params -> steps`: the largest number of steps that an episode can have; None if there is no
+    bound."""
 
 
 def cast(space: Space, obs: Any) -> Any:
-    """An observation as plain dicts, tuples and arrays of the dtypes that its space says."""
+    """Returns an observation as plain dicts, tuples and arrays of the dtypes of its space."""
     if isinstance(space, Dict):
         return {name: cast(entry, obs[name]) for name, entry in space.spaces}
     if isinstance(space, Tuple):

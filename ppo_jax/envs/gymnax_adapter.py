@@ -1,4 +1,4 @@
-"""gymnax environments under our protocol. The only module that imports gymnax."""
+"""Adapter for environments of gymnax. The only module that imports gymnax."""
 
 import functools
 from collections.abc import Callable
@@ -8,23 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.config import ConfigError
 from ppo_jax.envs import spaces
 from ppo_jax.envs.deferred import deferred
 from ppo_jax.envs.environment import Environment, Step, cast
 from ppo_jax.envs.spaces import Box, Discrete, Leaf, MultiDiscrete, Space
+from ppo_jax.errors import ConfigError
 
 
 def make(name: str, **kwargs: Any) -> Environment:
-    """The environment of that name in gymnax's registry."""
+    """Builds the environment of that name from gymnax's registry."""
     env, _ = _gymnax().make(name, **kwargs)
     return adapt(name, env)
 
 
-@functools.cache  # once: stand-ins, too, take time
+@functools.cache  # making the stand-ins takes time, too
 def _gymnax() -> Any:
-    """The package, without what five of its environments draw themselves with: that is nine
-    tenths of the import's time, and 160 MiB of a process.
+    """Imports gymnax with stand-ins for the plotting libraries of five of its environments.
+
+    These libraries are nine tenths of the time of the import and 160 MiB of a process.
     """
     with deferred("matplotlib", "matplotlib.colors", "matplotlib.pyplot", "seaborn"):
         import gymnax
@@ -32,11 +33,11 @@ def _gymnax() -> Any:
 
 
 def adapt(name: str, env: Any) -> Environment:
-    """Any object with gymnax 1.x's interface as an `Environment`.
+    """Converts an object with the interface of gymnax 1.x to an `Environment`.
 
-    Four of gymnax's environments return rewards or observations of another dtype than their
-    spaces say (Catch, UmbrellaChain, FourRooms, BernoulliBandit); they are cast here. MinAtar's
-    grids of zeros and ones are bool: a trajectory of them is a quarter as large.
+    Rewards and observations are cast to the dtypes of their spaces, which four environments do not
+    respect (Catch, UmbrellaChain, FourRooms, BernoulliBandit). MinAtar's grids of zeros and ones
+    become bool, so that a trajectory of them takes a quarter of the memory.
 
     Raises:
       ConfigError: a space that no policy can handle.
@@ -58,7 +59,7 @@ def adapt(name: str, env: Any) -> Environment:
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         if isinstance(action_space, Box):
-            space = env.action_space(params)  # its bounds may depend on traced parameters
+            space = env.action_space(params)  # bounds may depend on traced parameters
             action = jnp.clip(action, space.low, space.high).astype(action_space.dtype)
         obs, state, reward, terminated, truncated = transition(key, state, action, params)
         reward = jnp.asarray(reward, jnp.float32)
@@ -75,7 +76,7 @@ def adapt(name: str, env: Any) -> Environment:
 
 
 def _without_reset(env: Any) -> Callable[..., tuple]:
-    """`step` up to its automatic reset, whose random numbers are half of a step's work."""
+    """Returns `step` without its automatic reset, whose random numbers are half of its work."""
 
     def transition(key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple:
         obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
@@ -85,18 +86,19 @@ def _without_reset(env: Any) -> Callable[..., tuple]:
         _, state, reward, terminated, truncated, info = env.step(key, state, action, params)
         return info["final_observation"], state, reward, terminated, truncated
 
-    # A class with a step of its own is asked for that; its reset state is never looked at.
+    # A class that overrides `step`, such as a wrapper, keeps its version. XLA drops its reset,
+    # whose result is not used.
     inherited = _gymnax().environments.environment.Environment.step
     return transition if type(env).step is inherited else step
 
 
 def _space(name: str, space: Any) -> Space:
-    """Gymnax's description as ours."""
+    """Converts gymnax's description of a space."""
     if hasattr(space, "spaces"):
         if hasattr(space.spaces, "items"):
             return spaces.Dict.of({key: _space(name, entry) for key, entry in space.spaces.items()})
         return spaces.Tuple(tuple(_space(name, entry) for entry in space.spaces))
-    if hasattr(space, "nvec"):  # as gymnasium calls it; gymnax has no such space
+    if hasattr(space, "nvec"):  # the name in gymnasium; gymnax has no such space
         return MultiDiscrete(tuple(map(int, space.nvec)))
     if hasattr(space, "n"):
         return Discrete(int(space.n))

@@ -1,10 +1,11 @@
-"""What observations and actions look like: static, hashable descriptions."""
+"""Static, hashable descriptions of observations and actions."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 ACTION_MASK = "action_mask"
-"""The entry of a dict observation that says which actions are allowed; no network sees it."""
+"""Name of the entry of a dict observation that tells which actions are allowed. Networks do not see
+it."""
 
 
 class Discrete(NamedTuple):
@@ -14,20 +15,20 @@ class Discrete(NamedTuple):
 
 
 class MultiDiscrete(NamedTuple):
-    """Several integers at once, the k-th of them below `num_values[k]`; int32 `[K]`."""
+    """Several integers, the k-th of them below `num_values[k]`; int32 `[K]`."""
 
     num_values: tuple[int, ...]
 
 
 class Box(NamedTuple):
-    """Arrays of one shape and dtype, with bounds where something depends on them."""
+    """Arrays of one shape and dtype, with bounds for actions."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     low: tuple[float, ...] | None = None
-    """Least value of each entry, flattened; None where it plays no part."""
+    """Minimum of each entry, flattened; None where it is not used."""
     high: tuple[float, ...] | None = None
-    """Greatest value of each entry, flattened."""
+    """Maximum of each entry, flattened; None where it is not used."""
 
 
 class Dict(NamedTuple):
@@ -38,7 +39,7 @@ class Dict(NamedTuple):
 
     @classmethod
     def of(cls, spaces: "Mapping[str, Space]") -> "Dict":
-        """From a mapping.
+        """Returns the space of a mapping from names to spaces.
 
         >>> Dict.of({"goal": Discrete(3), "arm": Box((2,))}).names
         ('arm', 'goal')
@@ -47,12 +48,12 @@ class Dict(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its entries."""
+        """Names of the entries, sorted."""
         return tuple(name for name, _ in self.spaces)
 
 
 class Tuple(NamedTuple):
-    """Spaces in a row; values are tuples."""
+    """Several spaces; values are tuples."""
 
     spaces: "tuple[Space, ...]"
 
@@ -62,7 +63,7 @@ Space = Leaf | Dict | Tuple
 
 
 def leaves(space: Space) -> tuple[Leaf, ...]:
-    """The spaces of arrays in it, in the order of `jax.tree.leaves` of a value."""
+    """Returns the spaces of single arrays, in the order of `jax.tree.leaves` of a value."""
     if isinstance(space, Dict):
         return tuple(leaf for _, entry in space.spaces for leaf in leaves(entry))
     if isinstance(space, Tuple):
@@ -71,19 +72,19 @@ def leaves(space: Space) -> tuple[Leaf, ...]:
 
 
 def shape_of(leaf: Leaf) -> tuple[int, ...]:
-    """The shape of a value, without batch axes."""
+    """Returns the shape of a value, without batch axes."""
     if isinstance(leaf, Discrete):
         return ()
     return (len(leaf.num_values),) if isinstance(leaf, MultiDiscrete) else leaf.shape
 
 
 def dtype_of(leaf: Leaf) -> str:
-    """The dtype of a value."""
+    """Returns the dtype of a value."""
     return leaf.dtype if isinstance(leaf, Box) else "int32"
 
 
 def to_plain(space: Space) -> dict[str, Any]:
-    """The same in JSON's types."""
+    """Returns the space in types of JSON."""
     kind = type(space).__name__
     if isinstance(space, Dict):
         return {"kind": kind, "spaces": [[name, to_plain(entry)] for name, entry in space.spaces]}
@@ -93,7 +94,7 @@ def to_plain(space: Space) -> dict[str, Any]:
 
 
 def from_plain(plain: Mapping[str, Any]) -> Space:
-    """The inverse of `to_plain`.
+    """Returns the space that `to_plain` converted.
 
     >>> space = Dict.of({"goal": Discrete(3), "arm": Box((2,), low=(0.0, 0.0))})
     >>> from_plain(to_plain(space)) == space

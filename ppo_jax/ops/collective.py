@@ -1,4 +1,4 @@
-"""Means and sums over the devices that share one training."""
+"""Means and sums over the devices that share a training."""
 
 from typing import Any
 
@@ -7,7 +7,9 @@ from jax.flatten_util import ravel_pytree
 
 
 def mean_over(tree: Any, axis_name: str | None) -> Any:
-    """The mean over the devices of a mesh axis, in one collective; `tree` itself for None.
+    """Returns the mean over the devices of a mesh axis, in one collective.
+
+    For an axis name of None, a single device, the tree is returned unchanged.
 
     >>> x = jax.numpy.array([1.0, 3.0])
     >>> jax.vmap(lambda x: mean_over(x, "env"), axis_name="env")(x).tolist()
@@ -20,5 +22,5 @@ def mean_over(tree: Any, axis_name: str | None) -> Any:
 
 
 def sum_over(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """The sum over the devices of a mesh axis; `x` itself for None."""
+    """Returns the sum over the devices of a mesh axis; for None `x` itself."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)

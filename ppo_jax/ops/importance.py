@@ -1,8 +1,8 @@
-"""Importance sampling: expectations under p from samples of q, and how much to trust them.
+"""Importance sampling: estimates of expectations under p from samples of q, and their errors.
 
-E_p[f] = E_q[w f] with w = p / q; Owen 2013, "Monte Carlo theory, methods and examples", chapter
-9. The estimate is unbiased and its variance is that of w f, which grows as p and q part: that is
-what trust regions and clipping are for.
+E_p[f] = E_q[w f] with w = p / q; Owen 2013, "Monte Carlo theory, methods and examples", chapter 9.
+The estimate is unbiased. Its variance is that of w f, which grows as p and q move apart; trust
+regions and clipping limit this growth.
 """
 
 from typing import NamedTuple
@@ -30,8 +30,8 @@ def importance_sampling(
       log_p: log p(x), `[B]`.
       log_q: log q(x), `[B]`.
       values: f(x), `[B]`.
-      self_normalized: divide by the sum of the weights instead of by their number; biased,
-        but right for an unnormalised p and often less variable.
+      self_normalized: divide by the sum of the weights instead of by their number. The estimate is
+        biased, but valid for an unnormalised p, and often has a smaller variance.
 
     Returns:
       An `ImportanceEstimate` of scalars.
@@ -45,7 +45,7 @@ def importance_sampling(
     weights = jnp.exp(log_p - log_q)
     scale = jnp.mean(weights) if self_normalized else 1.0
     mean = jnp.mean(weights * values) / scale
-    # The delta method's variance for a ratio of means, the plain one for a mean.
+    # A ratio of means has the variance of the delta method, a mean the usual one.
     errors = weights * (values - mean) / scale if self_normalized else weights * values - mean
     return ImportanceEstimate(
         mean=mean,
@@ -56,7 +56,7 @@ def importance_sampling(
 
 
 def effective_sample_size(log_weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Kish's (Σ w)² / Σ w², in samples; computed from log w without overflow.
+    """Computes Kish's (Σ w)² / Σ w², in samples, from log w without overflow.
 
     >>> float(effective_sample_size(jnp.zeros(8)))
     8.0
@@ -68,15 +68,15 @@ def effective_sample_size(log_weights: jax.Array, mask: jax.Array | None = None)
 
 
 def trajectory_log_weights(log_ratio: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The weights of trajectory pieces in a rollout, log w(τ) = Σ_t log r_t.
+    """Computes the log-weights of trajectory pieces in a rollout, log w(τ) = Σ_t log r_t.
 
     Args:
       log_ratio: log π_θ(a|s) − log π_θold(a|s), `[T, N]`.
       done: bool, an episode ended here, `[T, N]`.
 
     Returns:
-      `(log_weights, is_last)`, each `[T, N]`: at the last step of a piece (an episode's end or
-      the rollout's), the sum over the piece.
+      `(log_weights, is_last)`, each `[T, N]`. A piece ends with an episode or with the rollout;
+      `log_weights` at its last step is the sum over the piece.
 
     >>> log_weights, is_last = trajectory_log_weights(
     ...     jnp.array([[1.0], [2.0], [4.0]]), jnp.array([[False], [True], [False]])

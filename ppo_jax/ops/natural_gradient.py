@@ -1,6 +1,6 @@
 """The natural gradient by conjugate gradients, and a line search inside a trust region.
 
-On flat vectors and functions of them. Every trip count is fixed, so all of it vmaps.
+All functions work on flat vectors. Every trip count is fixed, so that all of them can be vmapped.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ MatrixVectorProduct = Callable[[jax.Array], jax.Array]
 def fisher_vector_product(
     mean_kl: Callable[[jax.Array], jax.Array], params: jax.Array, *, damping: Scalar
 ) -> MatrixVectorProduct:
-    """The product v ↦ (F + damping · I) v, where F is the Hessian of `mean_kl` at `params`.
+    """Returns the product v ↦ (F + damping · I) v, where F is the Hessian of `mean_kl`.
 
-    At the parameters of the old policy the Hessian of KL(old ‖ new) is the Fisher matrix;
-    Schulman et al. 2015 (arXiv:1502.05477), appendix C.1.
+    At the parameters of the old policy the Hessian of KL(old ‖ new) is the Fisher matrix; Schulman
+    et al. 2015 (arXiv:1502.05477), appendix C.1.
     """
 
     def product(vector: jax.Array) -> jax.Array:
@@ -34,8 +34,15 @@ def conjugate_gradient(
 ) -> jax.Array:
     """Solves A x ≈ b for a symmetric positive definite A; Hestenes & Stiefel 1952.
 
-    Runs `iterations` rounds; those after the squared residual falls below `tolerance` times
-    the first change nothing.
+    Args:
+      product: v ↦ A v.
+      b: right-hand side, `[P]`.
+      iterations: rounds to run.
+      tolerance: rounds after the squared residual has fallen below this multiple of |b|² change
+        nothing.
+
+    Returns:
+      x, `[P]`.
     """
     dot = jnp.vdot
     first = dot(b, b)
@@ -57,7 +64,7 @@ def conjugate_gradient(
 
 
 class LineSearch(NamedTuple):
-    """What a line search found."""
+    """The result of a line search."""
 
     params: jax.Array
     fraction: jax.Array  # [], of the full step; 0 where none was accepted
@@ -74,10 +81,18 @@ def line_search(
     max_kl: Scalar,
     num_steps: int,
 ) -> LineSearch:
-    """The longest of `step`, `step`/2, `step`/4, … that improves and stays within the bound.
+    """Finds the longest of `step`, `step`/2, `step`/4, … that improves and stays within the bound.
 
-    Schulman et al. 2015 (arXiv:1502.05477), appendix C. Where none of `num_steps` does, the
-    parameters stay as they were.
+    Schulman et al. 2015 (arXiv:1502.05477), appendix C. If none of `num_steps` lengths is accepted,
+    the parameters are returned unchanged.
+
+    Args:
+      objective: function of the parameters, to be maximised.
+      mean_kl: function of the parameters, to be at most `max_kl`.
+      params: `[P]`.
+      step: `[P]`, the longest step.
+      max_kl: the bound.
+      num_steps: lengths that are tried.
     """
     start = objective(params)
 

@@ -1,7 +1,7 @@
-"""A random order of 0 … size − 1 without a sort: a keyed bijection on indices.
+"""Random orders of 0 … size − 1 without a sort, by a keyed bijection of indices.
 
-`jax.random.permutation` sorts random keys, several times, and costs as much as two minibatch
-gradients. A learner only needs every sample once per epoch, in an order it cannot predict.
+`jax.random.permutation` sorts random keys several times, which takes as long as two minibatch
+gradients. Training only needs every sample once per epoch, in an order that looks random.
 """
 
 import jax
@@ -11,18 +11,18 @@ _ROUNDS = 24
 
 
 def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
-    """The images of `positions` under a random bijection of {0, …, size − 1} drawn by `key`.
+    """Returns the images of `positions` under a random bijection of {0, …, size − 1}.
 
-    The swap-or-not shuffle of Hoang, Morris & Rogaway 2012 (arXiv:1208.1176), section 3: each
-    round pairs x with k − x (mod size) and swaps the pair or not by one bit of a keyed hash of
-    the larger. Each round is an involution, so any size gives a bijection, and any slice of
-    the order can be computed by itself. 24 rounds leave frequencies and pairs
-    indistinguishable from a permutation's (see the tests); this is no cryptography.
+    The swap-or-not shuffle of Hoang, Morris & Rogaway 2012 (arXiv:1208.1176), section 3. Each round
+    pairs x with k − x (mod size); one bit of a keyed hash of the larger decides whether the two are
+    swapped. A round is its own inverse, so that any size gives a bijection, and any slice of the
+    order can be computed alone. After 24 rounds frequencies of positions and pairs are
+    indistinguishable from those of uniform permutations (see the tests). This is no cryptography.
 
     Args:
       key: random key.
       positions: integers in [0, size), any shape.
-      size: how many indices there are; at most 2**31.
+      size: number of indices; at most 2**31.
 
     Returns:
       int32 array of `positions`' shape.
@@ -38,14 +38,15 @@ def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
         partner = jnp.where(x <= pivot, pivot - x, pivot + jnp.uint32(size) - x)
         return jnp.where(_bit(jnp.maximum(x, partner), salt), partner, x), None
 
-    # A loop: fused in a row, rounds compute each other anew and compile for seconds, or hours.
+    # A loop, because XLA fuses unrolled rounds into one kernel in which each round computes all
+    # earlier ones again, and which takes seconds to hours to compile.
     keys = jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
     x, _ = jax.lax.scan(one_round, positions.astype(jnp.uint32), keys)
     return x.astype(jnp.int32)
 
 
 def _bit(x: jax.Array, salt: jax.Array) -> jax.Array:
-    """One well-mixed bit of each `x`: multiply and fold, after the finaliser of MurmurHash3."""
+    """Returns one well-mixed bit of each `x`, as the finaliser of MurmurHash3 mixes them."""
     x = (x ^ salt) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return (x >> 31).astype(bool)

@@ -1,1 +1,1 @@
-"""What acts: action distributions, networks, and the policy as a value."""
+"""Policies: networks, action distributions, and the policy as a value."""

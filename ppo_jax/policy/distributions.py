@@ -1,12 +1,13 @@
-"""What turns an actor's outputs into actions. The only module that imports distrax.
+"""Action heads: from an actor's outputs to actions. The only module that imports distrax.
 
-A `Head` splits sampling in two: noise is drawn in bulk, outside the rollout's loop, and
-`sample` is a deterministic function of parameters and noise inside it.
+A `Head` divides sampling into two parts. Noise is drawn in bulk, outside the rollout's loop;
+`sample` is a deterministic function of parameters and noise inside the loop.
 """
 
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,12 +19,12 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     import distrax
 
-from ppo_jax.config import ConfigError
 from ppo_jax.envs.spaces import Box, Discrete, MultiDiscrete, Space
+from ppo_jax.errors import ConfigError, require_known, require_new_name
 
 MASKED = -1e30
-"""The logit of an action that is not allowed: its probability is exactly 0 in float32, and
-unlike −∞ it leaves 0 · log 0 and all gradients finite."""
+"""Logit of an action that is not allowed. Its probability is exactly 0 in float32; unlike −∞ it
+keeps 0 · log 0 and all gradients finite."""
 
 
 class GaussianParams(NamedTuple):
@@ -41,45 +42,46 @@ class BetaParams(NamedTuple):
 
 
 class Distribution(Protocol):
-    """What a loss asks of a distribution; every result is `[...]`, one number per action."""
+    """The methods of a distribution that losses use; results are `[...]`, one per action."""
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """The exact log π(a)."""
+        """Returns the exact log π(a)."""
 
     def entropy(self) -> jax.Array:
-        """−E[log π(a)]."""
+        """Returns −E[log π(a)]."""
 
     def kl_divergence(self, other: Any) -> jax.Array:
-        """KL(self ‖ other), exact; `other` is of the same family."""
+        """Returns the exact KL(self ‖ other); `other` is of the same family."""
 
 
 class Categorical(NamedTuple):
     """A categorical distribution whose logits were normalised once.
 
-    distrax normalises again for every question, and every normalisation has a gradient.
+    distrax normalises in every method, and every normalisation has a gradient.
     """
 
     log_probs: jax.Array  # [..., A], normalised
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """Of the integer `action` `[...]`. A sum and no lookup, whose gradient is a scatter."""
+        """Returns log π(a) of integers `[...]`."""
+        # A sum instead of a lookup, because the gradient of a lookup is a scatter.
         chosen = jax.nn.one_hot(action, self.log_probs.shape[-1], dtype=bool)
         return jnp.sum(jnp.where(chosen, self.log_probs, 0.0), axis=-1)
 
     def entropy(self) -> jax.Array:
-        """−Σ p log p."""
+        """Returns −Σ p log p."""
         return -jnp.sum(jnp.exp(self.log_probs) * self.log_probs, axis=-1)
 
     def kl_divergence(self, other: "Categorical") -> jax.Array:
-        """Σ p (log p − log q)."""
+        """Returns Σ p (log p − log q)."""
         return jnp.sum(jnp.exp(self.log_probs) * (self.log_probs - other.log_probs), axis=-1)
 
 
 class TanhNormal(NamedTuple):
-    """tanh(x) of a Gaussian x, stretched to an interval of half width w.
+    """The distribution of tanh(x) of a Gaussian x, stretched to an interval of half width w.
 
-    Its actions are the x: tanh rounds to ±1 long before x is large, and cannot be inverted
-    there. The densities are those of the stretched action. Haarnoja et al. 2018
+    Its methods take x as the action, because tanh rounds to ±1 for moderate x and cannot be
+    inverted there. The densities are those of the stretched action. Haarnoja et al. 2018
     (arXiv:1801.01290), appendix C.
     """
 
@@ -88,12 +90,13 @@ class TanhNormal(NamedTuple):
     """log w."""
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """Log N(x) − log(1 − tanh² x) − log w."""
+        """Returns log N(x) − log(1 − tanh² x) − log w."""
         return self.normal.log_prob(action) - _log_slope(action) - self.log_width
 
     def entropy(self) -> jax.Array:
-        """H(x) + E[log(1 − tanh² x)] + log w; the expectation, which has no closed form, by
-        Gauss and Hermite's quadrature.
+        """Returns H(x) + E[log(1 − tanh² x)] + log w.
+
+        The expectation has no closed form; it is computed by Gauss-Hermite quadrature.
         """
         nodes = self.normal.loc[..., None] + self.normal.scale[..., None] * _like(
             _NODES, self.normal.loc[..., None]
@@ -102,48 +105,48 @@ class TanhNormal(NamedTuple):
         return self.normal.entropy() + expected + self.log_width
 
     def kl_divergence(self, other: "TanhNormal") -> jax.Array:
-        """That of the Gaussians: a bijection changes no KL."""
+        """Returns the KL of the Gaussians, which a bijection does not change."""
         return self.normal.kl_divergence(other.normal)
 
 
 class StretchedBeta(NamedTuple):
-    """A Beta distribution stretched from [0, 1] to an interval; its actions are those in [0, 1]."""
+    """A Beta distribution stretched from [0, 1] to an interval; its methods take u in [0, 1]."""
 
     unit: Any
     log_width: jax.Array
-    """Of the whole interval."""
+    """Logarithm of the width of the interval."""
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """Log Beta(u) − log width."""
+        """Returns log Beta(u) − log width."""
         return self.unit.log_prob(action) - self.log_width
 
     def entropy(self) -> jax.Array:
-        """H(u) + log width."""
+        """Returns H(u) + log width."""
         return self.unit.entropy() + self.log_width
 
     def kl_divergence(self, other: "StretchedBeta") -> jax.Array:
-        """That of the unit interval's."""
+        """Returns the KL of the unstretched distributions."""
         return self.unit.kl_divergence(other.unit)
 
 
 class Product(NamedTuple):
-    """Independent distributions of the entries of an action: everything adds up over them."""
+    """Independent distributions of the entries of an action, over which all results add up."""
 
     factors: Distribution
-    """Whose results are `[..., *shape]`."""
+    """Distributions of the entries; results are `[..., *shape]`."""
     ndim: int
-    """Axes of `shape`."""
+    """Number of axes of `shape`."""
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """Σ log π(a_i)."""
+        """Returns Σ log π(a_i)."""
         return self._sum(self.factors.log_prob(action))
 
     def entropy(self) -> jax.Array:
-        """Σ H_i."""
+        """Returns Σ H_i."""
         return self._sum(self.factors.entropy())
 
     def kl_divergence(self, other: "Product") -> jax.Array:
-        """Σ KL_i."""
+        """Returns Σ KL_i."""
         return self._sum(self.factors.kl_divergence(other.factors))
 
     def _sum(self, x: jax.Array) -> jax.Array:
@@ -155,53 +158,50 @@ def _unchanged(action: jax.Array) -> jax.Array:
 
 
 class Head(NamedTuple):
-    """A family of action distributions. `params` is the pytree that `parametrize` makes."""
+    """A family of action distributions. `params` is the pytree that `parametrize` returns."""
 
     num_outputs: int
     """Width of the actor's last layer."""
     log_std_shape: tuple[int, ...] | None
-    """Shape of a learned, state-independent log standard deviation; None where there is none."""
+    """Shape of a learned log standard deviation that does not depend on the state; or None."""
     parametrize: Callable[[jax.Array, jax.Array | None], Any]
     """`(outputs [..., num_outputs], log_std) -> params`."""
     noise: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    """`(key, batch_shape) -> noise`, of which `sample` needs one entry per action."""
+    """`(key, batch_shape) -> noise`; `sample` needs one entry per action."""
     sample: Callable[[Any, jax.Array], jax.Array]
     """`(params, noise) -> action`."""
     mode: Callable[[Any], jax.Array]
-    """`params -> action`, the most likely one; of a squashed Gaussian the median."""
+    """`params -> action`: the most likely one, or the median of a squashed Gaussian."""
     distribution: Callable[[Any], Distribution]
     """`params -> distribution`."""
     to_env: Callable[[jax.Array], jax.Array] = _unchanged
-    """`action -> action`, from what the distribution is over to what the environment takes."""
+    """`action -> action`: from the space of the distribution to that of the environment."""
 
 
 def make_head(
     space: Space, distribution: str | None = None, *, state_dependent_std: bool = False
 ) -> Head:
-    """The head for an action space.
+    """Returns the head for an action space.
 
     Args:
       space: of the actions.
-      distribution: of a Box: "gaussian", "tanh_gaussian" or "beta"; None is "gaussian".
+      distribution: a key of `BOX_HEADS`, if the space is a Box; None is "gaussian".
       state_dependent_std: a Gaussian's log standard deviation is an output of the network.
 
     Raises:
-      ConfigError: the distribution does not fit the space.
+      ConfigError: unknown distribution, or one that does not fit the space.
     """
     if isinstance(space, Box):
         distribution = distribution or "gaussian"
-        if distribution == "beta":
-            if state_dependent_std:
-                raise ConfigError(
-                    "state_dependent_std must be off for a distribution without a standard "
-                    "deviation; action_distribution is beta. Leave state_dependent_std out."
-                )
-            return _beta(space)
-        return _gaussian(
-            space,
-            squashed=distribution == "tanh_gaussian",
-            state_dependent_std=state_dependent_std,
-        )
+        require_known("action_distribution", distribution, BOX_HEADS)
+        if not state_dependent_std:
+            return BOX_HEADS[distribution](space)
+        if distribution not in _GAUSSIANS:
+            raise ConfigError(
+                "state_dependent_std must be off for a distribution without a standard "
+                f"deviation; action_distribution is {distribution}. Leave state_dependent_std out."
+            )
+        return _GAUSSIANS[distribution](space, state_dependent_std=True)
     if distribution is not None or state_dependent_std:
         raise ConfigError(
             "action_distribution and state_dependent_std must be left out where actions are "
@@ -231,7 +231,7 @@ def _categorical(space: Discrete) -> Head:
 
 
 def _multi_categorical(space: MultiDiscrete) -> Head:
-    """Categoricals in a row, of the width of the widest: what the others lack is masked."""
+    """Returns a head of several categoricals, padded to the widest by masked logits."""
     sizes = space.num_values
     one = _categorical(Discrete(max(sizes)))
 
@@ -253,10 +253,11 @@ def _multi_categorical(space: MultiDiscrete) -> Head:
 
 
 _LOG_STD_RANGE = (-10.0, 2.0)
-"""Of a standard deviation that the network gives: outside, float32's densities break down."""
+"""Range of a log standard deviation that the network outputs. Outside of it, densities overflow or
+lose all digits in float32."""
 
 
-def _gaussian(space: Box, *, squashed: bool, state_dependent_std: bool) -> Head:
+def _gaussian(space: Box, *, squashed: bool = False, state_dependent_std: bool = False) -> Head:
     size = math.prod(space.shape)
     ndim = len(space.shape)
     low, high = _bounds(space, "tanh_gaussian") if squashed else (None, None)
@@ -295,11 +296,14 @@ def _gaussian(space: Box, *, squashed: bool, state_dependent_std: bool) -> Head:
 
 
 _EDGE = 1e-6
-"""Actions keep so far from 0 and 1, where a Beta's log-density is infinite."""
+"""Distance of actions from 0 and 1, where the log-density of a Beta distribution is infinite."""
 
 
 def _beta(space: Box) -> Head:
-    """Chou et al. 2017 (PMLR 70): α = 1 + softplus(·) and β alike, so that the mode is inside."""
+    """Returns the head of Chou et al. 2017 (PMLR 70).
+
+    α and β are 1 + softplus(·), so that the mode is inside of the interval.
+    """
     size = math.prod(space.shape)
     low, high = _bounds(space, "beta")
 
@@ -317,7 +321,7 @@ def _beta(space: Box) -> Head:
         return jnp.clip(action, _EDGE, 1.0 - _EDGE)
 
     def mode(params: BetaParams) -> jax.Array:
-        """(α − 1) / (α + β − 2); the middle where both have rounded to 1, which is uniform."""
+        """Returns (α − 1) / (α + β − 2), or 1/2 for the uniform distribution, α = β = 1."""
         total = params.alpha + params.beta - 2
         is_flat = total <= 0
         return jnp.where(is_flat, 0.5, (params.alpha - 1) / jnp.where(is_flat, 1.0, total))
@@ -330,12 +334,36 @@ def _beta(space: Box) -> Head:
         num_outputs=2 * size,
         log_std_shape=None,
         parametrize=parametrize,
-        noise=jax.random.split,  # rejection sampling: how many numbers it takes is not known
+        # Keys instead of numbers: rejection sampling takes a number of draws that is not known.
+        noise=jax.random.split,
         sample=sample,
         mode=mode,
         distribution=distribution,
         to_env=lambda action: _like(low, action) + _like(high - low, action) * action,
     )
+
+
+_GAUSSIANS: dict[str, Callable[..., Head]] = {
+    "gaussian": _gaussian,
+    "tanh_gaussian": partial(_gaussian, squashed=True),
+}
+
+BOX_HEADS: dict[str, Callable[[Box], Head]] = {**_GAUSSIANS, "beta": _beta}
+"""Heads for continuous actions, by the name of their distribution."""
+
+
+def register_action_distribution(name: str, make: Callable[[Box], Head]) -> None:
+    """Makes a head available as `Config(action_distribution=name)`.
+
+    Args:
+      name: a name that is not taken.
+      make: returns the head for a space of continuous actions, or raises a `ConfigError`.
+
+    Raises:
+      ConfigError: the name is taken.
+    """
+    require_new_name("action distribution", name, BOX_HEADS)
+    BOX_HEADS[name] = make
 
 
 def _bounds(space: Box, distribution: str) -> tuple[np.ndarray, np.ndarray]:
@@ -348,13 +376,13 @@ def _bounds(space: Box, distribution: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _like(constant: np.ndarray, x: jax.Array) -> jax.Array:
-    """The constant as one of x's dtype, for every entry of its batch."""
+    """Returns the constant in the dtype of x, with axes for the batch of x."""
     shape = (1,) * (x.ndim - constant.ndim) + constant.shape
     return jnp.asarray(constant, x.dtype).reshape(shape)
 
 
 def _log_slope(x: jax.Array) -> jax.Array:
-    """log(1 − tanh² x), without the cancellation."""
+    """Returns log(1 − tanh² x) without cancellation."""
     return 2.0 * (math.log(2.0) - x - jax.nn.softplus(-2.0 * x))
 
 

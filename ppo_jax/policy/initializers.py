@@ -1,4 +1,4 @@
-"""Orthogonal initialisation out of matrix products alone, of all layers at once."""
+"""Orthogonal initialisation of all layers together, by matrix products alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,73 +16,92 @@ GAINS: Mapping[str, Any] = {
     "actor_gain": 0.01,
     "critic_gain": 1.0,
 }
-"""Hyperparameters of the weights at the start, with their defaults."""
+"""Gains of the orthogonal initialisation by hyperparameter, with their defaults."""
 
 _ITERATIONS = 40
 
 
 def orthogonal_matrices(key: jax.Array, shapes: Sequence[tuple[int, int]]) -> list[jax.Array]:
-    """Matrices with orthonormal rows or columns, each uniform over all of its shape.
+    """Draws matrices with orthonormal rows or columns, each from the uniform distribution.
 
-    JAX's own initialiser takes the QR decomposition of a Gaussian matrix. Several of these under
-    one `vmap` wait for each other forever on a CPU with two threads (jaxlib 0.10.2), and batched
-    QR is slow on GPUs. The polar factor of a Gaussian matrix has the same distribution, and
-    Newton and Schulz's iteration X ← X (3 I − XᵀX) / 2 finds it by products alone: each round
-    grows a small singular value by half, so 40 reach every one that float32 can tell from zero.
-    One draw and one loop for all of them compile in a third of the time of one for each.
+    JAX's initialiser takes the QR decomposition of a Gaussian matrix, which is slow on GPUs if
+    batched. Here the polar factor of a Gaussian matrix, which has the same distribution, is found
+    by the Newton-Schulz iteration X ← X (3 I − XᵀX) / 2. Each round grows small singular values by
+    half, so that 40 rounds raise every one that float32 can tell from zero to 1.
+
+    Args:
+      key: random key.
+      shapes: rows and columns of each matrix.
     """
+    # Several batched QR decompositions under one `vmap` wait for each other forever on a CPU with
+    # two threads (jaxlib 0.10.2).
     ends = np.cumsum([0, *map(np.prod, shapes)])
+    # One draw and one loop for all matrices compile in a third of the time of one for each.
     entries = jax.random.normal(key, (ends[-1],))
 
     def start(i: int, shape: tuple[int, int]) -> jax.Array:
         rows, columns = max(shape), min(shape)
         x = entries[ends[i] : ends[i + 1]].reshape(rows, columns)
-        # √rows + √columns bounds the largest singular value but for rare tails; √3 of slack.
+        # √rows + √columns bounds the largest singular value except in rare tails; the iteration
+        # converges up to √3 times the bound.
         return x / (np.sqrt(rows) + np.sqrt(columns))
 
-    def improve(_: int, found: list[jax.Array]) -> list[jax.Array]:
-        return [1.5 * x - 0.5 * x @ (x.T @ x) for x in found]
+    def improve(_: int, matrices: list[jax.Array]) -> list[jax.Array]:
+        return [1.5 * x - 0.5 * x @ (x.T @ x) for x in matrices]
 
-    found = [start(i, shape) for i, shape in enumerate(shapes)]
+    matrices = [start(i, shape) for i, shape in enumerate(shapes)]
     with jax.default_matmul_precision("highest"):
-        found = jax.lax.fori_loop(0, _ITERATIONS, improve, found)
-    return [x if x.shape == shape else x.T for x, shape in zip(found, shapes, strict=True)]
+        matrices = jax.lax.fori_loop(0, _ITERATIONS, improve, matrices)
+    return [x if x.shape == shape else x.T for x, shape in zip(matrices, shapes, strict=True)]
 
 
-def orthogonal(gain: str | None = None) -> Callable[..., "_Wanted"]:
-    """An initialiser of `[inputs, outputs]` for `draw` to follow; `gain` is a name in `GAINS`.
+def orthogonal(gain: str | None = None) -> Callable[..., "_PendingMatrix"]:
+    """Returns an initialiser of kernels `[inputs, outputs]` that `draw` completes.
 
-    The gain, or 1, times an orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120), and
-    √(outputs / inputs) times that in a layer that widens, whose units then vary as much as what
-    they see: an isometry would leave each of 64 units that see 4 numbers a quarter of the deviation
-    (Yang et al. 2023, arXiv:2310.17813, condition 1).
+    The kernel is the gain times an orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120), times
+    √(outputs / inputs) in a layer that widens. Without that factor each of 64 units that see 4
+    numbers would have a quarter of the numbers' standard deviation (Yang et al. 2023,
+    arXiv:2310.17813, condition 1).
+
+    Args:
+      gain: a key of `GAINS`; None is a gain of 1.
     """
 
-    def initialize(_: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> _Wanted:
+    def initialize(
+        _: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32
+    ) -> _PendingMatrix:
         inputs, outputs = shape
-        return _Wanted(jnp.zeros(shape, dtype), np.sqrt(max(1.0, outputs / inputs)), gain)
+        scale = np.sqrt(max(1.0, outputs / inputs))
+        return _PendingMatrix(jnp.zeros(shape, dtype), scale, gain)
 
     return initialize
 
 
-def draw(key: jax.Array, params: Any, gains: Mapping[str, Any] = GAINS) -> Any:
-    """`params` as flax made them, with the matrices that `orthogonal` only asked for."""
-    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_wanted)
-    wanted = [leaf for leaf in leaves if _is_wanted(leaf)]
-    matrices = iter(orthogonal_matrices(key, [leaf.value.shape for leaf in wanted]))
+def draw(key: jax.Array, params: Any, gains: Mapping[str, Any] | None = None) -> Any:
+    """Replaces the placeholders that `orthogonal` left in parameters by matrices.
 
-    def made(leaf: _Wanted) -> jax.Array:
+    Args:
+      key: random key.
+      params: parameters as flax made them.
+      gains: gains by name; names that are missing keep their default in `GAINS`.
+    """
+    gains = {**GAINS, **(gains or {})}
+    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_pending)
+    pending = [leaf for leaf in leaves if _is_pending(leaf)]
+    matrices = iter(orthogonal_matrices(key, [leaf.value.shape for leaf in pending]))
+
+    def scaled(leaf: _PendingMatrix) -> jax.Array:
         scale = leaf.scale if leaf.gain is None else gains[leaf.gain] * leaf.scale
         return (scale * next(matrices)).astype(leaf.value.dtype)
 
-    drawn = [made(leaf) if _is_wanted(leaf) else leaf for leaf in leaves]
+    drawn = [scaled(leaf) if _is_pending(leaf) else leaf for leaf in leaves]
     return jax.tree.unflatten(treedef, drawn)
 
 
-class _Wanted(flax.struct.PyTreeNode, nn.meta.AxisMetadata[jax.Array]):
-    """A box round zeros, which flax opens where a layer uses its parameter."""
+class _PendingMatrix(flax.struct.PyTreeNode, nn.meta.AxisMetadata[jax.Array]):
+    """A placeholder for an orthogonal matrix; flax unboxes it where a layer uses its parameter."""
 
-    value: jax.Array  # [inputs, outputs]
+    value: jax.Array  # [inputs, outputs], zeros
     scale: float = flax.struct.field(pytree_node=False)
     gain: str | None = flax.struct.field(pytree_node=False)
 
@@ -92,13 +111,13 @@ class _Wanted(flax.struct.PyTreeNode, nn.meta.AxisMetadata[jax.Array]):
     def replace_boxed(self, val: Any) -> Any:
         return self.replace(value=val)
 
-    # Of layers stacked by a lifted `vmap` or `scan`; there are none.
-    def add_axis(self, index: int, params: Any) -> "_Wanted":
+    # flax asks for these where layers are stacked by a lifted `vmap` or `scan`; none are.
+    def add_axis(self, index: int, params: Any) -> "_PendingMatrix":
         raise NotImplementedError
 
-    def remove_axis(self, index: int, params: Any) -> "_Wanted":
+    def remove_axis(self, index: int, params: Any) -> "_PendingMatrix":
         raise NotImplementedError
 
 
-def _is_wanted(leaf: Any) -> bool:
-    return isinstance(leaf, _Wanted)
+def _is_pending(leaf: Any) -> bool:
+    return isinstance(leaf, _PendingMatrix)

@@ -1,4 +1,4 @@
-"""The networks: observations in, parameters of an action distribution and values out."""
+"""Networks from observations to parameters of an action distribution and values."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import ConfigError, unknown_name
 from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete, Leaf, Space, leaves, shape_of
+from ppo_jax.errors import ConfigError, unknown_name
 from ppo_jax.policy.distributions import MASKED, Head
 from ppo_jax.policy.initializers import orthogonal
-from ppo_jax.policy.memory import Memory, read
+from ppo_jax.policy.recurrent import RecurrentLayer, read
 
 Convolutions = tuple[tuple[int, int, int], ...]
 """Features, width of the kernel and stride of each layer."""
@@ -23,7 +23,7 @@ CONVOLUTIONS: dict[str, Convolutions] = {
 
 
 class MLP(nn.Module):
-    """Dense layers, each followed by an activation; orthogonal initialisation."""
+    """Dense layers with orthogonal initialisation, each followed by an activation."""
 
     hidden_sizes: tuple[int, ...]
     activation: Callable[[jax.Array], jax.Array]
@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., F]` to `[..., hidden_sizes[-1]]`."""
+        """Maps `[..., F]` to `[..., hidden_sizes[-1]]`."""
         for size in self.hidden_sizes:
             x = _hidden(size)(x)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
@@ -42,20 +42,21 @@ class MLP(nn.Module):
 class Conv(nn.Module):
     """A square convolution as a matrix product with the patches of an image.
 
-    Under `vmap` over seeds, where kernels differ, a convolution becomes a grouped one; a product
-    becomes a batched product. The gradient of a layer of MinAtar's size takes less than half of a
-    convolution's time on a CPU, alone and under `vmap`; on a GPU neither has been measured.
+    Under `vmap` over seeds, where kernels differ, a convolution becomes a grouped one, which is
+    slow; a product becomes a batched product. On a CPU the gradient of a layer of MinAtar's size
+    takes less than half of a convolution's time, alone and under `vmap`. It has not been measured
+    on a GPU.
     """
 
     features: int
     kernel: int
     stride: int = 1
     pads: bool = False
-    """With zeros, so that stride 1 keeps the image's size (odd kernels)."""
+    """Pad with zeros, so that stride 1 keeps the size of the image (odd kernels)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, height, width, channels]` to `[B, height', width', features]`."""
+        """Maps `[B, height, width, channels]` to `[B, height', width', features]`."""
         if self.pads:
             margin = self.kernel // 2
             x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
@@ -81,7 +82,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, height, width, channels]` to `[B, F]`."""
+        """Maps `[B, height, width, channels]` to `[B, F]`."""
         for features, kernel, stride in self.layers:
             x = self.activation(Conv(features, kernel, stride)(x))
         return x.reshape(x.shape[0], -1)
@@ -95,7 +96,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, height, width, channels]` to `[B, F]`."""
+        """Maps `[B, height, width, channels]` to `[B, F]`."""
         for width in self.widths:
             x = Conv(width, 3, pads=True)(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
@@ -106,21 +107,22 @@ class ResNet(nn.Module):
 
 
 class Torso(nn.Module):
-    """Any observation to features: images by `image`, all else flattened, then `dense` layers.
+    """Encodes any observation: images by `image`, all else flattened, then `dense` layers.
 
     Integers are one-hot, or embedded. Bytes of images are scaled to [0, 1].
     """
 
     space: Space
     image: Callable[[], nn.Module] | None
-    """Makes what takes one image `[B, height, width, channels]` to `[B, F]`; None flattens."""
+    """Makes the module that maps an image `[B, height, width, channels]` to `[B, F]`. None: images
+    are flattened."""
     dense: Callable[[], nn.Module]
-    """Makes what takes the features of all entries `[B, F]` to the torso's."""
+    """Makes the module that maps the features of all entries `[B, F]` to those of the torso."""
     embedding_size: int | None = None
 
     @nn.compact
     def __call__(self, obs: Any) -> jax.Array:
-        """`[B, ...]` to `[B, F]`."""
+        """Maps `[B, ...]` to `[B, F]`."""
         entries = zip(leaves(self.space), jax.tree.leaves(obs), strict=True)
         features = [self._encode(leaf, x) for leaf, x in entries]
         return self.dense()(features[0] if len(features) == 1 else jnp.concatenate(features, -1))
@@ -142,7 +144,7 @@ class Torso(nn.Module):
 
 
 def is_image(leaf: Leaf) -> bool:
-    """Height, width and channels."""
+    """Returns whether the space has the axes height, width and channels."""
     return isinstance(leaf, Box) and len(leaf.shape) == 3
 
 
@@ -150,19 +152,20 @@ class OutputLayer(nn.Module):
     """A dense layer of a few outputs, computed with the batch as the last axis.
 
     Products with a short last axis are slow on a CPU: the gradient of a kernel of 64 x 2 for 256
-    samples takes 12.8 µs batch first, 0.7 µs batch last. The compiler would fold the transpose
-    into the product and undo this; on other devices it may.
+    samples takes 12.8 µs with the batch first and 0.7 µs with the batch last.
     """
 
     size: int
     gain: str
-    """A name in `initializers.GAINS`."""
+    """A key of `initializers.GAINS`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., F]` to `[..., size]`."""
+        """Maps `[..., F]` to `[..., size]`."""
         kernel = self.param("kernel", orthogonal(self.gain), (x.shape[-1], self.size))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.size,))
+        # Without the barrier the compiler would fold the transpose into the product and undo this,
+        # which it may do on other platforms.
         transposed = jax.lax.platform_dependent(
             kernel, cpu=lambda kernel: jax.lax.optimization_barrier(kernel.T), default=jnp.transpose
         )
@@ -173,19 +176,19 @@ class OutputLayer(nn.Module):
 
 
 class View(NamedTuple):
-    """What one part of a policy sees of an observation."""
+    """The part of an observation that an actor or a critic sees."""
 
     space: Space
     names: tuple[str, ...] | None
     """Entries of a dict observation; None for all of it."""
 
     def __call__(self, obs: Any) -> Any:
-        """The part that is seen."""
+        """Returns the part of the observation that is seen."""
         return obs if self.names is None else {name: obs[name] for name in self.names}
 
 
 def make_view(space: Space, names: tuple[str, ...] | None) -> View:
-    """What `names` show of a dict observation; None shows all but the action mask.
+    """Returns the view of some entries of a dict observation; None is all but the action mask.
 
     Raises:
       ConfigError: the observation has no such entries.
@@ -214,10 +217,10 @@ def make_view(space: Space, names: tuple[str, ...] | None) -> View:
 class ActorCritic(nn.Module):
     """An actor and a critic over observations of any batch shape.
 
-    Each has a torso, and a memory if any, of its own, unless the critic has none and shares the
-    actor's. The two are methods because a rollout needs only the actor: values come from
-    batched calls afterwards. With memories, observations are sequences `[T, N, ...]`, and
-    `memory` holds what each part carried before them, `{"actor": …, "critic": …}`.
+    Each has a torso, and a recurrent cell if any, of its own, unless the critic shares the actor's.
+    The two are methods because a rollout needs only the actor: values come from batched calls
+    afterwards. With cells, observations are sequences `[T, N, ...]`, and `state` holds the
+    recurrent state of each part before them, `{"actor": …, "critic": …}`.
     """
 
     head: Head
@@ -226,8 +229,9 @@ class ActorCritic(nn.Module):
     critic_view: View
     actor_torso: nn.Module
     critic_torso: nn.Module | None
-    actor_memory: Memory | None
-    critic_memory: Memory | None
+    # Parameters in saved policies have the names of these fields.
+    actor_memory: RecurrentLayer | None
+    critic_memory: RecurrentLayer | None
     has_critic: bool = True
 
     def setup(self) -> None:
@@ -239,51 +243,49 @@ class ActorCritic(nn.Module):
             self.actor_log_std = _LogStd(self.head.log_std_shape)
 
     def __call__(
-        self, obs: Any, memory: Any = None, start: jax.Array | None = None
+        self, obs: Any, state: Any = None, start: jax.Array | None = None
     ) -> tuple[Any, jax.Array | None]:
-        """Distribution parameters `[..., *]` and values `[...]`, None without a critic."""
-        features, _ = self._features("actor", obs, memory, start)
+        """Returns distribution parameters `[..., *]` and values `[...]`, None without a critic."""
+        features, _ = self._features("actor", obs, state, start)
         action_params = self._parametrize(features, obs)
         if not self.has_critic:
             return action_params, None
-        if self._judge != "actor":
-            features, _ = self._features(self._judge, obs, memory, start)
+        if self._value_part != "actor":
+            features, _ = self._features(self._value_part, obs, state, start)
         return action_params, self._value(features)
 
-    def actor(
-        self, obs: Any, memory: Any = None, start: jax.Array | None = None
-    ) -> tuple[Any, Any]:
-        """Distribution parameters `[..., *]`, and what the actor carries after every step."""
-        features, memories = self._features("actor", obs, memory, start)
-        return self._parametrize(features, obs), memories
+    def actor(self, obs: Any, state: Any = None, start: jax.Array | None = None) -> tuple[Any, Any]:
+        """Returns distribution parameters `[..., *]`, and the actor's state after every step."""
+        features, states = self._features("actor", obs, state, start)
+        return self._parametrize(features, obs), states
 
     def critic(
-        self, obs: Any, memory: Any = None, start: jax.Array | None = None
+        self, obs: Any, state: Any = None, start: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Values `[...]`, and what the critic, or the shared torso, carries after every step."""
-        features, memories = self._features(self._judge, obs, memory, start)
-        return self._value(features), memories
+        """Returns values `[...]`, and the state of the critic's torso after every step."""
+        features, states = self._features(self._value_part, obs, state, start)
+        return self._value(features), states
 
     @property
-    def _judge(self) -> str:
-        """Whose features the value is of."""
+    def _value_part(self) -> str:
+        """The part whose features the value is computed from."""
         return "actor" if self.critic_torso is None else "critic"
 
     def _features(
-        self, part: str, obs: Any, memory: Any, start: jax.Array | None
+        self, part: str, obs: Any, state: Any, start: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         view, torso, cell = {
             "actor": (self.actor_view, self.actor_torso, self.actor_memory),
             "critic": (self.critic_view, self.critic_torso, self.critic_memory),
         }[part]
-        x = self._flat(torso, view, obs)
+        x = self._apply_torso(torso, view, obs)
         if cell is None:
             return x, None
-        memories = cell(memory[part], x, start)
-        return read(memories), {part: memories}
+        states = cell(state[part], x, start)
+        return read(states), {part: states}
 
-    def _flat(self, torso: nn.Module, view: View, obs: Any) -> jax.Array:
-        """The torso sees one batch axis, whatever the batch."""
+    def _apply_torso(self, torso: nn.Module, view: View, obs: Any) -> jax.Array:
+        """Applies a torso, which sees a single batch axis, to any batch shape."""
         batch_shape = batch_shape_of(self.space, obs)
         ndim = len(batch_shape)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[ndim:]), view(obs))
@@ -302,18 +304,21 @@ class ActorCritic(nn.Module):
 
 
 def has_action_mask(space: Space) -> bool:
-    """Observations say which actions are allowed."""
+    """Returns whether observations tell which actions are allowed."""
     return isinstance(space, Dict) and ACTION_MASK in space.names
 
 
 def batch_shape_of(space: Space, obs: Any) -> tuple[int, ...]:
-    """The leading axes of an observation, those that its space does not have."""
+    """Returns the leading axes of an observation, those that its space does not have."""
     leaf, x = leaves(space)[0], jax.tree.leaves(obs)[0]
     return x.shape[: x.ndim - len(shape_of(leaf))]
 
 
 class _LogStd(nn.Module):
-    """A module of its own, so that the critic can be applied without the actor's parameters."""
+    """The actor's log standard deviation.
+
+    A separate module, so that the critic can be applied without the actor's parameters.
+    """
 
     shape: tuple[int, ...]
 
@@ -323,7 +328,7 @@ class _LogStd(nn.Module):
 
 
 def split_params(params: Any) -> tuple[Any, Any]:
-    """Parameters of the actor and of the critic, where they share none."""
+    """Splits parameters into those of the actor and of the critic, where they share none."""
     modules = params["params"]
     critic = {name: value for name, value in modules.items() if name.startswith("critic_")}
     actor = {name: value for name, value in modules.items() if name not in critic}
@@ -331,7 +336,7 @@ def split_params(params: Any) -> tuple[Any, Any]:
 
 
 def merge_params(actor: Any, critic: Any) -> Any:
-    """The inverse of `split_params`."""
+    """Joins the parameters that `split_params` separated."""
     return {"params": {**actor["params"], **critic["params"]}}
 
 

@@ -1,4 +1,4 @@
-"""A policy as a value: it acts, and it is a pytree."""
+"""A policy as a value: a pytree that acts."""
 
 from typing import Any
 
@@ -6,81 +6,99 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ppo_jax import running_stats
-from ppo_jax.config import ConfigError
+from ppo_jax.errors import ConfigError
+from ppo_jax.ops import running_stats
 from ppo_jax.policy import networks
-from ppo_jax.policy.spec import ObsStats, PolicySpec, head_of, initial_memory_of, network_of
+from ppo_jax.policy.spec import (
+    ObsStats,
+    PolicySpec,
+    head_of,
+    initial_recurrent_state,
+    network_of,
+)
 
 
 class Policy(struct.PyTreeNode):
-    """A policy that acts.
+    """A trained policy with everything that it needs to act.
 
-    `policy(obs, key)` samples an action, `policy(obs)` takes the most likely one; `obs` may
-    have leading batch axes. One with a memory is asked by `act`, which takes and returns what it
-    remembers. Actions of a Gaussian are not clipped to a box's bounds; environments of
-    `ppo_jax.envs` do that themselves. A pytree: it can be passed to jitted functions, and a
-    population of them is the same value with leading axes, for `jax.vmap`.
+    `policy(obs, key)` samples an action, `policy(obs)` takes the most likely one. `obs` may have
+    leading batch axes. A policy with a memory is called by `act`, which takes and returns its
+    recurrent state. Actions of a Gaussian are not clipped to a box's bounds; environments of
+    `ppo_jax.envs` clip them.
+
+    A policy is a pytree: it can be passed to jitted functions. A population of policies is the same
+    value with leading axes, for `jax.vmap`.
     """
 
     params: Any
     obs_stats: ObsStats | None = None
-    """What observations are normalised by; None leaves them as they are."""
+    """Statistics that observations are normalised by; None leaves observations as they are."""
     spec: PolicySpec = struct.field(pytree_node=False, kw_only=True)
 
     def __call__(self, obs: Any, key: jax.Array | None = None) -> jax.Array:
-        """Actions `[..., *action shape]` for observations `[..., *observation shape]`."""
+        """Returns actions `[..., *action shape]` for observations `[..., *observation shape]`."""
         return self.act(obs, None, key)[0]
 
-    def act(self, obs: Any, memory: Any, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """Actions as `__call__` gives them, and the memory for the next observation.
+    def act(
+        self, obs: Any, recurrent_state: Any, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Returns actions as `__call__` does, and the recurrent state for the next observation.
 
-        `memory` is `initial_memory(batch_shape)` at the start of an episode, and `None` will do
-        for a policy without one.
+        Args:
+          obs: observations `[..., *observation shape]`.
+          recurrent_state: `initial_recurrent_state(batch_shape)` at the start of an episode; None
+            for a policy without a memory.
+          key: random key for sampled actions; None takes the most likely ones.
         """
         head = head_of(self.spec)
         batch_shape = networks.batch_shape_of(self.spec.observation_space, obs)
         ndim = len(batch_shape)
-        flat, carried = (
-            jax.tree.map(lambda x: x.reshape(-1, *x.shape[ndim:]), tree) for tree in (obs, memory)
+        obs, recurrent_state = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[ndim:]), (obs, recurrent_state)
         )
-        action_params, carried = self.step(flat, carried)
+        action_params, recurrent_state = self.step(obs, recurrent_state)
         if key is None:
             action = head.mode(action_params)
         else:
             batch = jax.tree.leaves(action_params)[0].shape[0]
             action = head.sample(action_params, head.noise(key, (batch,)))
         return jax.tree.map(
-            lambda x: x.reshape(*batch_shape, *x.shape[1:]), (head.to_env(action), carried)
+            lambda x: x.reshape(*batch_shape, *x.shape[1:]), (head.to_env(action), recurrent_state)
         )
 
-    def initial_memory(self, batch_shape: tuple[int, ...] = ()) -> Any:
-        """What a policy remembers when nothing happened yet; None without a memory."""
-        return initial_memory_of(self.spec, batch_shape)
+    def initial_recurrent_state(self, batch_shape: tuple[int, ...] = ()) -> Any:
+        """Returns the recurrent state at the start of an episode; None without a memory."""
+        return initial_recurrent_state(self.spec, batch_shape)
 
-    def step(self, obs: Any, memory: Any, start: jax.Array | None = None) -> tuple[Any, Any]:
-        """Distribution parameters `[N, *]` for one step of N environments, and the memory then.
+    def step(
+        self, obs: Any, recurrent_state: Any, start: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """Returns the distribution's parameters `[N, *]` for one step, and the recurrent state.
 
-        `start` `[N]` says which observations begin an episode; None: none of them.
+        Args:
+          obs: observations of N environments, `[N, ...]`.
+          recurrent_state: before them, `[N, ...]`; None without a memory.
+          start: `[N]`, the observation is the first of an episode; None where none is.
         """
-        self._require_memory(memory)
+        self._require_recurrent_state(recurrent_state)
         obs = self.normalized(obs)
         network = network_of(self.spec)
-        if memory is None:
+        if recurrent_state is None:
             return network.apply(self.params, obs, method="actor")[0], None
-        num_envs = jax.tree.leaves(memory)[0].shape[0]
+        num_envs = jax.tree.leaves(recurrent_state)[0].shape[0]
         start = jnp.zeros(num_envs, bool) if start is None else start
         sequence = jax.tree.map(lambda x: x[None], obs)
-        result = network.apply(self.params, sequence, memory, start[None], method="actor")
-        action_params, carried = jax.tree.map(lambda x: x[0], result)
-        return action_params, {**memory, **carried}
+        result = network.apply(self.params, sequence, recurrent_state, start[None], method="actor")
+        action_params, actor_state = jax.tree.map(lambda x: x[0], result)
+        return action_params, {**recurrent_state, **actor_state}
 
     def action_params(self, obs: Any) -> Any:
-        """Parameters of the action distribution of a policy without a memory."""
-        self._require_memory(None)
+        """Returns the distribution's parameters of a policy without a memory."""
+        self._require_recurrent_state(None)
         return network_of(self.spec).apply(self.params, self.normalized(obs), method="actor")[0]
 
     def value(self, obs: Any) -> jax.Array:
-        """The critic's V(s), `[...]`, of a policy without a memory.
+        """Returns the critic's V(s), `[...]`, of a policy without a memory.
 
         Raises:
           ConfigError: the algorithm has no critic.
@@ -88,27 +106,41 @@ class Policy(struct.PyTreeNode):
         return self.values(obs)[0]
 
     def values(
-        self, obs: Any, memory: Any = None, start: jax.Array | None = None
+        self, obs: Any, recurrent_state: Any = None, start: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """V(s) of a sequence `[T, N, ...]`, and what the critic remembers after every step."""
+        """Returns V(s) of a sequence, and the critic's recurrent state after every step.
+
+        Args:
+          obs: observations, `[T, N, ...]`; any batch shape without a memory.
+          recurrent_state: before the first step, `[N, ...]`.
+          start: `[T, N]`, the observation is the first of an episode.
+
+        Raises:
+          ConfigError: the algorithm has no critic.
+        """
         if not self.spec.has_critic:
             raise ConfigError("value needs a critic; this policy was trained without one.")
-        self._require_memory(memory)
+        self._require_recurrent_state(recurrent_state)
         network = network_of(self.spec)
-        return network.apply(self.params, self.normalized(obs), memory, start, method="critic")
+        return network.apply(
+            self.params, self.normalized(obs), recurrent_state, start, method="critic"
+        )
 
-    def _require_memory(self, memory: Any) -> None:
-        if self.spec.memory is not None and memory is None:
+    def _require_recurrent_state(self, recurrent_state: Any) -> None:
+        if self.spec.memory is not None and recurrent_state is None:
             raise ConfigError(
-                f"a policy with a memory ({self.spec.memory}) must be told what it remembers. "
-                "Call policy.act(obs, memory, key), starting from policy.initial_memory()."
+                f"a policy with a memory ({self.spec.memory}) needs its recurrent state. Call "
+                "policy.act(obs, recurrent_state, key), starting from "
+                "policy.initial_recurrent_state()."
             )
 
     def normalized(self, obs: Any) -> Any:
-        """Observations as the network sees them."""
+        """Returns observations as the network sees them."""
         if self.obs_stats is None:
             return obs
         leaves, structure = jax.tree.flatten(obs)
         pairs = zip(self.obs_stats, leaves, strict=True)
-        seen = [x if stats is None else running_stats.normalize(stats, x) for stats, x in pairs]
-        return jax.tree.unflatten(structure, seen)
+        normalized = [
+            x if stats is None else running_stats.normalize(stats, x) for stats, x in pairs
+        ]
+        return jax.tree.unflatten(structure, normalized)

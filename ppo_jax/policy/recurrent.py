@@ -1,6 +1,6 @@
-"""Recurrent cells over whole sequences, with resets where episodes begin.
+"""Recurrent cells over whole sequences, whose state is reset where episodes start.
 
-A memory is what a cell carries from step to step, `[N, size]` (a pair of them for LSTM).
+A recurrent state is what a cell carries from step to step, `[N, size]`; an LSTM carries a pair.
 """
 
 from typing import Any
@@ -14,64 +14,64 @@ from ppo_jax.policy.initializers import orthogonal
 _CELLS = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
 
 
-class Memory(nn.Module):
+class RecurrentLayer(nn.Module):
     """A GRU, an LSTM or a minGRU, by name."""
 
     kind: str
     size: int
 
     @nn.compact
-    def __call__(self, memory: Any, x: jax.Array, start: jax.Array) -> Any:
-        """What is carried after every step.
+    def __call__(self, state: Any, x: jax.Array, start: jax.Array) -> Any:
+        """Returns the recurrent state after every step.
 
         Args:
-          memory: what was carried before the first step, `[N, size]`.
-          x: inputs `[T, N, F]`.
-          start: `[T, N]`, the input is an episode's first: what came before is forgotten.
+          state: recurrent state before the first step, `[N, size]`.
+          x: inputs, `[T, N, F]`.
+          start: `[T, N]`, the input is the first of an episode: the state is reset before it.
 
         Returns:
-          `[T, N, size]`; the last one continues the sequence, `read` gives the outputs.
+          `[T, N, size]`; the last step continues the sequence, and `read` gives the outputs.
         """
         if self.kind == "mingru":
-            return self._min_gru(memory, x, start)
+            return self._min_gru(state, x, start)
         cell = _CELLS[self.kind](self.size, recurrent_kernel_init=orthogonal())
 
         def step(
-            cell: nn.RNNCellBase, memory: Any, inputs: tuple[jax.Array, jax.Array]
+            cell: nn.RNNCellBase, state: Any, inputs: tuple[jax.Array, jax.Array]
         ) -> tuple[Any, Any]:
             x, start = inputs
-            memory = jax.tree.map(lambda m: jnp.where(start[:, None], 0.0, m), memory)
-            memory, _ = cell(memory, x)
-            return memory, memory
+            state = jax.tree.map(lambda leaf: jnp.where(start[:, None], 0.0, leaf), state)
+            state, _ = cell(state, x)
+            return state, state
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        return scan(cell, memory, (x, start))[1]
+        return scan(cell, state, (x, start))[1]
 
-    def _min_gru(self, memory: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
-        """h_t = (1 − z_t) h_{t−1} + z_t h̃_t, where z and h̃ are functions of x_t alone.
+    def _min_gru(self, state: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
+        """Computes h_t = (1 − z_t) h_{t−1} + z_t h̃_t, where z and h̃ depend on x_t alone.
 
-        Feng et al. 2024 (arXiv:2410.01201), section 3.1. Linear in h, so that all steps are
-        found at once by an associative scan over pairs (a, b) of h ↦ a h + b.
+        Feng et al. 2024 (arXiv:2410.01201), section 3.1. The recurrence is linear in h, so an
+        associative scan over pairs (a, b) of h ↦ a h + b finds all steps together.
         """
-        update = nn.sigmoid(nn.Dense(self.size, kernel_init=orthogonal())(x))
+        update_gate = nn.sigmoid(nn.Dense(self.size, kernel_init=orthogonal())(x))
         candidate = nn.Dense(self.size, kernel_init=orthogonal())(x)
-        keep = jnp.where(start[..., None], 0.0, 1.0 - update)
-        add = (update * candidate).at[0].add(keep[0] * memory)
+        keep = jnp.where(start[..., None], 0.0, 1.0 - update_gate)
+        add = (update_gate * candidate).at[0].add(keep[0] * state)
 
         def compose(
-            first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]
+            first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
-            return first[0] * then[0], then[0] * first[1] + then[1]
+            return first[0] * second[0], second[0] * first[1] + second[1]
 
         return jax.lax.associative_scan(compose, (keep, add))[1]
 
 
-def initial_memory(kind: str, size: int, batch_shape: tuple[int, ...]) -> Any:
-    """What is carried before anything was seen."""
+def initial_state(kind: str, size: int, batch_shape: tuple[int, ...]) -> Any:
+    """Returns the recurrent state at the start of an episode, `[*batch_shape, size]`."""
     zeros = jnp.zeros((*batch_shape, size), jnp.float32)
     return (zeros, zeros) if kind == "lstm" else zeros
 
 
-def read(memory: Any) -> jax.Array:
-    """What the layers above see of a memory: of an LSTM's pair the output, not the cell."""
-    return memory[-1] if isinstance(memory, tuple) else memory
+def read(state: Any) -> jax.Array:
+    """Returns the part of a recurrent state that the layers above see: an LSTM's output."""
+    return state[-1] if isinstance(state, tuple) else state

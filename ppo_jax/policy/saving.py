@@ -1,5 +1,6 @@
-"""A policy in one file."""
+"""A policy in one file, and the names of networks in files."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,41 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-from ppo_jax.config import MODULE, named_network
 from ppo_jax.envs import spaces
+from ppo_jax.errors import ConfigError
+from ppo_jax.ops.running_stats import RunningStats
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import PolicySpec
-from ppo_jax.running_stats import RunningStats
+
+_MODULE = "a module: "  # stands before the name of a user's network, which a file cannot hold
+
+
+def network_name(network: Any) -> str:
+    """Returns the name of a network in a file: one of ours, or a note that it is a module.
+
+    >>> network_name(nn.Dense(2))
+    'a module: Dense'
+    """
+    return network if isinstance(network, str) else f"{_MODULE}{type(network).__name__}"
+
+
+def network_from_name(name: str, network: Any) -> Any:
+    """Returns the network that a file names: one of ours, or `network`, the user's module.
+
+    Raises:
+      ConfigError: a user's module is needed and not given.
+    """
+    if not name.startswith(_MODULE):
+        return name
+    if network is None:
+        raise ConfigError(
+            f"a file does not hold a network that is {name}; it must be passed as network=…"
+        )
+    return network
 
 
 def save_policy(policy: Policy, path: Path) -> None:
-    """Writes a policy, parameters, statistics and spec, into one msgpack file."""
+    """Writes parameters, statistics and spec of a policy into one msgpack file."""
     stats = None
     if policy.obs_stats is not None:
         stats = {str(i): x._asdict() for i, x in enumerate(policy.obs_stats) if x is not None}
@@ -30,11 +57,11 @@ def save_policy(policy: Policy, path: Path) -> None:
 
 
 def load_policy(path: Path, network: nn.Module | None = None) -> Policy:
-    """Reads what `save_policy` wrote; needs no environment.
+    """Reads a file of `save_policy`; needs no environment.
 
     Args:
       path: the file.
-      network: the module that was `Config.network`, where it was not one of ours by name.
+      network: the module that was `Config.network`, unless that was the name of one of ours.
 
     Raises:
       ConfigError: the module is needed and not given.
@@ -54,19 +81,17 @@ _SPACES = ("observation_space", "action_space")
 
 
 def _spec_to_plain(spec: PolicySpec) -> dict[str, Any]:
-    plain = spec._asdict()
+    plain = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     plain |= {name: spaces.to_plain(plain[name]) for name in _SPACES}
-    if not isinstance(spec.network, str):
-        plain["network"] = f"{MODULE}{type(spec.network).__name__}"
-    return plain
+    return plain | {"network": network_name(spec.network)}
 
 
 def _spec_from_plain(plain: dict[str, Any], network: nn.Module | None) -> PolicySpec:
-    fields = {name: _tupled(value) for name, value in plain.items()}
+    fields = {name: _as_tuple(value) for name, value in plain.items()}
     fields |= {name: spaces.from_plain(plain[name]) for name in _SPACES}
-    fields["network"] = named_network(plain["network"], network)
+    fields["network"] = network_from_name(plain["network"], network)
     return PolicySpec(**fields)
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

@@ -1,62 +1,68 @@
-"""From a config and spaces to the network that acts, checked before anything is traced."""
+"""The static part of a policy, and the network and action head that it describes.
 
+Everything here is checked before anything is traced.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax import running_stats
-from ppo_jax.config import Config, ConfigError
+from ppo_jax.config import Config, PolicySettings
 from ppo_jax.envs import spaces
 from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.spaces import Box, Dict, Discrete, Leaf, MultiDiscrete, Space
-from ppo_jax.policy import networks
+from ppo_jax.errors import ConfigError
+from ppo_jax.ops import running_stats
+from ppo_jax.ops.running_stats import RunningStats
+from ppo_jax.policy import networks, recurrent
 from ppo_jax.policy.distributions import Head, make_head
-from ppo_jax.policy.initializers import GAINS, draw
-from ppo_jax.policy.memory import Memory, initial_memory
+from ppo_jax.policy.initializers import draw
 from ppo_jax.policy.networks import ActorCritic, View
-from ppo_jax.running_stats import RunningStats
+from ppo_jax.policy.recurrent import RecurrentLayer
 
 ObsStats = tuple[RunningStats | None, ...]
-"""Of each array of an observation, in the order of its leaves; None for what is not floating."""
+"""One entry for each array of an observation, in the order of `jax.tree.leaves`; None for arrays
+that are not floating-point."""
+
+_DEFAULT_MEMORY_SIZE = 128
 
 
-class PolicySpec(NamedTuple):
-    """The static part of a policy: enough to build its network again. Hashable.
-
-    Fields are those of `Config`, but for the spaces.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicySpec(PolicySettings):
+    """The static part of a policy: enough to build its network again. Hashable."""
 
     observation_space: Space
     action_space: Leaf
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    activation: str = "tanh"
-    shared_torso: bool = False
     has_critic: bool = True
-    network: Any = "mlp"
-    conv_layers: tuple[tuple[int, int, int], ...] = ()
-    layer_norm: bool = False
-    embedding_size: int | None = None
-    actor_keys: tuple[str, ...] | None = None
-    critic_keys: tuple[str, ...] | None = None
-    memory: str | None = None
-    memory_size: int | None = None
-    action_distribution: str | None = None
-    state_dependent_std: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory is not None and self.memory_size is None:
+            self._set("memory_size", _DEFAULT_MEMORY_SIZE)
+
+    @property
+    def has_critic_torso(self) -> bool:
+        """The critic has hidden layers, and a recurrent cell if any, of its own."""
+        return self.has_critic and not self.shared_torso
 
 
 def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> PolicySpec:
-    """The spec of the policies that `config` trains in `env`.
+    """Returns the spec of the policies that `config` trains in `env`.
 
     Raises:
       ConfigError: the policy does not fit the spaces.
     """
-    own = ("observation_space", "action_space", "has_critic")
-    fields = {name: getattr(config, name) for name in PolicySpec._fields if name not in own}
-    spec = PolicySpec(env.observation_space, env.action_space, has_critic=has_critic, **fields)
+    spec = PolicySpec(
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        has_critic=has_critic,
+        **config.policy_settings(),
+    )
     try:
         hash(spec)
     except TypeError as error:
@@ -69,35 +75,46 @@ def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> P
 
 
 def init_params(
-    spec: PolicySpec, key: jax.Array, obs: Any, gains: Mapping[str, Any] = GAINS
+    spec: PolicySpec, key: jax.Array, obs: Any, gains: Mapping[str, Any] | None = None
 ) -> Any:
-    """Parameters for observations `[N, ...]`."""
+    """Draws the parameters of a policy.
+
+    Args:
+      spec: of the policy.
+      key: random key.
+      obs: observations `[N, ...]`, for their shapes alone.
+      gains: gains of the orthogonal initialisation by name; names that are missing keep their
+        default in `initializers.GAINS`.
+    """
     network = network_of(spec)
     draw_key, init_key = jax.random.split(key)
     if spec.memory is None:
         return draw(draw_key, network.init(init_key, obs), gains)
     (num_envs,) = networks.batch_shape_of(spec.observation_space, obs)
     sequence = jax.tree.map(lambda x: x[None], obs)
-    memory = initial_memory_of(spec, (num_envs,))
+    state = initial_recurrent_state(spec, (num_envs,))
     start = jnp.zeros((1, num_envs), bool)
-    return draw(draw_key, network.init(init_key, sequence, memory, start), gains)
+    return draw(draw_key, network.init(init_key, sequence, state, start), gains)
 
 
-def initial_memory_of(spec: PolicySpec, batch_shape: tuple[int, ...]) -> Any:
-    """What actor and critic carry when nothing happened yet; None without a memory."""
+def initial_recurrent_state(spec: PolicySpec, batch_shape: tuple[int, ...]) -> Any:
+    """Returns the recurrent state of actor and critic at the start of an episode.
+
+    A mapping from "actor", and "critic" if it has a cell of its own, to their states; None without
+    a memory.
+    """
     if spec.memory is None:
         return None
-    parts = ["actor"] if spec.shared_torso or not spec.has_critic else ["actor", "critic"]
-    return {part: initial_memory(spec.memory, _memory_size(spec), batch_shape) for part in parts}
-
-
-def _memory_size(spec: PolicySpec) -> int:
-    return 128 if spec.memory_size is None else spec.memory_size
+    assert spec.memory_size is not None, "a spec completes it"
+    parts = ["actor", "critic"] if spec.has_critic_torso else ["actor"]
+    return {
+        part: recurrent.initial_state(spec.memory, spec.memory_size, batch_shape) for part in parts
+    }
 
 
 @functools.cache
 def head_of(spec: PolicySpec) -> Head:
-    """The action head of a spec."""
+    """Returns the action head of a spec."""
     return make_head(
         spec.action_space,
         spec.action_distribution,
@@ -107,30 +124,30 @@ def head_of(spec: PolicySpec) -> Head:
 
 @functools.cache
 def network_of(spec: PolicySpec) -> ActorCritic:
-    """The network of a spec.
+    """Returns the network of a spec.
 
     Raises:
       ConfigError: the policy does not fit the spaces.
     """
     _check_action_mask(spec)
-    has_own_critic = spec.has_critic and not spec.shared_torso
-    if spec.critic_keys is not None and not has_own_critic:
+    if spec.critic_keys is not None and not spec.has_critic_torso:
         raise ConfigError(
             "critic_keys needs a critic with a torso of its own; the torso is shared, or the "
             "algorithm has no critic. Leave critic_keys out."
         )
     actor_view = networks.make_view(spec.observation_space, spec.actor_keys)
     critic_view = networks.make_view(spec.observation_space, spec.critic_keys)
-    memory = None if spec.memory is None else Memory(spec.memory, _memory_size(spec))
+    cell = None if spec.memory is None else RecurrentLayer(spec.memory, spec.memory_size)
     return ActorCritic(
         head=head_of(spec),
         space=spec.observation_space,
         actor_view=actor_view,
         critic_view=critic_view,
         actor_torso=_make_torso(spec, actor_view),
-        critic_torso=_make_torso(spec, critic_view) if has_own_critic else None,
-        actor_memory=memory,
-        critic_memory=memory.copy() if memory is not None and has_own_critic else None,
+        critic_torso=_make_torso(spec, critic_view) if spec.has_critic_torso else None,
+        actor_memory=cell,
+        # A flax module that stands in two places would share its parameters.
+        critic_memory=cell.copy() if cell is not None and spec.has_critic_torso else None,
         has_critic=spec.has_critic,
     )
 
@@ -171,15 +188,15 @@ def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
 
 _CONTRACT = "network must be a flax.linen module that maps observations [B, ...] to features [B, F]"
 
-
-_OF_OUR_TORSOS = ("hidden_sizes", "activation", "layer_norm", "embedding_size")
+_SETTINGS_OF_NAMED_NETWORKS = ("hidden_sizes", "activation", "layer_norm", "embedding_size")
 
 
 def _check_module(spec: PolicySpec, space: Space) -> None:
-    """Tells how a user's module breaks the contract, before anything is trained."""
+    """Raises a `ConfigError` that tells how a user's module breaks the contract."""
     network = spec.network
-    for name in _OF_OUR_TORSOS:
-        if getattr(spec, name) != PolicySpec._field_defaults[name]:
+    defaults = {field.name: field.default for field in dataclasses.fields(PolicySettings)}
+    for name in _SETTINGS_OF_NAMED_NETWORKS:
+        if getattr(spec, name) != defaults[name]:
             raise ConfigError(
                 f"{name} belongs to networks of ours, and network is a module of your own. "
                 f"Leave {name} out."
@@ -199,11 +216,11 @@ def _check_module(spec: PolicySpec, space: Space) -> None:
         )
 
 
-_BATCH = 3  # unlike the shapes of anything else
+_BATCH = 3  # a size that no space and no layer is likely to have
 
 
 def _check_shapes(network: nn.Module, space: Space, name: str) -> Any:
-    """What the network makes of a batch; a `ConfigError` if it cannot take it."""
+    """Returns the shape of the network's output for a batch, or raises a `ConfigError`."""
     obs = example(space, (_BATCH,))
     try:
         result, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), obs)
@@ -222,7 +239,7 @@ def _check_shapes(network: nn.Module, space: Space, name: str) -> Any:
 
 
 def example(space: Space, batch_shape: tuple[int, ...]) -> Any:
-    """Shapes and dtypes of a batch of values of a space."""
+    """Returns shapes and dtypes of a batch of values of a space."""
     if isinstance(space, Dict):
         return {name: example(entry, batch_shape) for name, entry in space.spaces}
     if isinstance(space, spaces.Tuple):
@@ -231,10 +248,10 @@ def example(space: Space, batch_shape: tuple[int, ...]) -> Any:
 
 
 def initial_obs_stats(space: Space) -> ObsStats:
-    """Statistics of no observation yet, for every floating-point array.
+    """Returns statistics of an empty stream for every floating-point array of an observation.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: an observation has no floating-point array.
     """
     entries = dict(space.spaces) if isinstance(space, Dict) else {"": space}
     stats = tuple(
@@ -263,7 +280,7 @@ def _check_action_mask(spec: PolicySpec) -> None:
     if not isinstance(actions, (Discrete, MultiDiscrete)):
         raise ConfigError(
             f"an action_mask needs actions that are integers; got {actions}. "
-            "Name that entry of the observation otherwise."
+            "Give that entry of the observation another name."
         )
     sizes = actions.num_values
     needed = (sum(sizes) if isinstance(sizes, tuple) else sizes,)

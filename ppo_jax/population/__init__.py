@@ -1,1 +1,1 @@
-"""Populations: many trainings in one compiled call."""
+"""Populations: many trainings in one compiled program, as pure functions."""

@@ -1,8 +1,9 @@
-"""Successive halving inside one compiled function: losers make way for new draws.
+"""Successive halving inside one compiled function: stopped trials make way for new draws.
 
-Jamieson & Talwalkar 2016 (arXiv:1502.07943), algorithm 1, without its empty slots: whoever is not
-among the best 1/η of all that have come as far is stopped, as in Li et al. 2020
-(arXiv:1810.05934), algorithm 2, and its slot goes to a new trial: no part of a device is idle.
+Jamieson & Talwalkar 2016 (arXiv:1502.07943), algorithm 1, without its empty slots. A trial is
+stopped at a rung unless it is among the best 1/η of all trials that reached the rung, as in Li et
+al. 2020 (arXiv:1810.05934), algorithm 2. Its slot goes to a new trial, so that no part of a device
+is idle.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,63 +12,65 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import ConfigError, HParams
+from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.hparams import HParams
 from ppo_jax.population.member import choose_state
 from ppo_jax.population.rounds import check_hparam_names, for_every_member, make_round
-from ppo_jax.population.space import Choice, Distribution, extremes
+from ppo_jax.population.search_space import Choice, Distribution, extremes
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
 
 class Record(NamedTuple):
-    """What happened, round by round."""
+    """History of a search, round by round."""
 
-    trials: jax.Array  # [R, S], number of the trial that a slot held, in the order of their draws
-    hparams: HParams  # [R, S], that the round was trained with
-    ages: jax.Array  # [R, S], rounds that the trial had been trained for after it
+    trials: jax.Array  # [R, S], number of the trial in a slot, in the order of their draws
+    hparams: HParams  # [R, S], used in the round
+    ages: jax.Array  # [R, S], rounds that the trial had been trained for after this round
     scores: jax.Array  # [R, S], mean return of the episodes that ended; −∞ where none did
     stopped: jax.Array  # [R, S], the trial ended there
 
 
 class Halving(NamedTuple):
-    """The trials that are left after the last round."""
+    """The trials in the slots after the last round."""
 
     states: TrainState  # [S, ...]
     hparams: HParams  # [S]
     record: Record
 
 
-def losers(
+def stopped_trials(
     scores: jax.Array, ages: jax.Array, round_number: jax.Array, *, factor: int
 ) -> jax.Array:
-    """Who is stopped after a round, `[S]`: at a rung and not among the best 1/η that came there.
+    """Returns which trials are stopped after a round, `[S]`.
 
-    Rungs are the ages 1, η, η², …. Of equal scores the earlier one, and then that of the lower
-    slot, counts as better.
+    A trial is stopped at a rung if it is not among the best 1/η of all trials that reached the
+    rung. Rungs are the ages 1, η, η², …. Of two equal scores the earlier one is better, and in one
+    round that of the lower slot.
 
     Args:
       scores: of all rounds up to this one, `[R, S]`.
-      ages: of the trials that had them, `[R, S]`; 0 in rounds to come.
-      round_number: this one's row.
+      ages: of the trials that had these scores, `[R, S]`; 0 in later rounds.
+      round_number: the row of this round.
       factor: η.
 
     >>> scores = jnp.array([[5.0, 1.0, 3.0, 2.0, 4.0, 6.0], [0.0] * 6])
     >>> ages = jnp.array([[1] * 6, [0] * 6])
-    >>> losers(scores, ages, 0, factor=3).tolist()
+    >>> stopped_trials(scores, ages, 0, factor=3).tolist()
     [False, True, True, True, True, False]
     """
     num_rounds, num_slots = scores.shape
     age, score = ages[round_number], scores[round_number]
     order = jnp.arange(scores.size).reshape(scores.shape)
 
-    def rank(age: jax.Array, score: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """How many of the same age are better, and how many there are."""
+    def rank(age: jax.Array, score: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Counts the trials of the same age that are better, and all of the same age."""
         is_peer = ages == age
-        is_better = (scores > score) | ((scores == score) & (order < own))
+        is_better = (scores > score) | ((scores == score) & (order < place))
         return jnp.sum(is_peer & is_better), jnp.sum(is_peer)
 
-    own = round_number * num_slots + jnp.arange(num_slots)
-    num_better, num_peers = jax.vmap(rank)(age, score, own)
+    places = round_number * num_slots + jnp.arange(num_slots)
+    num_better, num_peers = jax.vmap(rank)(age, score, places)
     rungs = [1]
     while rungs[-1] * factor < num_rounds:
         rungs.append(rungs[-1] * factor)
@@ -82,28 +85,29 @@ def make_halving(
     updates_per_round: int,
     factor: int = 3,
 ) -> Callable[..., Halving]:
-    """Successive halving as a pure function; jit is the caller's.
+    """Returns successive halving as a pure function; jit is the caller's.
 
     Every slot trains in every round, `num_rounds * updates_per_round` updates in all. A learner
-    that is no longer finite is stopped at once; nothing is stopped after the last round. A new
-    trial starts from new parameters and environments, and at the start of its learning rate's
-    schedule: make the trainer's config of as many updates, or a constant schedule.
+    that is no longer finite is stopped after its round. Nothing is stopped after the last round. A
+    new trial starts from new parameters and environments, and at the start of its learning rate's
+    schedule: give the trainer's config as many updates, or a constant schedule.
 
     Args:
       trainer: of every trial.
-      space: hyperparameters and what they are drawn from.
+      space: distributions of hyperparameters, by name.
       num_rounds: R.
-      updates_per_round: between two decisions.
-      factor: η, of which all but one in η trials are stopped at a rung.
+      updates_per_round: updates between two decisions.
+      factor: η; at a rung one trial in η goes on.
 
     Returns:
-      `(keys [S], hparams=None, env_params=None) -> Halving`; `hparams` are what is not drawn.
+      `(keys [S], hparams=None, env_params=None) -> Halving`; `hparams` are values that are not
+      drawn.
 
     Raises:
       ConfigError: an unknown name, or a number that makes no sense.
 
     >>> from ppo_jax import Config, make_trainer
-    >>> from ppo_jax.population.space import LogUniform
+    >>> from ppo_jax.population.search_space import LogUniform
     >>> trainer = make_trainer(Config(num_envs=2, num_steps=16, hidden_sizes=(8,)))
     >>> space = {"learning_rate": LogUniform(1e-4, 1e-2)}
     >>> run = make_halving(trainer, space, num_rounds=2, updates_per_round=1)
@@ -111,17 +115,15 @@ def make_halving(
     >>> result.record.ages.tolist()  # one of three goes on
     [[1, 1, 1], [1, 1, 2]]
     """
-    check_hparam_names(space)
+    check_hparam_names(space, trainer.hparams)
     for name, distribution in space.items():
         for value in extremes(distribution):
-            HParams(**{name: value})  # or an error
+            trainer.hparams.replace(**{name: value})  # within its range, or an error
     if not space:
         raise ConfigError("a space must have a hyperparameter to draw; it is empty.")
-    if min(num_rounds, updates_per_round) < 1 or factor < 2:
-        raise ConfigError(
-            "num_rounds and updates_per_round must be at least 1 and factor at least 2; got "
-            f"{num_rounds}, {updates_per_round} and {factor}."
-        )
+    require_positive_integers({"num_rounds": num_rounds, "updates_per_round": updates_per_round})
+    if factor < 2:
+        raise ConfigError(f"factor must be at least 2; got {factor}.")
     init = jax.vmap(trainer.init, in_axes=(0, 0, None))
     train = make_round(trainer, updates_per_round)
 
@@ -137,7 +139,8 @@ def make_halving(
                 f"a population must be as large as factor, to leave one of them; got {num_slots} "
                 f"and {factor}. Use more members, or a smaller factor."
             )
-        fixed = for_every_member(HParams() if hparams is None else hparams, num_slots)
+        fixed = type(trainer.hparams)() if hparams is None else hparams
+        fixed = for_every_member(fixed, num_slots)
         split = jax.vmap(jax.random.split)(keys)
         first_key, *round_keys = jax.random.split(split[0, 1], 1 + num_rounds)
         first = draw(first_key, fixed, num_slots)
@@ -150,7 +153,7 @@ def make_halving(
             states, score, is_finite = train(states, hparams)
             age = age + 1
             scores, ages = scores.at[number].set(score), ages.at[number].set(age)
-            stopped = losers(scores, ages, number, factor=factor) | ~is_finite
+            stopped = stopped_trials(scores, ages, number, factor=factor) | ~is_finite
             stopped &= number < num_rounds - 1
             seen = trials, hparams, stopped
             drawn = draw(draw_key, fixed, num_slots)
@@ -181,7 +184,7 @@ def make_halving(
 
 
 def _at(distribution: Distribution, u: jax.Array) -> jax.Array:
-    """Values at quantiles u, inside jit."""
+    """Returns the values at quantiles u, inside jit."""
     if not isinstance(distribution, Choice):
         return distribution.at(u)
     values = jnp.array(distribution.values, jnp.float32)

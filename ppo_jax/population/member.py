@@ -1,82 +1,81 @@
-"""A population as one function: every member trains, is watched, and is judged, on the device."""
+"""One member of a population as a pure function: it trains, is recorded, and is evaluated."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import HParams
 from ppo_jax.evaluation import evaluate, evaluation_key
+from ppo_jax.hparams import HParams
+from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
-from ppo_jax.types import Metrics, TrainState
+from ppo_jax.types import TrainState
 
 
 class Outcome(NamedTuple):
-    """What a member leaves; with a leading axis of members `[S]` after `vmap`."""
+    """The results of a member; with a leading axis of members `[S]` after `vmap`."""
 
     curves: Metrics
-    """Means over `num_rows` windows of updates, `[num_rows]`; of episodes over those that
-    ended, NaN where none did."""
+    """Sums over `num_rows` windows of updates, `[num_rows]`."""
     returns: jax.Array
-    """Of the final greedy evaluation, `[num_episodes]`."""
+    """Returns of the final greedy evaluation, `[num_episodes]`."""
     failed_at: jax.Array
     """[], the update that would have made a parameter NaN or infinite; −1 where none did."""
 
 
 def train_member(
     trainer: Trainer,
-    num_updates: int,
     key: jax.Array,
     hparams: HParams,
     env_params: Any,
     *,
+    num_updates: int,
     num_rows: int,
     num_episodes: int,
 ) -> Outcome:
-    """One training from its first key to its evaluation. Pure: vmap it over members.
+    """Trains a member from its first key and evaluates it. Pure: vmap it over members.
 
-    A member whose parameters are no longer finite is frozen as it was before.
+    A member whose parameters would become NaN or infinite keeps its last finite state.
+
+    Args:
+      trainer: of the member.
+      key: random key of the training.
+      hparams: hyperparameters.
+      env_params: parameters of the environment.
+      num_updates: updates of the training.
+      num_rows: windows of updates in its curves.
+      num_episodes: episodes of its evaluation.
     """
     state = trainer.init(key, hparams, env_params)
     _, shapes = jax.eval_shape(trainer.step, state, hparams)
-    sums = {name: jnp.zeros(num_rows) for name in shapes}
-    weights = {name: jnp.zeros(num_rows) for name in shapes}
+    sums = jax.tree.map(lambda _: jnp.zeros(num_rows), shapes)
 
-    def update(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
-        state, failed_at, sums, weights = carry
+    def one_update(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
+        state, failed_at, sums = carry
         new_state, metrics = trainer.step(state, hparams)
         is_running = (failed_at < 0) & is_finite(new_state.learner.params)
         failed_at = jnp.where((failed_at < 0) & ~is_running, index, failed_at)
         state = choose_state(is_running, new_state, state)
         row = index * num_rows // num_updates
-        for name, value in metrics.items():
-            weight = metrics["episode/count"] if name in _OF_EPISODES else 1.0
-            weight = jnp.where(is_running, weight, 0.0)
-            counted = jnp.where(weight > 0, value * weight, 0.0)
-            sums[name] = sums[name].at[row].add(counted)
-            weights[name] = weights[name].at[row].add(weight)
-        return (state, failed_at, sums, weights), None
+        sums = jax.tree.map(
+            lambda total, x: total.at[row].add(jnp.where(is_running, x, 0.0)), sums, metrics
+        )
+        return (state, failed_at, sums), None
 
-    start = (state, jnp.int32(-1), sums, weights)
-    (state, failed_at, sums, weights), _ = jax.lax.scan(update, start, jnp.arange(num_updates))
-    curves = {
-        name: sums[name] if name == "episode/count" else sums[name] / weights[name] for name in sums
-    }
+    start = (state, jnp.int32(-1), sums)
+    (state, failed_at, sums), _ = jax.lax.scan(one_update, start, jnp.arange(num_updates))
     policy = trainer.policy(state)
     evaluation = evaluate(policy, trainer.env, env_params, evaluation_key(key), num_episodes)
-    return Outcome(curves, evaluation.returns, failed_at)
-
-
-_OF_EPISODES = ("episode/return", "episode/length")
+    return Outcome(sums, evaluation.returns, failed_at)
 
 
 def is_finite(tree: Any) -> jax.Array:
-    """No number in the tree is NaN or infinite."""
+    """Returns whether no number in the tree is NaN or infinite."""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def choose_state(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """One of two states, keys and all."""
+    """Returns `new` where the condition is true and `old` elsewhere, random keys included."""
 
     def choose(x: jax.Array, y: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

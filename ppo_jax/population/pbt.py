@@ -1,7 +1,7 @@
 """Population-based training inside one compiled function.
 
-Jaderberg et al. 2017 (arXiv:1711.09846), section 4: after every round, the worst members take over
-what the best have learnt, and change its hyperparameters a little.
+Jaderberg et al. 2017 (arXiv:1711.09846), section 4: after every round, the worst members copy the
+learners of the best and perturb their hyperparameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import HPARAM_RANGES, ConfigError, HParams
+from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.hparams import HParams
 from ppo_jax.policy.initializers import GAINS
 from ppo_jax.population.rounds import check_hparam_names, for_every_member, make_round
 from ppo_jax.trainer import Trainer
@@ -18,11 +19,11 @@ from ppo_jax.types import TrainState
 
 
 class Lineage(NamedTuple):
-    """What happened, round by round."""
+    """History of a population, round by round."""
 
     scores: jax.Array  # [R, S], mean return of the episodes that ended; −∞ where none did
-    hparams: HParams  # [R, S], that the round was trained with
-    parents: jax.Array  # [R, S], whose learner a member goes on with; its own number if it stays
+    hparams: HParams  # [R, S], used in the round
+    parents: jax.Array  # [R, S], number of the member whose learner is used in the next round
 
 
 class Population(NamedTuple):
@@ -34,10 +35,10 @@ class Population(NamedTuple):
 
 
 def exploit(key: jax.Array, scores: jax.Array, *, num_replaced: int) -> jax.Array:
-    """Truncation selection: the parent of each member, `[S]`.
+    """Returns the parent of each member by truncation selection, `[S]`.
 
-    Each of the `num_replaced` members with the lowest scores gets one of as many with the highest,
-    drawn uniformly; all others are their own.
+    Each of the `num_replaced` members with the lowest scores gets a parent that is drawn uniformly
+    from as many members with the highest scores. Every other member is its own parent.
 
     >>> scores = jnp.array([3.0, 1.0, 2.0, 4.0])
     >>> exploit(jax.random.key(0), scores, num_replaced=1).tolist()
@@ -52,12 +53,21 @@ def exploit(key: jax.Array, scores: jax.Array, *, num_replaced: int) -> jax.Arra
 def explore(
     key: jax.Array, hparams: HParams, replaced: jax.Array, names: Sequence[str], factor: float
 ) -> HParams:
-    """Multiplies or divides the named values of replaced members by `factor`, evenly, in range."""
+    """Multiplies or divides hyperparameters of replaced members, within their ranges.
+
+    Args:
+      key: random key; up and down are equally likely.
+      hparams: of all members, `[S]`.
+      replaced: bool, `[S]`.
+      names: hyperparameters to change.
+      factor: by which a value is multiplied or divided.
+    """
+    ranges = hparams.ranges()
     changes = {}
     for name, name_key in zip(names, jax.random.split(key, len(names)), strict=True):
         value = getattr(hparams, name)
         up = jax.random.bernoulli(name_key, 0.5, value.shape)
-        moved = jnp.clip(jnp.where(up, value * factor, value / factor), *HPARAM_RANGES[name])
+        moved = jnp.clip(jnp.where(up, value * factor, value / factor), *ranges[name])
         changes[name] = jnp.where(replaced, moved, value)
     return hparams.replace(**changes)
 
@@ -71,20 +81,20 @@ def make_pbt(
     replaced: float = 0.25,
     factor: float = 1.25,
 ) -> Callable[..., Population]:
-    """Population-based training as a pure function; jit is the caller's.
+    """Returns population-based training as a pure function; jit is the caller's.
 
-    What is taken over is the learner (parameters, optimiser, adapted coefficients) and the
-    statistics that observations and rewards are normalised by. Environments and random keys stay a
-    member's own. Nothing is replaced after the last round. Make the trainer's config of
-    `num_rounds * updates_per_round` updates, or a constant schedule, or the learning rate
+    A replaced member copies the learner (parameters and the state of the update rule) and the
+    statistics that normalise observations and rewards. It keeps its environments and random key.
+    Nothing is replaced after the last round. Give the trainer's config
+    `num_rounds * updates_per_round` updates or a constant schedule; otherwise the learning rate
     falls too early or too late.
 
     Args:
       trainer: of every member.
-      names: hyperparameters that are changed; each must be `[S]` in what the function is given.
-        An adapted β is the learner's own, and not a hyperparameter to change.
+      names: hyperparameters that are changed; each must be `[S]` in the function's argument. An
+        adaptive β is state of the learner and cannot be changed here.
       num_rounds: R.
-      updates_per_round: between two replacements.
+      updates_per_round: updates between two replacements.
       replaced: share of the members that are replaced after a round, at most half.
       factor: by which a value is multiplied or divided.
 
@@ -93,9 +103,9 @@ def make_pbt(
       shared.
 
     Raises:
-      ConfigError: an unknown name or one of the first weights, or a number that makes no sense.
+      ConfigError: an unknown name or that of a gain, or a number that makes no sense.
     """
-    check_hparam_names(names)
+    check_hparam_names(names, trainer.hparams)
     early = sorted(GAINS.keys() & set(names))
     if early:
         raise ConfigError(
@@ -104,11 +114,9 @@ def make_pbt(
         )
     if not 0 < replaced <= 0.5:
         raise ConfigError(f"the share that is replaced must be in (0, 0.5]; got {replaced}.")
-    if min(num_rounds, updates_per_round) < 1 or factor <= 1:
-        raise ConfigError(
-            "num_rounds and updates_per_round must be at least 1 and factor above 1; got "
-            f"{num_rounds}, {updates_per_round} and {factor}."
-        )
+    require_positive_integers({"num_rounds": num_rounds, "updates_per_round": updates_per_round})
+    if factor <= 1:
+        raise ConfigError(f"factor must be above 1; got {factor}.")
     init = jax.vmap(trainer.init, in_axes=(0, 0, None))
     train = make_round(trainer, updates_per_round)
 
@@ -138,15 +146,15 @@ def make_pbt(
             key, is_last = inputs
             exploit_key, explore_key = jax.random.split(key)
             states, scores, _ = train(states, hparams)
-            own = jnp.arange(num_members)
+            members = jnp.arange(num_members)
             parents = exploit(exploit_key, scores, num_replaced=num_replaced)
-            parents = jnp.where(is_last, own, parents)
+            parents = jnp.where(is_last, members, parents)
             inherited = states.replace(
                 learner=jax.tree.map(lambda x: x[parents], states.learner),
                 statistics=jax.tree.map(lambda x: x[parents], states.statistics),
             )
             copied = jax.tree.map(lambda x: x[parents], hparams)
-            changed = explore(explore_key, copied, parents != own, names, factor)
+            changed = explore(explore_key, copied, parents != members, names, factor)
             return (inherited, changed), Lineage(scores, hparams, parents)
 
         round_keys = jax.random.split(search_key, num_rounds)

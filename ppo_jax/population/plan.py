@@ -1,25 +1,24 @@
 """From configurations and seeds to groups, each of which is one compiled program."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.algorithms import complete
-from ppo_jax.config import Config, HParams
-from ppo_jax.population.space import ENV_PARAMS, Row
-
-_HPARAMS = frozenset(field.name for field in dataclasses.fields(HParams))
+from ppo_jax.algorithms import hparam_names
+from ppo_jax.config import Config
+from ppo_jax.hparams import HParams
+from ppo_jax.population.search_space import ENV_PARAMS, Row
+from ppo_jax.resolve import complete_hparams
 
 
 class Member(NamedTuple):
     """One training of a sweep."""
 
     number: int
-    """In the sweep's order: configuration by configuration, seed by seed."""
+    """Position in the sweep's order: configuration by configuration, seed by seed."""
     configuration: int
     seed: int
     row: Row
-    """What the space gives it."""
+    """The settings that the space gives it."""
     hparams: HParams
     env_params: dict[str, Any]
     """Changes to the environment's parameters."""
@@ -35,7 +34,7 @@ class Group(NamedTuple):
 
     @property
     def program(self) -> tuple[Config, tuple[tuple[str, ...], ...]]:
-        """What its compilation depends on; hashable."""
+        """Everything that its compilation depends on; hashable."""
         return self.config, self.traced
 
 
@@ -47,14 +46,14 @@ def make_plan(
     *,
     first: int = 0,
 ) -> list[Group]:
-    """Groups of members, in the order in which they run.
+    """Returns groups of members, in the order in which they run.
 
-    Traced are hyperparameters and parameters of the environment; everything else, and whether a
-    hyperparameter is set at all, is compiled in.
+    Hyperparameters and parameters of the environment are traced. All other settings are compiled
+    in, and so is whether a hyperparameter is set.
 
     Args:
-      config: what rows do not say.
-      hparams: what rows do not say.
+      config: settings that rows do not change.
+      hparams: hyperparameters that rows do not change.
       configurations: the rows of a space.
       seeds: of every configuration.
       first: number of the first configuration.
@@ -66,23 +65,24 @@ def make_plan(
     >>> [len(group.members) for group in make_plan(Config(), HParams(), rows, seeds=(0, 1))]
     [4, 2]
     """
+    traced_names = hparam_names()
     groups: dict[tuple[Config, tuple[tuple[str, ...], ...]], list[Member]] = {}
     for configuration, row in enumerate(configurations, start=first):
-        own_config = config.replace(**{k: v for k, v in row.items() if _is_static(k)})
-        traced = {k: v for k, v in row.items() if k in _HPARAMS}
-        own_hparams = complete(hparams.replace(**traced), own_config)
+        traced = {name: value for name, value in row.items() if name in traced_names}
         env_params = {
-            k.removeprefix(ENV_PARAMS): v for k, v in row.items() if k.startswith(ENV_PARAMS)
+            name.removeprefix(ENV_PARAMS): value
+            for name, value in row.items()
+            if name.startswith(ENV_PARAMS)
         }
-        is_set = tuple(name for name, value in vars(own_hparams).items() if value is not None)
-        program = own_config, (is_set, tuple(sorted(env_params)))
+        static = {
+            name: value
+            for name, value in row.items()
+            if name not in traced and not name.startswith(ENV_PARAMS)
+        }
+        row_config = config.replace(**static)
+        row_hparams = complete_hparams({**hparams.given(), **traced}, row_config)
+        program = row_config, (tuple(row_hparams.given()), tuple(sorted(env_params)))
         for number, seed in enumerate(seeds, start=configuration * len(seeds)):
-            member = Member(number, configuration, seed, row, own_hparams, env_params)
+            member = Member(number, configuration, seed, row, row_hparams, env_params)
             groups.setdefault(program, []).append(member)
-    return [
-        Group(own_config, names, tuple(members)) for (own_config, names), members in groups.items()
-    ]
-
-
-def _is_static(name: str) -> bool:
-    return name not in _HPARAMS and not name.startswith(ENV_PARAMS)
+    return [Group(*program, tuple(members)) for program, members in groups.items()]

@@ -1,10 +1,10 @@
-"""Where a sweep's configurations come from: all at once, or in batches that follow the results."""
+"""Sources of a sweep's configurations: all at once, or in batches that follow the results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, get_args
 
-from ppo_jax.config import ConfigError, unknown_name
-from ppo_jax.population.space import (
+from ppo_jax.errors import ConfigError, require_known
+from ppo_jax.population.search_space import (
     Choice,
     Distribution,
     LogUniform,
@@ -22,35 +22,34 @@ class Proposals(Protocol):
     """Configurations, batch by batch."""
 
     total: int
-    """How many there will be."""
+    """Number of all configurations."""
     description: dict[str, Any]
-    """What makes them these very ones, as JSON."""
+    """Everything that tells these configurations from others, as JSON."""
     extremes: list[Row]
-    """Rows with every end and choice of what is still to be drawn, to be checked beforehand."""
+    """Rows with every end and choice of distributions that are drawn later, to be checked first."""
 
     def ask(self) -> list[Row]:
-        """The next batch; an empty one at the end."""
+        """Returns the next batch; an empty one at the end."""
 
     def tell(self, scores: Sequence[float]) -> None:
-        """How those asked for last did; more is better."""
+        """Takes the scores of the last batch; higher is better."""
 
 
 def make_proposals(
     space: Space, *, num_draws: int | None, sampler: Sampler, batch: int | None
 ) -> Proposals:
-    """The configurations of a space.
+    """Returns the source of the configurations of a space.
 
     Args:
-      space: see `space.rows`; of distributions alone for "tpe".
-      num_draws: of the space's distributions.
+      space: see `search_space.rows`; distributions alone for "tpe".
+      num_draws: draws of the space's distributions.
       sampler: "random" and "sobol" draw all at once, "tpe" in batches.
       batch: configurations in a batch of "tpe".
 
     Raises:
       ConfigError: the space, or a number, does not fit the sampler.
     """
-    if sampler not in get_args(Sampler):
-        raise unknown_name("sampler", sampler, get_args(Sampler))
+    require_known("sampler", sampler, get_args(Sampler))
     if sampler == "tpe":
         return _TreeParzen(space, num_draws, batch)
     if batch is not None:
@@ -73,14 +72,14 @@ class _AllAtOnce:
         return asked
 
     def tell(self, scores: Sequence[float]) -> None:
-        """Nothing follows."""
+        """Ignores the scores, because all configurations were asked for at once."""
 
 
 class _TreeParzen:
     """Optuna's tree-structured Parzen estimator: Bergstra et al. 2011 (NIPS 24), section 4.
 
-    Its draws follow from its seed and from what it was told: a sweep that is started again asks for
-    the same configurations, and tells their results from the disk.
+    Its draws depend on its seed and the scores that it was told. A sweep that is started again asks
+    for the same configurations, and tells it their scores from the disk.
     """
 
     def __init__(self, space: Space, num_draws: int | None, batch: int | None) -> None:
@@ -129,7 +128,7 @@ class _TreeParzen:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         distributions = optuna.distributions
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            # Of a choice its place: optuna's own take no tuples.
+            # A choice is drawn as an index, because optuna's categories cannot be tuples.
             name: distributions.CategoricalDistribution(range(len(entry.values)))
             if isinstance(entry, Choice)
             else distributions.FloatDistribution(
@@ -137,7 +136,7 @@ class _TreeParzen:
             )
             for name, entry in drawn.items()
         }
-        # A trial that is under way counts as a bad one: a batch spreads out.
+        # Unfinished trials count as bad ones, so that the draws of a batch spread out.
         sampler = optuna.samplers.TPESampler(seed=0, constant_liar=True)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
 

@@ -1,4 +1,4 @@
-"""What a sweep varies: grids, random draws, and lists of rows."""
+"""Search spaces: grids, random draws, and lists of rows."""
 
 import dataclasses
 import itertools
@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ppo_jax.config import Config, ConfigError, HParams, unknown_name
+from ppo_jax.algorithms import hparam_names
+from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError, require_known, require_positive_integer, unknown_name
 
 Row = dict[str, Any]
-"""One configuration: name → value. Names are fields of `HParams` or `Config`, or
+"""One configuration: values by name. Names are fields of `HParams` or `Config`, or
 "env_params.NAME"."""
 
 Sampler = Literal["random", "sobol", "tpe"]
@@ -23,7 +25,7 @@ ENV_PARAMS = "env_params."
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Uniform on [low, high)."""
+    """The uniform distribution on [low, high)."""
 
     low: float
     high: float
@@ -33,13 +35,13 @@ class Uniform:
             raise ConfigError(f"a uniform range needs low < high; got {self.low} and {self.high}.")
 
     def at(self, u: Any) -> Any:
-        """The value at quantile u, a number or an array."""
+        """Returns the value at quantile u, a number or an array."""
         return self.low + (self.high - self.low) * u
 
 
 @dataclasses.dataclass(frozen=True)
 class LogUniform:
-    """Uniform in the logarithm on [low, high); both are positive."""
+    """The distribution on [low, high) whose logarithm is uniform; both ends are positive."""
 
     low: float
     high: float
@@ -51,13 +53,13 @@ class LogUniform:
             )
 
     def at(self, u: Any) -> Any:
-        """The value at quantile u."""
+        """Returns the value at quantile u."""
         return self.low * (self.high / self.low) ** u
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of some values, each as likely."""
+    """The uniform distribution over some values."""
 
     values: tuple[Any, ...]
 
@@ -66,7 +68,7 @@ class Choice:
             raise ConfigError("a choice must be of one or more values; got none.")
 
     def at(self, u: float) -> Any:
-        """The value at quantile u."""
+        """Returns the value at quantile u."""
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
 
 
@@ -77,14 +79,14 @@ Space = Mapping[str, Sequence[Any] | Distribution] | Sequence[Row]
 def rows(
     space: Space, *, num_draws: int | None = None, sampler: Sampler = "random", seed: int = 0
 ) -> list[Row]:
-    """The configurations of a space, in a fixed order.
+    """Returns the configurations of a space, in a fixed order.
 
     Args:
-      space: a list of rows; or a mapping from names to lists, of which every combination is
-        taken, and to distributions, which are drawn for each of these combinations.
+      space: a list of rows; or a mapping from names to lists and distributions. Every combination
+        of the lists is taken, and the distributions are drawn for each of these combinations.
       num_draws: draws of the distributions; needed if and only if there are any.
       sampler: "random", or "sobol" for draws that fill the space evenly.
-      seed: of the draws.
+      seed: random seed of the draws.
 
     Raises:
       ConfigError: an unknown name, an empty list, or draws without distributions.
@@ -124,12 +126,12 @@ def rows(
     grid = [
         dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())
     ]
-    # In the space's own order of names, so that tables read as it was written.
+    # Names keep the order of the space, which becomes the order of a table's columns.
     return [{name: {**one, **draw}[name] for name in space} for draw in draws for one in grid]
 
 
 def extremes(distribution: Distribution) -> tuple[Any, ...]:
-    """Both ends of a range; all values of a choice."""
+    """Returns both ends of a range, or all values of a choice."""
     if isinstance(distribution, Choice):
         return distribution.values
     return distribution.low, distribution.high
@@ -142,12 +144,14 @@ def check_draws(num_draws: int | None, drawn: Mapping[str, Distribution]) -> Non
             f"num_draws must be given if and only if something is drawn; got {num_draws} and "
             f"{', '.join(drawn) or 'no distribution'}."
         )
-    if num_draws is not None and num_draws < 1:
-        raise ConfigError(f"num_draws must be at least 1; got {num_draws}.")
+    if num_draws is not None:
+        require_positive_integer("num_draws", num_draws)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A space in a YAML file: settings, each with a value, a list or the text of a distribution.
+    """Reads a space from a YAML file.
+
+    The file maps settings to a value, a list or the text of a distribution.
 
     Raises:
       ConfigError: there is no such file, or it holds something else.
@@ -163,7 +167,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse(entry: Any) -> list[Any] | Distribution:
-    """An entry of a space as a command line or a file writes it.
+    """Parses an entry of a space as a command line or a file writes it.
 
     >>> parse("1e-4,3e-4")
     [0.0001, 0.0003]
@@ -189,7 +193,7 @@ def parse(entry: Any) -> list[Any] | Distribution:
 
 
 def _read(value: Any) -> Any:
-    """An item of a list in a file: YAML takes 1e-3 for a word, and knows no tuples."""
+    """Parses an item of a list in a file: YAML takes 1e-3 for a word, and knows no tuples."""
     if isinstance(value, list):
         return tuple(map(_read, value))
     return _scalar(value) if isinstance(value, str) else value
@@ -215,15 +219,15 @@ def _quantiles(num_draws: int, dimensions: int, sampler: Sampler, seed: int) -> 
     if sampler == "sobol":
         from scipy.stats import qmc
 
-        # Whole powers of 2 are balanced, and the first draws of them are what is asked for.
+        # Sobol sequences are balanced for whole powers of 2, of which the first draws are returned.
         engine = qmc.Sobol(dimensions, rng=np.random.default_rng(seed))
         return engine.random_base2(math.ceil(math.log2(num_draws)))[:num_draws]
     raise unknown_name("sampler", sampler, ("random", "sobol"))
 
 
 def check_names(names: Mapping[str, Any]) -> None:
-    """Raises a `ConfigError` for a name that is no setting's."""
-    known = [field.name for kind in (HParams, Config) for field in dataclasses.fields(kind)]
+    """Raises a `ConfigError` for a name that no setting has."""
+    known = [*sorted(hparam_names()), *(field.name for field in dataclasses.fields(Config))]
     for name in names:
-        if name not in known and not name.startswith(ENV_PARAMS):
-            raise unknown_name("name in the space", name, [*known, "env_params.NAME"])
+        if not name.startswith(ENV_PARAMS):
+            require_known("name in the space", name, [*known, "env_params.NAME"])

@@ -1,1 +1,1 @@
-"""The host's side of a training: disk, screen, clock and Ctrl-C."""
+"""The host's part of trainings and sweeps: disk, screen, clock and Ctrl-C."""

@@ -1,4 +1,4 @@
-"""A run's directory: what is in it, and how it is written and read."""
+"""The directory of a run: its files, and how they are written and read."""
 
 import dataclasses
 import json
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppo_jax.config import MODULE, Config, ConfigError, HParams, named_network
+from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError
+from ppo_jax.hparams import HParams
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
@@ -25,9 +27,9 @@ _FILES = (CONFIG, METRICS, POLICY, EVALUATION)
 class RunDirectory:
     """The files of one training run.
 
-    `config.json` holds what was asked for (`seeds` is a number, or a list if there is an axis
-    of seeds), `metrics.jsonl` a row per logged update and seed,
-    `policy.msgpack` the trained policy (of all seeds, stacked), `evaluation.json` its returns.
+    `config.json` holds the settings of the run (`seeds` is a number, or a list if there is an axis
+    of seeds), `metrics.jsonl` a row per logged update and seed, `policy.msgpack` the trained policy
+    (of all seeds, stacked), and `evaluation.json` its returns.
     """
 
     path: Path
@@ -46,7 +48,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool) -> "RunDirectory":
-        """Makes the directory; with `overwrite`, only the files of a run make way."""
+        """Makes the directory; with `overwrite`, removes the files of a run and no others."""
         cls.check(path, overwrite=overwrite)
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -56,55 +58,59 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
-        """An existing run; `ConfigError` if there is none."""
+        """Returns an existing run; a `ConfigError` if there is none."""
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise ConfigError(f"a run's directory must hold {CONFIG}; {path} does not.")
         return cls(path)
 
     def write_config(self, config: Config, hparams: HParams, *, seeds: int | Iterable[int]) -> None:
-        """Writes what is needed to start the same run again."""
-        fields = dict(vars(config))
-        if not isinstance(config.network, str):
-            fields["network"] = f"{MODULE}{type(config.network).__name__}"
+        """Writes the settings that start the same run again."""
+        from ppo_jax.policy.saving import network_name
+
+        fields = {**vars(config), "network": network_name(config.network)}
         record = {
             "config": fields,
-            "hparams": {k: v for k, v in vars(hparams).items() if v is not None},
+            "hparams": hparams.given(),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
         }
         _write_json(self.path / CONFIG, record)
 
     def read_config(self, network: Any = None) -> tuple[Config, HParams]:
-        """What `write_config` wrote.
+        """Reads the settings of the run.
 
         Args:
-          network: the module that was `Config.network`, where it was not one of ours by name.
+          network: the module that was `Config.network`, unless that was the name of one of ours.
 
         Raises:
-          ConfigError: the module is needed and not given.
+          ConfigError: the module is needed and not given, or the algorithm is not registered.
         """
+        from ppo_jax.algorithms import get_algorithm
+        from ppo_jax.policy.saving import network_from_name
+
         record = json.loads((self.path / CONFIG).read_text())
         fields = dict(record["config"])
-        fields["network"] = named_network(fields["network"], network)
-        return Config(**fields), HParams(**record["hparams"])
+        fields["network"] = network_from_name(fields["network"], network)
+        config = Config(**fields)
+        return config, get_algorithm(config.algorithm).hparams_type(**record["hparams"])
 
     def read_seeds(self) -> int | list[int]:
-        """The seed, or the seeds, that `write_config` wrote."""
+        """Reads the seed of the run, or the list of its seeds."""
         return json.loads((self.path / CONFIG).read_text())["seeds"]
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows to the metrics' file."""
+        """Appends rows to the file of metrics."""
         with (self.path / METRICS).open("a") as file:
             file.writelines(json.dumps(_plain(row)) + "\n" for row in rows)
 
     def write_policy(self, policy: "Policy") -> None:
-        """Writes the policy."""
+        """Writes the trained policy."""
         from ppo_jax.policy.saving import save_policy
 
         save_policy(policy, self.path / POLICY)
 
     def read_policy(self, network: Any = None) -> "Policy":
-        """What `write_policy` wrote; `ConfigError` if the run has none yet."""
+        """Reads the trained policy; a `ConfigError` if the run has none yet."""
         from ppo_jax.policy.saving import load_policy
 
         if not (self.path / POLICY).is_file():
@@ -121,7 +127,7 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types: NumPy's and JAX's numbers unwrapped, NaN and infinities as null or text."""
+    """Converts to the types of JSON: numbers of NumPy and JAX are unwrapped, NaN becomes null."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

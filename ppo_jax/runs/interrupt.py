@@ -1,4 +1,4 @@
-"""Ctrl-C without loss: stop at the next safe place."""
+"""Ctrl-C without loss: a training stops at the next safe place."""
 
 import contextlib
 import signal
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed."""
+    """Records that Ctrl-C was pressed."""
 
     requested = False
 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Within, the first Ctrl-C only sets `requested`; a second one interrupts at once.
+    """Makes the first Ctrl-C set `requested` only; a second one interrupts at once.
 
-    Elsewhere than in the main thread Python delivers no signals and nothing changes.
+    Python delivers signals to the main thread alone, so nothing changes in other threads.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():

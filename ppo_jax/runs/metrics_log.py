@@ -1,69 +1,66 @@
-"""Metrics of many updates as rows for a file: means over windows of updates."""
+"""Metrics of many updates as rows for a file, one for each seed and window of updates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+
+from ppo_jax.stages.metrics import Metrics
 
 
 class MetricsLog:
-    """Collects metrics `[updates, seeds]` and gives out a row per seed for each full window.
-
-    A row holds the means over its window; those of episodes are weighted by how many ended,
-    and their number is the sum.
-    """
+    """Collects metrics `[updates, seeds]` and returns a row per seed for each full window."""
 
     def __init__(self, seeds: Sequence[int], batch_size: int, log_every: int) -> None:
+        """Starts an empty log.
+
+        Args:
+          seeds: of the training.
+          batch_size: environment steps of an update, for each seed.
+          log_every: updates in a window.
+        """
         self._seeds = seeds
         self._batch_size = batch_size
         self._log_every = log_every
-        self._pending: dict[str, np.ndarray] = {}
+        self._pending: Metrics | None = None
         self._updates = 0
 
-    def add(self, metrics: Mapping[str, np.ndarray], *, flush: bool) -> list[dict[str, Any]]:
-        """Takes the metrics of the next updates; returns the rows that they complete.
+    def add(self, metrics: Metrics, *, flush: bool) -> list[dict[str, Any]]:
+        """Takes the metrics of the next updates and returns the rows that they complete.
 
-        With `flush`, the updates of an unfinished window make a row too.
+        With `flush`, the updates of an unfinished window make a row as well.
         """
-        pending = {
-            key: np.concatenate([self._pending[key], value]) if self._pending else value
-            for key, value in metrics.items()
-        }
-        available = len(next(iter(pending.values())))
+        if self._pending is not None:
+            metrics = jax.tree.map(lambda *x: np.concatenate(x), self._pending, metrics)
+        available = len(metrics.num_updates)
         rows: list[dict[str, Any]] = []
         start = 0
         while start < available and (flush or start + self._log_every <= available):
             stop = min(start + self._log_every, available)
             self._updates += stop - start
-            rows += self._rows({key: value[start:stop] for key, value in pending.items()})
+            rows += self._rows(_window(metrics, start, stop))
             start = stop
-        self._pending = {key: value[start:] for key, value in pending.items()}
+        self._pending = _window(metrics, start, available)
         return rows
 
-    def _rows(self, window: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        means = window_means(window)
+    def _rows(self, window: Metrics) -> list[dict[str, Any]]:
+        averages = dict(average(window))
         return [
             {
                 "update": self._updates,
                 "timesteps": self._updates * self._batch_size,
                 "seed": seed,
-                **{key: value[i] for key, value in means.items()},
+                **{name: values[i] for name, values in averages.items()},
             }
             for i, seed in enumerate(self._seeds)
         ]
 
 
-def window_means(window: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Metrics `[updates, seeds]` as one number per seed, `[seeds]`."""
-    count = window["episode/count"]
-    episodes = count.sum(axis=0)
-    means = {}
-    for key, value in window.items():
-        if key == "episode/count":
-            means[key] = episodes
-        elif key.startswith("episode/"):
-            total = np.where(count > 0, value * count, 0.0).sum(axis=0)
-            means[key] = np.where(episodes > 0, total / np.maximum(episodes, 1), np.nan)
-        else:
-            means[key] = value.mean(axis=0)
-    return means
+def average(metrics: Metrics) -> Metrics:
+    """Returns the metrics of a window, `[seeds]`, from those of its updates, `[updates, seeds]`."""
+    return jax.tree.map(lambda x: x.sum(axis=0), metrics)
+
+
+def _window(metrics: Metrics, start: int, stop: int) -> Metrics:
+    return jax.tree.map(lambda x: x[start:stop], metrics)

@@ -1,4 +1,4 @@
-"""What a person sees while a training runs."""
+"""The progress bar of a training."""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -32,11 +32,11 @@ class TrainingProgress:
         self._progress.stop()
 
     def start(self, total: int) -> None:
-        """The compilation is done; `total` environment steps follow."""
+        """Shows that compilation is done and `total` environment steps follow."""
         self._progress.reset(self._task, description="training", total=total)
 
     def advance(self, timesteps: int, *, steps_per_second: float, episode_return: float) -> None:
-        """More environment steps were done."""
+        """Shows that more environment steps were done."""
         self._progress.update(
             self._task,
             advance=timesteps,

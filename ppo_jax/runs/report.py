@@ -1,4 +1,4 @@
-"""What a sweep says: the best configuration, how sure that is, and what mattered.
+"""Report of a sweep: configurations with intervals, sensitivities, and plots.
 
 Statistics are those of Agarwal et al. 2021 (arXiv:2108.13264): interquartile means over seeds with
 bootstrap intervals, performance profiles, and probabilities of improvement.
@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from ppo_jax.config import ConfigError
+from ppo_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _RESAMPLES = 2000
 _FIXED = ("member", "configuration", "seed", "timesteps", "update", "failed_at")
-_SHOWN = 5  # configurations in a picture of curves
+_SHOWN = 5  # configurations in a plot of curves
 
 
 class Interval(NamedTuple):
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 def iqm(x: Any, axis: int | None = None) -> Any:
-    """The interquartile mean: of the middle half.
+    """Returns the interquartile mean, the mean of the middle half.
 
     >>> float(iqm([0.0, 1.0, 3.0, 100.0]))
     2.0
@@ -40,7 +40,10 @@ def iqm(x: Any, axis: int | None = None) -> Any:
 
 
 def interval(x: np.ndarray, statistic: Callable[..., Any] = iqm) -> Interval:
-    """A statistic of `[seeds]` with a percentile bootstrap over seeds; NaN bounds for one seed."""
+    """Returns a statistic of `[seeds]` with its percentile bootstrap interval over seeds.
+
+    The bounds are NaN for a single seed.
+    """
     x = np.asarray(x, float)
     if len(x) < 2:
         return Interval(float(statistic(x)), np.nan, np.nan)
@@ -50,7 +53,7 @@ def interval(x: np.ndarray, statistic: Callable[..., Any] = iqm) -> Interval:
 
 
 def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> Interval:
-    """P(X > Y) + P(X = Y) / 2 for runs `[seeds]` of two configurations.
+    """Returns P(X > Y) + P(X = Y) / 2 for runs `[seeds]` of two configurations.
 
     >>> probability_of_improvement(np.array([2.0, 3.0]), np.array([1.0, 2.0])).estimate
     0.875
@@ -65,19 +68,19 @@ def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> Interval:
 
 
 class Report(NamedTuple):
-    """A sweep in tables."""
+    """Statistics of a sweep, as tables."""
 
     configurations: pd.DataFrame
-    """One row each, the best first: its values, `iqm`, `low`, `high`, `mean`, `area` (mean
-    return over the whole training), `seeds`, `failed`."""
+    """One row per configuration, the best first: its values, `iqm`, `low`, `high`, `mean`, `area`
+    (mean return over the whole training), `seeds`, `failed`."""
     sensitivity: pd.DataFrame
     """One row per varied name: the mean of `iqm` at its best and its worst value."""
     improvement: Interval | None
-    """Of the best configuration over the second; None if there is one only."""
+    """Probability that the best configuration improves on the second; None if there is only one."""
 
 
 def load_tables(run_dir: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A sweep's members and curves.
+    """Reads the tables of a sweep's members and curves.
 
     Raises:
       ConfigError: there is no finished sweep.
@@ -92,12 +95,12 @@ def load_tables(run_dir: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def varied(members: pd.DataFrame) -> list[str]:
-    """The columns that the space gave."""
+    """Returns the names of the columns that the space varied."""
     return [c for c in members.columns if c not in _FIXED and not c.startswith("eval/")]
 
 
 def make_report(members: pd.DataFrame, curves: pd.DataFrame) -> Report:
-    """Statistics of a sweep's tables."""
+    """Computes the statistics of a sweep's tables."""
     names = varied(members)
     areas = curves.groupby("member")["episode/return"].mean()
     rows = []
@@ -132,7 +135,7 @@ def _sensitivity(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     rows = []
     for name in names:
         column = table[name]
-        # Draws hardly ever repeat: quarters of their range are compared.
+        # Random draws hardly ever repeat, so that quarters of their range are compared.
         is_drawn = pd.api.types.is_float_dtype(column) and column.nunique() > 8
         values = column.map(lambda x: f"{x:.6g}" if isinstance(x, float) else str(x))
         groups = pd.qcut(column, 4, duplicates="drop").astype(str) if is_drawn else values
@@ -151,19 +154,29 @@ def _sensitivity(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return table.sort_values("difference", ascending=False, ignore_index=True) if rows else table
 
 
-def write_pictures(
+def write_plots(
     members: pd.DataFrame, curves: pd.DataFrame, report: Report, folder: Path
 ) -> list[Path]:
-    """Learning curves, the space, and performance profiles, each as PNG and SVG."""
+    """Plots learning curves, the space, and performance profiles, each as PNG and SVG.
+
+    Args:
+      members: table of the sweep's members.
+      curves: table of their curves.
+      report: statistics of both.
+      folder: existing directory for the files.
+
+    Returns:
+      The paths of the files.
+    """
     from matplotlib.figure import Figure  # no window, no global state
 
-    pictures: dict[str, Callable[[Axes], None]] = {
+    plots: dict[str, Callable[[Axes], None]] = {
         "curves": lambda axes: _draw_curves(axes, curves, report),
         "space": lambda axes: _draw_space(axes, report, varied(members)),
         "profiles": lambda axes: _draw_profiles(axes, members, report),
     }
     written = []
-    for name, draw in pictures.items():
+    for name, draw in plots.items():
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw(figure.add_subplot())
         for kind in ("png", "svg"):
@@ -186,8 +199,8 @@ def _names_of(report: Report) -> list[str]:
 
 def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
     for _, row in report.configurations.head(_SHOWN).iterrows():
-        own = curves[curves["configuration"] == row["configuration"]]
-        table = own.pivot_table(index="timesteps", columns="seed", values="episode/return")
+        rows = curves[curves["configuration"] == row["configuration"]]
+        table = rows.pivot_table(index="timesteps", columns="seed", values="episode/return")
         if table.empty:  # no episode ended
             continue
         estimates = [interval(values[~np.isnan(values)]) for values in table.to_numpy()]
@@ -200,7 +213,7 @@ def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
 
 
 def _draw_space(axes: "Axes", report: Report, names: list[str]) -> None:
-    """A heat map of two names; parallel coordinates of more; bars of one."""
+    """Draws a heat map of two names, parallel coordinates of more, or bars of one."""
     table = report.configurations
     if len(names) == 2 and not table.duplicated(names).any():
         grid = table.pivot_table(index=names[0], columns=names[1], values="iqm", sort=True)
@@ -238,8 +251,8 @@ def _draw_space(axes: "Axes", report: Report, names: list[str]) -> None:
 def _draw_profiles(axes: "Axes", members: pd.DataFrame, report: Report) -> None:
     thresholds = np.linspace(members["eval/return"].min(), members["eval/return"].max(), 101)
     for _, row in report.configurations.head(_SHOWN).iterrows():
-        own = members.loc[members["configuration"] == row["configuration"], "eval/return"]
-        share = (own.to_numpy()[:, None] > thresholds).mean(axis=0)
+        returns = members.loc[members["configuration"] == row["configuration"], "eval/return"]
+        share = (returns.to_numpy()[:, None] > thresholds).mean(axis=0)
         axes.plot(thresholds, share, label=_label(row, _names_of(report)))
     axes.set(xlabel="return τ", ylabel="share of seeds above τ", ylim=(-0.02, 1.02))
     axes.legend(fontsize="small")

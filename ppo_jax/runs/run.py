@@ -1,8 +1,8 @@
-"""A training that a person watches: compiled updates in chunks, everything else between them."""
+"""Training with a progress bar and files: compiled updates in pieces, all else between them."""
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,26 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.algorithms import complete
-from ppo_jax.config import Config, ConfigError, HParams
+from ppo_jax.config import Config
+from ppo_jax.devices import member_sharding
+from ppo_jax.envs import make_env
 from ppo_jax.envs.environment import Environment
+from ppo_jax.errors import ConfigError, require_positive_integers
 from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
+from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
+from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs.directory import RunDirectory
-from ppo_jax.runs.interrupt import deferred_interrupt
-from ppo_jax.runs.members import member_sharding
-from ppo_jax.runs.metrics_log import MetricsLog, window_means
+from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
+from ppo_jax.runs.metrics_log import MetricsLog, average
 from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer, make_trainer
-from ppo_jax.types import Metrics, TrainState
+from ppo_jax.types import TrainState
 
-_CHUNK_SECONDS = 1.0
-_MAX_CHUNK = 1024  # updates; bounds the buffer of metrics on the device
+_PIECE_SECONDS = 1.0
+_LARGEST_PIECE = 1024  # updates; bounds the buffer of metrics on the device
 _LOGGED_ROWS = 1000  # at most about this many rows per seed, unless log_every is given
 
 
 class Run(NamedTuple):
-    """What a training leaves. With `num_seeds`, every array has a leading axis of seeds."""
+    """The results of a training. With `num_seeds`, every array has a leading axis of seeds."""
 
     state: TrainState
     policy: Policy
@@ -37,10 +41,10 @@ class Run(NamedTuple):
     """None after Ctrl-C."""
     seeds: tuple[int, ...]
     timesteps: int
-    """Environment steps done, by each seed."""
+    """Environment steps of each seed."""
     compile_seconds: float
     run_seconds: float
-    """Training alone: without compilation and evaluation."""
+    """Seconds of training alone, without compilation and evaluation."""
     run_dir: Path | None
 
 
@@ -58,15 +62,15 @@ def train(
 ) -> Run:
     """Trains with a progress bar, writes the run to disk if asked, and evaluates the result.
 
-    The numbers are those of `jax.jit(trainer.run)(jax.random.key(seed), hparams)`, bit for
-    bit: only the chunks in which updates are dispatched differ. Ctrl-C stops between two
-    chunks and keeps what was learnt so far.
+    The numbers are bit-identical to those of `jax.jit(trainer.run)(jax.random.key(seed), hparams)`;
+    only the pieces in which updates are dispatched differ. Ctrl-C stops between two pieces and
+    keeps the policy so far.
 
     Args:
-      config: what to train.
+      config: describes the training.
       hparams: hyperparameters, scalars; None for the algorithm's defaults.
       seed: training starts from `jax.random.key(seed)`.
-      num_seeds: train this many consecutive seeds at once, under `vmap`, divided among as many
+      num_seeds: train this many consecutive seeds together, under `vmap`, divided among as many
         devices as divide them.
       run_dir: directory for `config.json`, `metrics.jsonl`, `policy.msgpack` and
         `evaluation.json`; None writes nothing.
@@ -75,17 +79,13 @@ def train(
       log_every: updates per row of `metrics.jsonl`; by default about 1000 rows in all.
       progress: show a progress bar on standard error.
 
-    Returns:
-      A `Run`.
-
     Raises:
       ConfigError: a setting breaks a rule, or `run_dir` holds files; before anything is traced.
     """
-    counts = {"num_seeds": num_seeds, "eval_episodes": eval_episodes, "log_every": log_every}
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"{name} must be at least 1; got {count}.")
-    hparams = complete(hparams, config)
+    require_positive_integers(
+        {"num_seeds": num_seeds, "eval_episodes": eval_episodes, "log_every": log_every}
+    )
+    hparams = complete_hparams(hparams, config)
     trainer = make_trainer(config)
     seeds = tuple(range(seed, seed + (num_seeds or 1)))
     directory = None
@@ -96,33 +96,21 @@ def train(
     if num_seeds is None:
         keys = keys[0]
     log_every = log_every or max(1, config.num_updates // _LOGGED_ROWS)
-    log = MetricsLog(seeds, config.batch_size, log_every)
-    timesteps_per_update = config.batch_size * len(seeds)
 
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
         state, advance = _compile(trainer, config, keys, hparams)
         compiled = time.perf_counter()
-        bar.start(config.num_updates * timesteps_per_update)
-        updates, count = 0, 1
-        while updates < config.num_updates and not interrupt.requested:
-            count = min(count, config.num_updates - updates)
-            chunk_started = time.perf_counter()
-            state, metrics = advance(state, count)
-            seconds = time.perf_counter() - chunk_started
-            updates += count
-            rate = count * timesteps_per_update / seconds
-            ending = updates == config.num_updates or interrupt.requested
-            rows = log.add(metrics, flush=ending)
-            if directory is not None:
-                directory.append_metrics({**row, "time/steps_per_second": rate} for row in rows)
-            bar.advance(
-                count * timesteps_per_update,
-                steps_per_second=rate,
-                episode_return=_mean_return(metrics),
-            )
-            # At most double, so that one slow or fast chunk does not mislead.
-            count = max(1, min(2 * count, int(count * _CHUNK_SECONDS / seconds), _MAX_CHUNK))
+        state, updates = _train(
+            state,
+            advance,
+            config=config,
+            log=MetricsLog(seeds, config.batch_size, log_every),
+            num_seeds=len(seeds),
+            directory=directory,
+            bar=bar,
+            interrupt=interrupt,
+        )
         finished = time.perf_counter()
 
     policy = trainer.policy(state)
@@ -130,8 +118,7 @@ def train(
         directory.write_policy(policy)
     evaluation = None
     if updates == config.num_updates:
-        eval_keys = _evaluation_keys(keys)
-        evaluation = evaluate_seeds(policy, trainer.env, eval_keys, eval_episodes)
+        evaluation = evaluate_seeds(policy, trainer.env, _evaluation_keys(keys), eval_episodes)
         if directory is not None:
             directory.write_evaluation(summarize(evaluation, seeds, greedy=True))
     return Run(
@@ -146,16 +133,57 @@ def train(
     )
 
 
+Advance = Callable[[TrainState, int], tuple[TrainState, Metrics]]
+"""`(state, count) -> (state, metrics [count, seeds] in NumPy)`: some updates on the device."""
+
+
+def _train(
+    state: TrainState,
+    advance: Advance,
+    *,
+    config: Config,
+    log: MetricsLog,
+    num_seeds: int,
+    directory: RunDirectory | None,
+    bar: TrainingProgress,
+    interrupt: Interrupt,
+) -> tuple[TrainState, int]:
+    """Runs the updates of a training in pieces of about a second, until Ctrl-C stops it.
+
+    Returns the last state and the number of updates done.
+    """
+    update_timesteps = config.batch_size * num_seeds
+    bar.start(config.num_updates * update_timesteps)
+    updates, count = 0, 1
+    while updates < config.num_updates and not interrupt.requested:
+        count = min(count, config.num_updates - updates)
+        piece_started = time.perf_counter()
+        state, metrics = advance(state, count)
+        seconds = time.perf_counter() - piece_started
+        updates += count
+        rate = count * update_timesteps / seconds
+        is_last = updates == config.num_updates or interrupt.requested
+        rows = log.add(metrics, flush=is_last)
+        if directory is not None:
+            directory.append_metrics({**row, "time/steps_per_second": rate} for row in rows)
+        bar.advance(
+            count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
+        )
+        # At most double, so that a single slow or fast piece does not mislead.
+        count = max(1, min(2 * count, int(count * _PIECE_SECONDS / seconds), _LARGEST_PIECE))
+    return state, updates
+
+
 def load(run_dir: str | Path, *, seed: int | None = None, network: Any = None) -> Policy:
-    """The policy of a run, as a value that acts.
+    """Returns the policy of a run, as a value that acts.
 
     Args:
-      run_dir: what `train` wrote.
-      seed: which policy of a run of several seeds; None is the only seed or the first.
-      network: the module that was `Config.network`, where it was not one of ours by name.
+      run_dir: directory that `train` wrote.
+      seed: of a run of several seeds; None is the only seed or the first.
+      network: the module that was `Config.network`, unless that was the name of one of ours.
 
     Raises:
-      ConfigError: no run is there, it has no policy yet, or not that seed.
+      ConfigError: there is no run, or it has no policy yet, or not that seed.
     """
     directory = RunDirectory.open(run_dir)
     seeds = directory.read_seeds()
@@ -178,15 +206,23 @@ def evaluate_run(
     greedy: bool = True,
     network: Any = None,
 ) -> dict[str, Any]:
-    """Evaluates every policy of a run again; returns what `summarize` makes of it.
+    """Evaluates every policy of a run again; returns a summary as `summarize` does.
 
-    `network` is as in `load`.
+    Args:
+      run_dir: directory that `train` wrote.
+      seed: random seed of the evaluation.
+      num_episodes: episodes for each seed of the run.
+      greedy: take the most likely actions instead of sampling.
+      network: the module that was `Config.network`, unless that was the name of one of ours.
+
+    Raises:
+      ConfigError: there is no run, or it has no policy yet.
     """
     directory = RunDirectory.open(run_dir)
     config, _ = directory.read_config(network)
     seeds = directory.read_seeds()
     policy = directory.read_policy(network)
-    env = make_trainer(config).env
+    env = make_env(config)
     key = jax.random.key(seed)
     keys = key if isinstance(seeds, int) else jax.random.split(key, len(seeds))
     evaluation = evaluate_seeds(policy, env, _evaluation_keys(keys), num_episodes, greedy=greedy)
@@ -196,7 +232,15 @@ def evaluate_run(
 def evaluate_seeds(
     policy: Policy, env: Environment, keys: jax.Array, num_episodes: int, *, greedy: bool = True
 ) -> Evaluation:
-    """`evaluate` for one policy, or for a stack of them if there is a stack of keys."""
+    """Evaluates one policy, or a stack of policies if there is a stack of keys.
+
+    Args:
+      policy: of one seed, or of all with a leading axis.
+      env: the environment, with its parameters.
+      keys: a random key, or one for each seed.
+      num_episodes: episodes for each seed.
+      greedy: take the most likely actions instead of sampling.
+    """
 
     def one(policy: Policy, key: jax.Array) -> Evaluation:
         return evaluate(policy, env, env.params, key, num_episodes, greedy=greedy)
@@ -205,7 +249,7 @@ def evaluate_seeds(
 
 
 def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> dict[str, Any]:
-    """An evaluation in numbers that a file can hold."""
+    """Returns means and spreads of an evaluation, for each seed and over all, as JSON."""
     returns = np.atleast_2d(evaluation.returns)
     lengths = np.atleast_2d(evaluation.lengths)
     finished = np.atleast_2d(evaluation.finished)
@@ -227,48 +271,43 @@ def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> 
     }
 
 
-Advance = Callable[[TrainState, int], tuple[TrainState, Mapping[str, np.ndarray]]]
-
-
 def _compile(
     trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams
 ) -> tuple[TrainState, Advance]:
-    """The first state, and `(state, count) -> (state, metrics [count, seeds])`.
+    """Returns the first state and the compiled function that advances it.
 
-    The number of updates is traced, so that chunks of any length share one compilation.
+    The number of updates is traced, so that pieces of any length share one compilation.
     """
     hparams = jax.tree.map(jnp.float32, hparams)
-    capacity = min(config.num_updates, _MAX_CHUNK)
+    capacity = min(config.num_updates, _LARGEST_PIECE)
     init, step = trainer.init, trainer.step
-    by_seed = None  # one seed: placed as the trainer does
+    sharding = None  # of a single seed: the trainer places its state
     if keys.ndim:
         init, step = jax.vmap(init, in_axes=(0, None)), jax.vmap(step, in_axes=(0, None))
         if config.num_devices == 1:
-            by_seed = member_sharding(math.gcd(len(keys), jax.device_count()))
+            sharding = member_sharding(math.gcd(len(keys), jax.device_count()))
 
     def advance(
         state: TrainState, hparams: HParams, count: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        def update(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        def one_update(
+            i: jax.Array, carry: tuple[TrainState, Metrics]
+        ) -> tuple[TrainState, Metrics]:
             state, metrics = step(carry[0], hparams)
             rows = jax.tree.map(lambda rows, row: rows.at[i].set(row), carry[1], metrics)
             return state, rows
 
         _, shapes = jax.eval_shape(step, state, hparams)
         rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
-        return jax.lax.fori_loop(0, count, update, (state, rows))
+        return jax.lax.fori_loop(0, count, one_update, (state, rows))
 
-    state = jax.jit(init, out_shardings=by_seed)(keys, hparams)
-    placed = jax.jit(advance, donate_argnums=0, out_shardings=(by_seed, None))
+    state = jax.jit(init, out_shardings=sharding)(keys, hparams)
+    placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None))
     program = placed.lower(state, hparams, np.int32(1)).compile()
 
-    def advance_on_host(
-        state: TrainState, count: int
-    ) -> tuple[TrainState, Mapping[str, np.ndarray]]:
+    def advance_on_host(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
         state, metrics = program(state, hparams, np.int32(count))
-        return state, {
-            key: np.asarray(value)[:count].reshape(count, -1) for key, value in metrics.items()
-        }
+        return state, jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
 
     return state, advance_on_host
 
@@ -277,6 +316,7 @@ def _evaluation_keys(keys: jax.Array) -> jax.Array:
     return jax.vmap(evaluation_key)(keys) if keys.ndim else evaluation_key(keys)
 
 
-def _mean_return(metrics: Mapping[str, np.ndarray]) -> float:
-    returns = window_means(metrics)["episode/return"]
+def _mean_return(metrics: Metrics) -> float:
+    """Returns the mean over seeds of the return in a piece; NaN where no episode ended."""
+    returns = average(metrics)["episode/return"]
     return float(np.nanmean(returns)) if np.isfinite(returns).any() else float("nan")

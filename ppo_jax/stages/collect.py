@@ -1,83 +1,101 @@
-"""From a policy to what it can learn from: a rollout, the critic's opinion, the advantages."""
+"""The second stage: a rollout becomes a batch, with values, advantages and normalised rewards."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax import objectives, running_stats
-from ppo_jax.advantages import discounted_returns
-from ppo_jax.algorithms import Values, get_algorithm
-from ppo_jax.config import Config, HParams, largest_divisor
+from ppo_jax.config import Config
 from ppo_jax.envs.environment import Environment
+from ppo_jax.hparams import HParams
+from ppo_jax.ops import objectives, running_stats
+from ppo_jax.ops.advantages import discounted_returns
+from ppo_jax.ops.blocks import largest_divisor
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import ObsStats, head_of
-from ppo_jax.rollout import reset, rollout
-from ppo_jax.types import Batch, EpisodeStats, RolloutState, Statistics, Trajectory
+from ppo_jax.stages.algorithm import Algorithm
+from ppo_jax.stages.rollout import reset, rollout
+from ppo_jax.types import (
+    Batch,
+    EpisodeStats,
+    RolloutState,
+    Shard,
+    Statistics,
+    Trajectory,
+    Values,
+)
 
 
 class Collected(NamedTuple):
-    """What one rollout leaves."""
+    """The results of one rollout."""
 
     rollout: RolloutState
-    """Where the environments stand now."""
+    """State of the environments after the rollout."""
     batch: Batch
-    """`[T, N]`, to learn from."""
+    """Data for the update, `[T, N]`."""
     ended: EpisodeStats
-    """The episodes that ended."""
+    """Sums over the episodes that ended."""
     statistics: Statistics
-    """Including this rollout."""
+    """The statistics with this rollout merged in."""
 
 
 def collect(
-    config: Config,
-    env: Environment,
-    env_params: Any,
     policy: Policy,
     state: RolloutState,
     statistics: Statistics,
-    key: jax.Array,
+    *,
+    config: Config,
+    algorithm: Algorithm,
+    env: Environment,
+    env_params: Any,
     hparams: HParams,
-    axis_name: str | None = None,
+    key: jax.Array,
+    shard: Shard,
 ) -> Collected:
-    """One rollout as a batch.
+    """Acts for one rollout and returns it as a batch.
 
     Args:
-      config: complete, with no setting left to the algorithm.
-      env: acted in.
+      policy: acts; its critic, if it has one, evaluates the states.
+      state: of the environments. An algorithm of whole episodes resets them first.
+      statistics: before this rollout. Observations of the batch are normalised by them, as they
+        were when the policy acted. Rewards are normalised by statistics that include the rollout,
+        because no action depends on them.
+      config: complete: every setting of the algorithm has a value.
+      algorithm: estimates advantages and targets.
+      env: the environment.
       env_params: its parameters.
-      policy: acts; its critic, if it has one, judges.
-      state: where the environments stand; an algorithm of whole episodes starts them anew.
-      statistics: so far. Observations of the batch are normalised as they were when the policy
-        acted, without this rollout; rewards, which no action has seen yet, with it.
+      hparams: complete: every hyperparameter of the algorithm has a value.
       key: random key.
-      hparams: complete, with no value left to the algorithm.
-      axis_name: mesh axis of the devices that hold the other environments; None for one device.
+      shard: the environments of this device.
     """
-    algorithm = get_algorithm(config.algorithm)
     if algorithm.whole_episodes:
         reset_key, key = jax.random.split(key)
-        state = reset(env, env_params, reset_key, num_envs=config.num_envs, memory=state.memory)
-    start, carried = state.start, state.memory
+        state = reset(
+            env,
+            env_params,
+            reset_key,
+            num_envs=shard.num_envs,
+            recurrent_state=state.recurrent_state,
+        )
+    before = state
     state, trajectory, ended = rollout(
         env, env_params, policy, state, key, num_steps=config.num_steps
     )
-    if carried is None:
-        starts = None
-        values = _values(config, policy, trajectory) if algorithm.has_critic else None
-    else:
-        starts = jnp.concatenate([start[None], trajectory.done[:-1]])
-        values = None
-        if algorithm.has_critic:
-            values, memory = _values_in_sequence(policy, trajectory, carried, starts)
-            state = state.replace(memory={**state.memory, **memory})
-    reward, state, statistics = _learned_reward(
-        config, trajectory, state, statistics, hparams, axis_name
+    values, starts, state = _evaluated(
+        policy,
+        trajectory,
+        before=before,
+        after=state,
+        num_states=_evaluated_together(config, shard),
     )
+    reward, discounted_return, reward_stats = _learned_reward(
+        trajectory, state.discounted_return, statistics.reward, hparams, shard.axis_name
+    )
+    state = state.replace(discounted_return=discounted_return)
     estimates = algorithm.estimate(config, trajectory._replace(reward=reward), values, hparams)
     advantages = estimates.advantages
     if config.normalize_advantage == "batch":
-        advantages = objectives.standardize(advantages, estimates.mask, axis_name)
+        advantages = objectives.standardize(advantages, estimates.mask, shard.axis_name)
     if estimates.mask is not None:
         ended = _first_episodes(trajectory, estimates.mask)
     distribution = head_of(policy.spec).distribution(trajectory.action_params)
@@ -92,95 +110,123 @@ def collect(
         mask=estimates.mask,
         done=trajectory.done,
         start=starts,
-        memory=carried,
+        recurrent_state=before.recurrent_state,
     )
-    if statistics.obs is not None:
-        statistics = statistics._replace(
-            obs=_updated_obs_stats(statistics.obs, trajectory.obs, axis_name)
-        )
-    return Collected(state, batch, ended, statistics)
+    obs_stats = statistics.obs
+    if obs_stats is not None:
+        obs_stats = _merged_obs_stats(obs_stats, trajectory.obs, shard.axis_name)
+    return Collected(state, batch, ended, Statistics(obs_stats, reward_stats))
 
 
-def _valued_at_once(config: Config) -> int:
-    """States, each with its successor: enough to fill a device, few enough that the activations
-    take no more memory than a minibatch's, whose gradient needs them anyway, and stay in a cache.
+def _evaluated(
+    policy: Policy,
+    trajectory: Trajectory,
+    *,
+    before: RolloutState,
+    after: RolloutState,
+    num_states: int,
+) -> tuple[Values | None, jax.Array | None, RolloutState]:
+    """Evaluates a trajectory by the critic, which may be recurrent or missing.
+
+    Returns the values, the starts of episodes `[T, N]` (None without a memory), and the state after
+    the rollout with the critic's recurrent state brought up to date: the rollout carries that of
+    the actor alone.
     """
+    has_critic = policy.spec.has_critic
+    if before.recurrent_state is None:
+        values = _values(policy, trajectory, num_states) if has_critic else None
+        return values, None, after
+    starts = jnp.concatenate([before.start[None], trajectory.done[:-1]])
+    if not has_critic:
+        return None, starts, after
+    values, critic_state = _values_in_sequence(policy, trajectory, before.recurrent_state, starts)
+    recurrent_state = {**after.recurrent_state, **critic_state}
+    return values, starts, after.replace(recurrent_state=recurrent_state)
+
+
+def _evaluated_together(config: Config, shard: Shard) -> int:
+    """Returns how many states the critic evaluates together, each with its successor.
+
+    Enough to fill a device, and few enough that activations stay in a cache and take no more memory
+    than those of a minibatch, which its gradient needs anyway.
+    """
+    assert config.num_minibatches is not None, "the config is complete"
     fitting = 2**9 if jax.default_backend() == "cpu" else 2**12
-    return min(fitting, config.batch_size // (config.num_minibatches or 1) // 2)
+    samples = shard.num_envs * config.num_steps
+    return min(fitting, samples // config.num_minibatches // 2)
 
 
-def _values(config: Config, policy: Policy, trajectory: Trajectory) -> Values:
-    """V(s_t) and V(s'_t), `[T, N]`, for a block of steps at a time."""
+def _values(policy: Policy, trajectory: Trajectory, num_states: int) -> Values:
+    """Returns V(s_t) and V(s'_t), `[T, N]`, computed for about `num_states` states at a time."""
     num_steps, num_envs = trajectory.reward.shape
-    size = largest_divisor(num_steps, at_most=max(1, _valued_at_once(config) // num_envs))
+    size = largest_divisor(num_steps, at_most=max(1, num_states // num_envs))
 
-    def of_block(obs: tuple[jax.Array, jax.Array]) -> Values:
+    def block_values(obs: tuple[jax.Array, jax.Array]) -> Values:
         return Values(*map(policy.value, obs))
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(num_steps // size, size, *x.shape[1:])
 
     blocks = jax.tree.map(split, (trajectory.obs, trajectory.final_obs))
-    values = jax.lax.map(of_block, blocks)
+    values = jax.lax.map(block_values, blocks)
     return jax.tree.map(lambda x: x.reshape(num_steps, num_envs), values)
 
 
 def _values_in_sequence(
-    policy: Policy, trajectory: Trajectory, carried: Any, starts: jax.Array
+    policy: Policy, trajectory: Trajectory, recurrent_state: Any, starts: jax.Array
 ) -> tuple[Values, Any]:
-    """V(s_t) and V(s'_t), `[T, N]`, of a critic with a memory, and what it carries then.
+    """Returns V(s_t) and V(s'_t), `[T, N]`, of a recurrent critic, and its state afterwards.
 
-    A true successor is judged from what is remembered after s_t, before any reset forgets it.
+    A true successor is evaluated from the recurrent state after s_t, before a reset clears it.
     """
     num_steps, num_envs = trajectory.reward.shape
-    value, memories = policy.values(trajectory.obs, carried, starts)
-    flat = jax.tree.map(
+    value, states = policy.values(trajectory.obs, recurrent_state, starts)
+    flat_obs = jax.tree.map(
         lambda x: x.reshape(1, num_steps * num_envs, *x.shape[2:]), trajectory.final_obs
     )
-    before = jax.tree.map(lambda x: x.reshape(num_steps * num_envs, *x.shape[2:]), memories)
-    goes_on = jnp.zeros((1, num_steps * num_envs), bool)
-    next_value, _ = policy.values(flat, before, goes_on)
-    last = jax.tree.map(lambda x: x[-1], memories)
+    flat_states = jax.tree.map(lambda x: x.reshape(num_steps * num_envs, *x.shape[2:]), states)
+    no_start = jnp.zeros((1, num_steps * num_envs), bool)
+    next_value, _ = policy.values(flat_obs, flat_states, no_start)
+    last = jax.tree.map(lambda x: x[-1], states)
     return Values(value, next_value.reshape(num_steps, num_envs)), last
 
 
 def _learned_reward(
-    config: Config,
     trajectory: Trajectory,
-    state: RolloutState,
-    statistics: Statistics,
+    discounted_return: jax.Array,
+    stats: running_stats.RunningStats | None,
     hparams: HParams,
     axis_name: str | None,
-) -> tuple[jax.Array, RolloutState, Statistics]:
-    """Rewards as they are learned from: normalised, scaled, clipped, in this order."""
+) -> tuple[jax.Array, jax.Array, running_stats.RunningStats | None]:
+    """Returns rewards normalised, scaled and clipped, in this order, as they are learned from.
+
+    Returns also the discounted return after the rollout and the statistics with it merged in.
+    """
     reward = trajectory.reward
-    if config.normalize_reward:
-        assert statistics.reward is not None
-        returns, last = discounted_returns(
-            reward, trajectory.done, state.discounted_return, gamma=hparams.gamma
+    if stats is not None:
+        returns, discounted_return = discounted_returns(
+            reward, trajectory.done, discounted_return, gamma=hparams.gamma
         )
-        state = state.replace(discounted_return=last)
-        stats = running_stats.update(statistics.reward, returns, axis_name)
-        statistics = statistics._replace(reward=stats)
+        stats = running_stats.merge(stats, returns, axis_name)
         reward = running_stats.scale(stats, reward)
     if hparams.reward_scale is not None:
         reward = reward * hparams.reward_scale
     if hparams.reward_clip is not None:
         reward = jnp.clip(reward, -hparams.reward_clip, hparams.reward_clip)
-    return reward, state, statistics
+    return reward, discounted_return, stats
 
 
-def _updated_obs_stats(stats: ObsStats, obs: Any, axis_name: str | None) -> ObsStats:
+def _merged_obs_stats(stats: ObsStats, obs: Any, axis_name: str | None) -> ObsStats:
     return tuple(
-        None if old is None else running_stats.update(old, x, axis_name)
+        None if old is None else running_stats.merge(old, x, axis_name)
         for old, x in zip(stats, jax.tree.leaves(obs), strict=True)
     )
 
 
 def _first_episodes(trajectory: Trajectory, mask: jax.Array) -> EpisodeStats:
-    """Statistics of the episodes that count: later ones in a rollout are cut short."""
+    """Returns sums over the episodes that count; later ones in a rollout are cut short."""
     return EpisodeStats(
         return_sum=jnp.sum(trajectory.reward * mask),
         length_sum=jnp.sum(mask),
-        episodes=jnp.sum(mask[0]),
+        num_episodes=jnp.sum(mask[0]),
     )

@@ -2,23 +2,54 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from ppo_jax.config import Config, HParams, unknown_name
+from ppo_jax.config import Config
+from ppo_jax.errors import require_known
+from ppo_jax.hparams import HParams
 from ppo_jax.policy.networks import merge_params, split_params
 
-SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "constant": jnp.ones_like,
-    "kl_adaptive": jnp.ones_like,  # a factor in the learner's state does it
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+Scalar = float | jax.Array
+
+
+class Schedule(NamedTuple):
+    """A rule for the factor of every learning rate."""
+
+    factor: Callable[[jax.Array], jax.Array]
+    """`progress -> factor`; the progress of a training is in [0, 1)."""
+    adapt: Callable[[jax.Array, jax.Array, HParams], jax.Array] | None = None
+    """`(second factor, KL of the update, hparams) -> second factor` of a schedule that adapts to
+    how far an update moved the policy; the factor starts from 1. None: it does not adapt."""
+
+
+def adapt_lr_factor(factor: jax.Array, kl: jax.Array, *, desired_kl: Scalar) -> jax.Array:
+    """Returns the factor of the learning rate after an update that moved the policy by `kl`.
+
+    The factor is divided by 1.5 above twice the desired KL and multiplied by 1.5 below half of it,
+    as in the public code of Rudin et al. 2022 (arXiv:2109.11978), which adapts after each
+    minibatch. It is kept in [0.01, 100].
+    """
+    change = jnp.where(kl > 2.0 * desired_kl, 1 / 1.5, jnp.where(kl < desired_kl / 2.0, 1.5, 1.0))
+    return jnp.clip(factor * change, 0.01, 100.0)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(jnp.ones_like),
+    "linear": Schedule(lambda progress: 1.0 - progress),
+    "cosine": Schedule(lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress))),
+    "kl_adaptive": Schedule(
+        jnp.ones_like,
+        adapt=lambda factor, kl, hparams: adapt_lr_factor(
+            factor, kl, desired_kl=hparams.desired_kl
+        ),
+    ),
 }
-"""Progress of the training in [0, 1) → factor of the learning rate."""
+"""Schedules by name; the keys are the choices of `Config.lr_schedule`."""
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adabelief": {},
@@ -34,43 +65,31 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "rmsprop": {"decay": 0.99, "eps": 1e-5},  # A2C's, from the same source
     "sgd": {},
 }
-"""Names of optax optimisers and the arguments with which we differ from optax's defaults."""
-
-
-def adapt_lr_factor(factor: jax.Array, kl: jax.Array, *, desired_kl: Any) -> jax.Array:
-    """The learning rate's factor after an update that moved the policy by `kl`.
-
-    A third off above twice the desired KL, half as much again below half of it, as in the
-    public code of Rudin et al. 2022 (arXiv:2109.11978), which adapts after each minibatch.
-    Kept in [0.01, 100].
-    """
-    change = jnp.where(kl > 2.0 * desired_kl, 1 / 1.5, jnp.where(kl < desired_kl / 2.0, 1.5, 1.0))
-    return jnp.clip(factor * change, 0.01, 100.0)
-
+"""Names of optax optimisers, and the arguments in which our defaults differ from optax's."""
 
 Optimizer = Callable[[Any, HParams], optax.GradientTransformation]
-"""`(learning_rate, hparams) -> transformation`; all may be traced."""
+"""`(learning_rate, hparams) -> transformation`; both arguments may be traced."""
 
 
 def make_optimizer(config: Config) -> Optimizer:
-    """The optimiser that `config` names, behind clips of the gradient's global norm and entries.
+    """Returns the optimiser that `config` names, behind clips of the gradient's norm and entries.
 
-    With `separate_grad_norms` the norms are not its business: see `clip_actor_and_critic`.
+    With `separate_grad_norms` the update clips the norms itself, by `clip_actor_and_critic`.
 
     Raises:
       ConfigError: unknown optimiser, or an argument that it does not take.
     """
-    if config.optimizer not in OPTIMIZERS:
-        raise unknown_name("optimizer", config.optimizer, OPTIMIZERS)
+    require_known("optimizer", config.optimizer, OPTIMIZERS)
     factory = getattr(optax, config.optimizer)
     known = [name for name in inspect.signature(factory).parameters if name != "learning_rate"]
     for name, _ in config.optimizer_kwargs:
-        if name not in known:
-            raise unknown_name(f"argument of optax.{config.optimizer}", name, known)
+        require_known(f"argument of optax.{config.optimizer}", name, known)
     kwargs = {**OPTIMIZERS[config.optimizer], **dict(config.optimizer_kwargs)}
 
     def optimizer(learning_rate: Any, hparams: HParams) -> optax.GradientTransformation:
-        clip_norm = clip_entries = optax.identity()  # its state is theirs: an empty one
+        # The state of a clip is as empty as that of the identity, so that the state's structure
+        # does not depend on which values are set.
+        clip_norm = clip_entries = optax.identity()
         if hparams.max_grad_norm is not None and not config.separate_grad_norms:
             clip_norm = optax.clip_by_global_norm(hparams.max_grad_norm)
         if hparams.max_grad_value is not None:
@@ -80,12 +99,12 @@ def make_optimizer(config: Config) -> Optimizer:
     return optimizer
 
 
-def clip_actor_and_critic(gradient: Any, max_norm: Any) -> Any:
-    """Clips the gradient of each by a global norm of its own."""
+def clip_actor_and_critic(gradient: Any, max_norm: Scalar) -> Any:
+    """Returns the gradient with the actor's and the critic's part clipped by separate norms."""
     clip = optax.clip_by_global_norm(max_norm)
 
     def clipped(part: Any) -> Any:
-        flat, unravel = ravel_pytree(part)  # one kernel for the norm, not one for each leaf
+        flat, unravel = ravel_pytree(part)  # one kernel for the norm instead of one per leaf
         return unravel(clip.update(flat, clip.init(flat))[0])
 
     return merge_params(*map(clipped, split_params(gradient)))

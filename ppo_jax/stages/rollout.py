@@ -1,4 +1,4 @@
-"""The first stage: act in the environments for T steps."""
+"""The first stage: acting in the environments for T steps."""
 
 from functools import partial
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import largest_divisor
 from ppo_jax.envs.environment import Environment
+from ppo_jax.ops.blocks import largest_divisor
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import head_of
 from ppo_jax.types import EpisodeStats, RolloutState, Trajectory, strongly_typed
@@ -16,9 +16,17 @@ Carry = tuple[RolloutState, EpisodeStats]
 
 
 def reset(
-    env: Environment, env_params: Any, key: jax.Array, *, num_envs: int, memory: Any = None
+    env: Environment, env_params: Any, key: jax.Array, *, num_envs: int, recurrent_state: Any = None
 ) -> RolloutState:
-    """N environments at the start of an episode; `memory` is what the policy carries, if any."""
+    """Starts an episode in each environment.
+
+    Args:
+      env: the environment.
+      env_params: its parameters.
+      key: random key.
+      num_envs: N.
+      recurrent_state: of the policy, `[N, ...]`; None without a memory.
+    """
     keys = jax.random.split(key, num_envs)
     obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
     return RolloutState(
@@ -27,7 +35,7 @@ def reset(
         episode_return=jnp.zeros(num_envs, jnp.float32),
         episode_length=jnp.zeros(num_envs, jnp.int32),
         discounted_return=jnp.zeros(num_envs, jnp.float32),
-        memory=memory,
+        recurrent_state=recurrent_state,
     )
 
 
@@ -40,10 +48,21 @@ def rollout(
     *,
     num_steps: int,
 ) -> tuple[RolloutState, Trajectory, EpisodeStats]:
-    """Acts for `num_steps` in every environment.
+    """Acts for `num_steps` steps in every environment.
 
-    The loop holds what the next action needs and no more: noise and keys are drawn before it,
+    The loop computes only what the next action needs. Noise and keys are drawn before the loop;
     log-probabilities and values are computed after it, in one batch each.
+
+    Args:
+      env: the environment.
+      env_params: its parameters.
+      policy: acts.
+      state: of the N environments at the first step.
+      key: random key.
+      num_steps: T.
+
+    Returns:
+      The state after the last step, the trajectory `[T, N]`, and sums over the episodes that ended.
     """
     head = head_of(policy.spec)
     num_envs = state.episode_return.shape[0]
@@ -53,10 +72,10 @@ def rollout(
     env_reset = jax.vmap(env.reset, in_axes=(0, None))
     env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
 
-    def act(fresh: tuple, carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
+    def act(new_episode: tuple, carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
         state, ended = carry
         noise_t, step_keys = inputs
-        action_params, memory = policy.step(state.obs, state.memory, state.start)
+        action_params, recurrent_state = policy.step(state.obs, state.recurrent_state, state.start)
         action = head.sample(action_params, noise_t)
         step = env_step(step_keys, state.env_state, head.to_env(action), env_params)
         transition = Trajectory(
@@ -74,31 +93,33 @@ def rollout(
         ended = EpisodeStats(  # [N] each: sums over environments wait until after the loop
             return_sum=ended.return_sum + jnp.where(done, episode_return, 0.0),
             length_sum=ended.length_sum + jnp.where(done, episode_length, 0),
-            episodes=ended.episodes + done,
+            num_episodes=ended.num_episodes + done,
         )
-        obs, env_state = _where(done, fresh, (step.obs, step.state))
+        obs, env_state = _where(done, new_episode, (step.obs, step.state))
         state = state.replace(
             env_state=env_state,
             obs=obs,
             episode_return=jnp.where(done, 0.0, episode_return),
             episode_length=jnp.where(done, 0, episode_length),
-            memory=memory,
+            recurrent_state=recurrent_state,
         )
         return (state, ended), transition
 
     def act_in_block(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
-        # Drawn for every environment: to draw only where one ends takes a branch.
+        # A new episode is drawn for every environment: drawing only where one ends would need a
+        # branch, and under `vmap` both sides of a branch are computed anyway.
         noise, keys = inputs
         obs, env_state = env_reset(keys[0, :, 1], env_params)
-        fresh = obs, strongly_typed(env_state)
-        return jax.lax.scan(partial(act, fresh), carry, (noise, keys[:, :, 0]))
+        new_episode = obs, strongly_typed(env_state)
+        return jax.lax.scan(partial(act, new_episode), carry, (noise, keys[:, :, 0]))
 
     none_ended = EpisodeStats(
         return_sum=jnp.zeros(num_envs, jnp.float32),
         length_sum=jnp.zeros(num_envs, jnp.int32),
-        episodes=jnp.zeros(num_envs, jnp.int32),
+        num_episodes=jnp.zeros(num_envs, jnp.int32),
     )
-    # In so many steps an environment begins one new episode at most.
+    # Within `shortest_episode` steps an environment starts at most one new episode, so that one
+    # draw of new episodes serves a whole block of steps.
     size = largest_divisor(num_steps, at_most=env.shortest_episode)
     blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (noise, env_keys))
     (state, ended), trajectory = jax.lax.scan(act_in_block, (state, none_ended), blocks)
@@ -106,10 +127,10 @@ def rollout(
     return state, trajectory, jax.tree.map(jnp.sum, ended)
 
 
-def _where(done: jax.Array, fresh: Any, successor: Any) -> Any:
-    """Leaf by leaf `[N, ...]`, `fresh` where an episode ended."""
+def _where(done: jax.Array, new_episode: Any, successor: Any) -> Any:
+    """Selects `new_episode` where an episode ended, for every leaf `[N, ...]`."""
 
     def where(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
-    return jax.tree.map(where, fresh, successor)
+    return jax.tree.map(where, new_episode, successor)

@@ -1,4 +1,8 @@
-"""The second stage: three rules by which a learner changes after a rollout."""
+"""The third stage: rules by which the parameters change after a rollout.
+
+Three rules stand alone: `minibatch_rule`, `gradient_rule` and `trust_region_rule`. Two wrap another
+rule and add state to it: `adaptive_penalty` and `adaptive_learning_rate`.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,52 +13,50 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from ppo_jax.collective import mean_over
-from ppo_jax.config import Config, HParams
-from ppo_jax.losses import Losses, LossFn
-from ppo_jax.natural_gradient import (
+from ppo_jax.config import Config
+from ppo_jax.hparams import HParams
+from ppo_jax.ops import objectives
+from ppo_jax.ops.collective import mean_over
+from ppo_jax.ops.natural_gradient import (
     MatrixVectorProduct,
     conjugate_gradient,
     fisher_vector_product,
     line_search,
 )
-from ppo_jax.optimizers import Optimizer, clip_actor_and_critic
+from ppo_jax.ops.shuffle import shuffled
 from ppo_jax.policy.networks import merge_params, split_params
-from ppo_jax.shuffle import shuffled
-from ppo_jax.types import Batch, Learner, Metrics
+from ppo_jax.stages.algorithm import MakeUpdateRule, UpdateRule
+from ppo_jax.stages.losses import Losses
+from ppo_jax.stages.optimizers import Optimizer, Schedule, clip_actor_and_critic
+from ppo_jax.types import Batch, Scalars
 
-
-class UpdateRule(NamedTuple):
-    """How a learner changes."""
-
-    init: Callable[[Any, HParams], Any]
-    """`(params, hparams) -> opt_state`."""
-    update: Callable[[Learner, Batch, jax.Array, HParams, jax.Array], tuple[Learner, Metrics]]
-    """`(learner, batch [T, N], key, hparams, anneal) -> (learner, metrics)`; `anneal` is the
-    schedule's factor of every learning rate."""
-    fits_critic_apart: bool
-
-
-MakeUpdateRule = Callable[[Config, Losses, Optimizer], UpdateRule]
+LossFn = Callable[[Any, Batch, HParams], tuple[jax.Array, Scalars]]
+"""`(params, batch, hparams) -> (loss, metrics)`, scalars."""
 
 Carry = TypeVar("Carry")
 
 
 def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
-    """Epochs of minibatch gradient steps on actor and critic together.
+    """Returns the rule of epochs of minibatch steps on actor and critic together.
 
     With `target_kl`, the first minibatch whose approximate KL exceeds it and all after it are
-    computed but not applied, so that the trip count stays fixed under `vmap`; metrics are the
-    means over the minibatches that were applied.
+    computed but not applied, so that the trip count stays fixed under `vmap`. Metrics are means
+    over the minibatches that were applied.
     """
 
     def init(params: Any, hparams: HParams) -> Any:
         return optimizer(hparams.learning_rate, hparams).init(ravel_pytree(params)[0])
 
     def update(
-        learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
-    ) -> tuple[Learner, Metrics]:
-        flat, unravel = ravel_pytree(learner.params)
+        params: Any,
+        state: Any,
+        batch: Batch,
+        *,
+        key: jax.Array,
+        hparams: HParams,
+        anneal: jax.Array,
+    ) -> tuple[Any, Any, Scalars]:
+        flat, unravel = ravel_pytree(params)
         tx = optimizer(hparams.learning_rate * anneal, hparams)
         clip = None
         if config.separate_grad_norms:
@@ -62,8 +64,8 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
         step = _gradient_step(losses, losses.joint, tx, unravel, hparams, clip=clip)
 
         def step_while_near(
-            carry: tuple[_Flat, jax.Array], samples: Batch
-        ) -> tuple[tuple[_Flat, jax.Array], tuple[Metrics, jax.Array]]:
+            carry: tuple[_FlatLearner, jax.Array], samples: Batch
+        ) -> tuple[tuple[_FlatLearner, jax.Array], tuple[Scalars, jax.Array]]:
             old, active = carry
             new, metrics = step(old, samples)
             if hparams.target_kl is not None:
@@ -71,18 +73,21 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
                 new = jax.tree.map(partial(jnp.where, active), new, old)
             return (new, active), (metrics, active)
 
-        start = _Flat(flat, learner.opt_state), jnp.array(True)
-        (end, _), (metrics, applied) = _epochs(config, losses, step_while_near, start, batch, key)
+        start = _FlatLearner(flat, state), jnp.array(True)
+        (end, _), (metrics, applied) = _run_epochs(
+            step_while_near, start, batch, key=key, config=config, losses=losses
+        )
         metrics = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
         if hparams.target_kl is not None:
             metrics["train/gradient_steps"] = jnp.sum(applied)
-        return learner.replace(params=unravel(end.params), opt_state=end.opt_state), metrics
+        return unravel(end.params), end.opt_state, metrics
 
-    return UpdateRule(init, update, fits_critic_apart=False)
+    return UpdateRule(init, update)
 
 
 def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
-    """One gradient step of the policy on the whole batch, then epochs of the critic alone."""
+    """Returns the rule of one policy gradient step on the whole batch, then a critic fit."""
+    fit_critic = _make_critic_fit(config, losses, optimizer)
 
     def init(params: Any, hparams: HParams) -> Any:
         actor, critic = split_params(params)
@@ -94,38 +99,44 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         }
 
     def update(
-        learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
-    ) -> tuple[Learner, Metrics]:
-        actor, critic = split_params(learner.params)
-        actor_state, critic_state = learner.opt_state["actor"], learner.opt_state["critic"]
+        params: Any,
+        state: Any,
+        batch: Batch,
+        *,
+        key: jax.Array,
+        hparams: HParams,
+        anneal: jax.Array,
+    ) -> tuple[Any, Any, Scalars]:
+        actor, critic = split_params(params)
+        actor_state, critic_state = state["actor"], state["critic"]
         tx = optimizer(hparams.learning_rate * anneal, hparams)
-        batch = batch._replace(advantages=losses.scaled(batch.advantages, batch.mask))
+        batch = batch._replace(advantages=losses.normalize_advantages(batch.advantages, batch.mask))
         flat, unravel = ravel_pytree(actor)
         step = _gradient_step(losses, losses.policy, tx, unravel, hparams)
-        (flat, actor_state), metrics = step(_Flat(flat, actor_state), batch)
+        (flat, actor_state), metrics = step(_FlatLearner(flat, actor_state), batch)
         if hparams.critic_learning_rate is not None:
-            critic, critic_state, critic_metrics = _fit_critic(
-                config, losses, optimizer, (critic, critic_state), batch, key, hparams, anneal
+            critic, critic_state, critic_metrics = fit_critic(
+                critic, critic_state, batch, key=key, hparams=hparams, anneal=anneal
             )
             metrics |= critic_metrics
-        opt_state = {"actor": actor_state, "critic": critic_state}
-        params = merge_params(unravel(flat), critic)
-        return learner.replace(params=params, opt_state=opt_state), metrics
+        state = {"actor": actor_state, "critic": critic_state}
+        return merge_params(unravel(flat), critic), state, metrics
 
-    return UpdateRule(init, update, fits_critic_apart=True)
+    return UpdateRule(init, update, fits_critic_separately=True)
 
 
 def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
-    """Maximises the surrogate subject to a mean KL of at most `max_kl`; then fits the critic.
+    """Returns the rule that maximises the surrogate within a mean KL of `max_kl`.
 
-    Schulman et al. 2015 (arXiv:1502.05477), section 6 and appendix C: a natural gradient step
-    by conjugate gradients, as long as the bound allows in the quadratic model, shortened until
-    the surrogate improves within the true bound. Matrix products are in full precision, which
-    conjugate gradients need, whatever the global setting.
+    Schulman et al. 2015 (arXiv:1502.05477), section 6 and appendix C. A natural gradient step is
+    found by conjugate gradients, scaled to the bound in the quadratic model, and shortened until
+    the surrogate improves within the true bound. Then the critic is fitted.
     """
     assert config.cg_iterations is not None
     assert config.line_search_steps is not None
     iterations, line_search_steps = config.cg_iterations, config.line_search_steps
+    axis_name = losses.shard.axis_name
+    fit_critic = _make_critic_fit(config, losses, optimizer)
 
     def init(params: Any, hparams: HParams) -> Any:
         _, critic = split_params(params)
@@ -133,32 +144,39 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
         return tx.init(ravel_pytree(critic)[0])
 
     def update(
-        learner: Learner, batch: Batch, key: jax.Array, hparams: HParams, anneal: jax.Array
-    ) -> tuple[Learner, Metrics]:
-        batch = batch._replace(advantages=losses.scaled(batch.advantages, batch.mask))
-        actor, critic = split_params(learner.params)
+        params: Any,
+        state: Any,
+        batch: Batch,
+        *,
+        key: jax.Array,
+        hparams: HParams,
+        anneal: jax.Array,
+    ) -> tuple[Any, Any, Scalars]:
+        batch = batch._replace(advantages=losses.normalize_advantages(batch.advantages, batch.mask))
+        actor, critic = split_params(params)
         flat, unravel = ravel_pytree(actor)
 
-        def loss(flat: jax.Array) -> tuple[jax.Array, Metrics]:
+        def loss(flat: jax.Array) -> tuple[jax.Array, Scalars]:
             return losses.policy(unravel(flat), batch, hparams)
 
         def kl(flat: jax.Array) -> jax.Array:
             return losses.kl(unravel(flat), batch)
 
-        # Shares of means are differentiated; what the search compares are means.
+        # Derivatives are taken of shares of means, but the line search must compare the means.
         def objective(flat: jax.Array) -> jax.Array:
-            return mean_over(-loss(flat)[0], losses.axis_name)
+            return mean_over(-loss(flat)[0], axis_name)
 
         def mean_kl(flat: jax.Array) -> jax.Array:
-            return mean_over(kl(flat), losses.axis_name)
+            return mean_over(kl(flat), axis_name)
 
         def product(vector: jax.Array) -> jax.Array:
             share = fisher_vector_product(kl, flat, damping=hparams.cg_damping)(vector)
-            return mean_over(share, losses.axis_name)
+            return mean_over(share, axis_name)
 
+        # Conjugate gradients need full precision, which accelerators do not give by default.
         with jax.default_matmul_precision("highest"):
             (_, metrics), gradient = mean_over(
-                jax.value_and_grad(loss, has_aux=True)(flat), losses.axis_name
+                jax.value_and_grad(loss, has_aux=True)(flat), axis_name
             )
             step = _natural_step(product, -gradient, max_kl=hparams.max_kl, iterations=iterations)
             found = line_search(
@@ -169,19 +187,18 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
             "train/step_fraction": found.fraction,
             "train/surrogate_improvement": found.improvement,
         }
-        critic, opt_state, critic_metrics = _fit_critic(
-            config, losses, optimizer, (critic, learner.opt_state), batch, key, hparams, anneal
+        critic, state, critic_metrics = fit_critic(
+            critic, state, batch, key=key, hparams=hparams, anneal=anneal
         )
-        params = merge_params(unravel(found.params), critic)
-        return learner.replace(params=params, opt_state=opt_state), metrics | critic_metrics
+        return merge_params(unravel(found.params), critic), state, metrics | critic_metrics
 
-    return UpdateRule(init, update, fits_critic_apart=True)
+    return UpdateRule(init, update, fits_critic_separately=True)
 
 
 def _natural_step(
     product: MatrixVectorProduct, gradient: jax.Array, *, max_kl: Any, iterations: int
 ) -> jax.Array:
-    """√(2 δ / gᵀF⁻¹g) F⁻¹g: the step along the natural gradient to the edge of the bound."""
+    """Returns √(2 δ / gᵀF⁻¹g) F⁻¹g, the step along the natural gradient that reaches the bound."""
     direction = conjugate_gradient(product, gradient, iterations=iterations)
     curvature = jnp.vdot(direction, product(direction))
     # A zero gradient has no direction: no step, rather than 0 / 0.
@@ -189,10 +206,10 @@ def _natural_step(
     return jnp.where(curvature > 0, scale, 0.0) * direction
 
 
-class _Flat(NamedTuple):
-    """What gradient steps change."""
+class _FlatLearner(NamedTuple):
+    """Parameters and the optimiser's state, as gradient steps change them."""
 
-    params: jax.Array  # [P], all parameters in a row
+    params: jax.Array  # [P], all parameters concatenated
     opt_state: Any
 
 
@@ -204,37 +221,50 @@ def _gradient_step(
     hparams: HParams,
     *,
     clip: Callable[[Any], Any] | None = None,
-) -> Callable[[_Flat, Batch], tuple[_Flat, Metrics]]:
-    """A step of the optimiser on a minibatch.
+) -> Callable[[_FlatLearner, Batch], tuple[_FlatLearner, Scalars]]:
+    """Returns a function that takes one step of the optimiser on a minibatch.
 
-    Parameters stay one vector from step to step: an optimiser works elementwise but for a norm,
-    which is one kernel where a tree takes one for each leaf, and a tree would be flattened and
-    unflattened at every step. `clip` is for what depends on a gradient's leaves.
+    Parameters stay one vector from step to step. Optimisers work elementwise except for norms, and
+    the norm of a vector is one kernel, while that of a tree is one for each leaf.
+
+    Args:
+      losses: of the algorithm; they say which devices share the minibatch.
+      loss_fn: the loss that is descended.
+      tx: the optimiser.
+      unravel: turns the vector of parameters into a tree.
+      hparams: complete.
+      clip: transforms a gradient as a tree, before the optimiser; None leaves it as it is.
     """
 
-    def step(old: _Flat, minibatch: Batch) -> tuple[_Flat, Metrics]:
+    def step(old: _FlatLearner, minibatch: Batch) -> tuple[_FlatLearner, Scalars]:
         grads, metrics = mean_over(
-            _gradient(loss_fn, unravel(old.params), minibatch, hparams, losses.chunk_size),
-            losses.axis_name,
+            _gradient(
+                loss_fn,
+                unravel(old.params),
+                minibatch,
+                hparams,
+                chunk_size=losses.shard.chunk_size,
+            ),
+            losses.shard.axis_name,
         )
         flat, _ = ravel_pytree(grads if clip is None else clip(grads))
         updates, opt_state = tx.update(flat, old.opt_state, old.params)
-        return _Flat(jnp.add(old.params, updates), opt_state), metrics
+        return _FlatLearner(jnp.add(old.params, updates), opt_state), metrics
 
     return step
 
 
 def _gradient(
-    loss_fn: LossFn, params: Any, minibatch: Batch, hparams: HParams, chunk_size: int | None
-) -> tuple[Any, Metrics]:
-    """The gradient of the mean loss and the metrics, accumulated over chunks that fit a cache.
+    loss_fn: LossFn, params: Any, minibatch: Batch, hparams: HParams, *, chunk_size: int | None
+) -> tuple[Any, Scalars]:
+    """Returns the gradient of the mean loss, and metrics, accumulated over chunks of samples.
 
-    A masked minibatch is one chunk: its samples do not all count, so chunks would need weights.
-    So is one of sequences.
+    A masked minibatch is not divided, because its chunks would need weights: not all samples count.
+    A minibatch of sequences is not divided either.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     size = minibatch.log_prob.size
-    is_whole = minibatch.mask is not None or minibatch.memory is not None
+    is_whole = minibatch.mask is not None or minibatch.recurrent_state is not None
     if chunk_size is None or size <= chunk_size or size % chunk_size or is_whole:
         return gradient(params, minibatch, hparams)
     num_chunks = size // chunk_size
@@ -249,62 +279,185 @@ def _gradient(
     return jax.tree.map(lambda x: x / num_chunks, total)
 
 
-def _fit_critic(
-    config: Config,
-    losses: Losses,
-    optimizer: Optimizer,
-    critic: tuple[Any, Any],
-    batch: Batch,
-    key: jax.Array,
-    hparams: HParams,
-    anneal: jax.Array,
-) -> tuple[Any, Any, Metrics]:
-    """Epochs of minibatch steps on the value loss alone."""
-    params, opt_state = critic
-    flat, unravel = ravel_pytree(params)
-    tx = optimizer(hparams.critic_learning_rate * anneal, hparams)
-    step = _gradient_step(losses, losses.value, tx, unravel, hparams)
-    end, metrics = _epochs(config, losses, step, _Flat(flat, opt_state), batch, key)
-    return unravel(end.params), end.opt_state, jax.tree.map(jnp.mean, metrics)
+def _make_critic_fit(
+    config: Config, losses: Losses, optimizer: Optimizer
+) -> Callable[..., tuple[Any, Any, Scalars]]:
+    """Returns a function that takes epochs of minibatch steps on the value loss alone."""
+
+    def fit(
+        params: Any,
+        opt_state: Any,
+        batch: Batch,
+        *,
+        key: jax.Array,
+        hparams: HParams,
+        anneal: jax.Array,
+    ) -> tuple[Any, Any, Scalars]:
+        flat, unravel = ravel_pytree(params)
+        tx = optimizer(hparams.critic_learning_rate * anneal, hparams)
+        step = _gradient_step(losses, losses.value, tx, unravel, hparams)
+        start = _FlatLearner(flat, opt_state)
+        end, metrics = _run_epochs(step, start, batch, key=key, config=config, losses=losses)
+        return unravel(end.params), end.opt_state, jax.tree.map(jnp.mean, metrics)
+
+    return fit
 
 
-def _epochs(
-    config: Config,
-    losses: Losses,
+def _run_epochs(
     gradient_step: Callable[[Carry, Batch], tuple[Carry, Any]],
     carry: Carry,
     batch: Batch,
+    *,
     key: jax.Array,
+    config: Config,
+    losses: Losses,
 ) -> tuple[Carry, Any]:
-    """Passes every sample of `batch` `[T, N]` once an epoch, in a new random order each.
+    """Passes each sample of a batch to `gradient_step` once an epoch, in random minibatches.
 
-    With a memory, what is shuffled is environments: a minibatch holds whole sequences.
+    With a memory environments are shuffled instead of samples, so that a minibatch holds whole
+    sequences.
+
+    Args:
+      gradient_step: `(carry, minibatch) -> (carry, outputs)`.
+      carry: before the first step.
+      batch: of the whole rollout, `[T, N]`.
+      key: random key of the orders.
+      config: complete; has the numbers of epochs and minibatches.
+      losses: normalise the advantages of a minibatch.
+
+    Returns:
+      The carry after the last step, and outputs `[num_epochs, num_minibatches]`.
     """
-    num_minibatches = config.num_minibatches or 1
-    in_sequences = batch.memory is not None
-    if in_sequences:
-        count, batch = config.num_envs, _swap_time_and_envs(batch)
+    assert config.num_epochs is not None, "the config is complete"
+    assert config.num_minibatches is not None, "the config is complete"
+    num_minibatches = config.num_minibatches
+    num_steps, num_envs = batch.log_prob.shape
+    has_memory = batch.recurrent_state is not None
+    if has_memory:
+        count, batch = num_envs, _swap_time_and_envs(batch)
     else:
-        count = config.batch_size
+        count = num_steps * num_envs
         batch = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), batch)
 
     def minibatch(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Any]:
         indices, advantages = inputs
         samples = jax.tree.map(lambda x: x[indices], batch)._replace(advantages=advantages)
-        return gradient_step(carry, _swap_time_and_envs(samples) if in_sequences else samples)
+        return gradient_step(carry, _swap_time_and_envs(samples) if has_memory else samples)
 
     def epoch(carry: Carry, key: jax.Array) -> tuple[Carry, Any]:
         order = shuffled(key, jnp.arange(count), size=count)
         order = order.reshape(num_minibatches, -1)
-        # Of all minibatches at once: devices meet once an epoch for it, not at every step.
+        # All minibatches are normalised together: devices exchange means once an epoch for it
+        # instead of at every step.
         mask = None if batch.mask is None else batch.mask[order]
-        advantages = jax.vmap(losses.scaled)(batch.advantages[order], mask)
+        advantages = jax.vmap(losses.normalize_advantages)(batch.advantages[order], mask)
         return jax.lax.scan(minibatch, carry, (order, advantages))
 
-    return jax.lax.scan(epoch, carry, jax.random.split(key, config.num_epochs or 1))
+    return jax.lax.scan(epoch, carry, jax.random.split(key, config.num_epochs))
 
 
 def _swap_time_and_envs(batch: Batch) -> Batch:
-    """`[T, N, ...]` to `[N, T, ...]` and back; what is carried into a rollout has no time."""
-    swapped = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch._replace(memory=None))
-    return swapped._replace(memory=batch.memory)
+    """Turns `[T, N, ...]` into `[N, T, ...]` and back; the recurrent state has no time axis."""
+    swapped = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch._replace(recurrent_state=None))
+    return swapped._replace(recurrent_state=batch.recurrent_state)
+
+
+class AdaptivePenaltyState(NamedTuple):
+    """State of `adaptive_penalty`."""
+
+    inner: Any  # state of the rule that is wrapped
+    kl_coef: jax.Array  # [], β
+
+
+def adaptive_penalty(make_rule: MakeUpdateRule) -> MakeUpdateRule:
+    """Wraps a rule so that the weight β of the KL penalty follows the KL of each update.
+
+    Schulman et al. 2017 (arXiv:1707.06347), section 4. β starts from `HParams.kl_coef` and is
+    steered by `objectives.adapt_kl_coef`.
+    """
+
+    def make(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
+        rule = make_rule(config, losses, optimizer)
+
+        def init(params: Any, hparams: HParams) -> AdaptivePenaltyState:
+            kl_coef = jnp.asarray(hparams.kl_coef, jnp.float32)
+            return AdaptivePenaltyState(rule.init(params, hparams), kl_coef)
+
+        def update(
+            params: Any, state: AdaptivePenaltyState, batch: Batch, *, hparams: HParams, **rest: Any
+        ) -> tuple[Any, AdaptivePenaltyState, Scalars]:
+            hparams = hparams.replace(kl_coef=state.kl_coef)
+            params, inner, metrics = rule.update(
+                params, state.inner, batch, hparams=hparams, **rest
+            )
+            kl = mean_over(losses.kl(params, batch), losses.shard.axis_name)
+            kl_coef = objectives.adapt_kl_coef(state.kl_coef, kl, d_targ=hparams.d_targ)
+            metrics |= {"train/update_kl": kl, "train/kl_coef": state.kl_coef}
+            return params, AdaptivePenaltyState(inner, kl_coef), metrics
+
+        return rule._replace(init=init, update=update)
+
+    return make
+
+
+class AdaptiveRateState(NamedTuple):
+    """State of `adaptive_learning_rate`."""
+
+    inner: Any  # state of the rule that is wrapped
+    factor: jax.Array  # [], of every learning rate
+
+
+def adaptive_learning_rate(rule: UpdateRule, schedule: Schedule, losses: Losses) -> UpdateRule:
+    """Wraps a rule so that the learning rate follows the KL of each update.
+
+    Args:
+      rule: the rule that is wrapped.
+      schedule: adapts the factor of the learning rate.
+      losses: of the algorithm, for the KL.
+    """
+    assert schedule.adapt is not None, "the schedule adapts"
+    adapt = schedule.adapt
+
+    def init(params: Any, hparams: HParams) -> AdaptiveRateState:
+        return AdaptiveRateState(rule.init(params, hparams), jnp.ones(()))
+
+    def update(
+        params: Any,
+        state: AdaptiveRateState,
+        batch: Batch,
+        *,
+        hparams: HParams,
+        anneal: jax.Array,
+        **rest: Any,
+    ) -> tuple[Any, AdaptiveRateState, Scalars]:
+        params, inner, metrics = rule.update(
+            params, state.inner, batch, hparams=hparams, anneal=anneal * state.factor, **rest
+        )
+        kl = mean_over(losses.kl(params, batch), losses.shard.axis_name)
+        metrics["train/update_kl"] = kl
+        return params, AdaptiveRateState(inner, adapt(state.factor, kl, hparams)), metrics
+
+    return rule._replace(init=init, update=update)
+
+
+def report_learning_rates(rule: UpdateRule) -> UpdateRule:
+    """Wraps a rule so that its metrics hold the learning rates that it used."""
+
+    def update(
+        params: Any,
+        state: Any,
+        batch: Batch,
+        *,
+        hparams: HParams,
+        anneal: jax.Array,
+        **rest: Any,
+    ) -> tuple[Any, Any, Scalars]:
+        params, state, metrics = rule.update(
+            params, state, batch, hparams=hparams, anneal=anneal, **rest
+        )
+        for name in ("learning_rate", "critic_learning_rate"):
+            if getattr(hparams, name) is not None:
+                metrics[f"train/{name}"] = getattr(hparams, name) * anneal
+        return params, state, metrics
+
+    return rule._replace(update=update)

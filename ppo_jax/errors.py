@@ -1,0 +1,79 @@
+"""The error that explains a wrong setting, and the checks that several modules share.
+
+Needs no JAX, so that the command line can refuse a setting at once.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+class ConfigError(ValueError):
+    """Tells which rule a setting breaks, the values that broke it, and the remedy."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Returns the error for a name that is not in a table; it lists the nearest and all names.
+
+    >>> print(unknown_name("animal", "cot", ["cat", "dog"]))
+    unknown animal 'cot'. Did you mean cat? Known: cat, dog.
+    """
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    return ConfigError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def require_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises a `ConfigError` unless `name` is one of the known names."""
+    known = tuple(known)
+    if name not in known:
+        raise unknown_name(kind, name, known)
+
+
+def require_new_name(kind: str, name: str, taken: Iterable[str]) -> None:
+    """Raises a `ConfigError` if `name` is registered already.
+
+    >>> require_new_name("animal", "cat", ["cat", "dog"])
+    Traceback (most recent call last):
+    ...
+    ppo_jax.errors.ConfigError: the name of an animal must be new; 'cat' is taken. Choose another.
+    """
+    if name in tuple(taken):
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ConfigError(
+            f"the name of {article} {kind} must be new; {name!r} is taken. Choose another."
+        )
+
+
+def require_positive_integer(name: str, value: Any) -> None:
+    """Raises a `ConfigError` unless `value` is a whole number of at least 1.
+
+    >>> require_positive_integer("num_envs", 0)
+    Traceback (most recent call last):
+    ...
+    ppo_jax.errors.ConfigError: num_envs must be a positive integer; got 0.
+    """
+    # A bool is an int in Python, but True environments are a mistake.
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < 1:
+        raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
+
+
+def require_positive_integers(values: dict[str, Any]) -> None:
+    """Applies `require_positive_integer` to each entry that is not None."""
+    for name, value in values.items():
+        if value is not None:
+            require_positive_integer(name, value)
+
+
+def replace_fields(instance: Any, changes: dict[str, Any]) -> Any:
+    """Returns a copy of a dataclass; a name that it does not have is a `ConfigError`."""
+    known = [field.name for field in dataclasses.fields(instance)]
+    for name in changes:
+        if name not in known:
+            raise unknown_name(f"{type(instance).__name__} field", name, known)
+    return dataclasses.replace(instance, **changes)

@@ -1,0 +1,140 @@
+"""From a `Config` to the record of everything that it means, checked before anything is traced."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ppo_jax.algorithms import COMMON_HPARAMS, get_algorithm
+from ppo_jax.config import ALGORITHM_SETTINGS, Config
+from ppo_jax.envs import make_env
+from ppo_jax.envs.environment import Environment
+from ppo_jax.errors import ConfigError
+from ppo_jax.hparams import HParams
+from ppo_jax.policy.spec import PolicySpec, initial_obs_stats, make_spec
+from ppo_jax.stages.algorithm import Algorithm
+from ppo_jax.stages.optimizers import SCHEDULES, Optimizer, Schedule, make_optimizer
+
+# An algorithm without epochs or minibatches passes its data once, as a whole.
+_UNUSED_SETTINGS = {"num_epochs": 1, "num_minibatches": 1}
+
+
+class Resolved(NamedTuple):
+    """Everything that a config means. Made once by `resolve` and passed on."""
+
+    config: Config
+    """Complete: every setting of the algorithm has a value."""
+    algorithm: Algorithm
+    env: Environment
+    """The environment in its wrappers, with the config's parameters."""
+    spec: PolicySpec
+    """The static part of the policy."""
+    schedule: Schedule
+    """Anneals the learning rates."""
+    optimizer: Optimizer
+    hparams: HParams
+    """Every hyperparameter that the training uses, at its default."""
+
+
+def resolve(config: Config) -> Resolved:
+    """Looks up and checks everything that a config names.
+
+    Raises:
+      ConfigError: unknown environment, algorithm or optimiser, an unsupported space, or settings
+        that contradict each other.
+    """
+    algorithm = get_algorithm(config.algorithm)
+    config = complete_config(config)
+    hparams = complete_hparams(None, config)
+    optimizer = make_optimizer(config)
+    env = make_env(config)
+    if algorithm.whole_episodes:
+        _require_whole_episodes(config, env)
+    spec = make_spec(config, env, has_critic=algorithm.has_critic)
+    if config.normalize_obs:
+        initial_obs_stats(env.observation_space)  # or an error
+    schedule = SCHEDULES[config.lr_schedule]
+    return Resolved(config, algorithm, env, spec, schedule, optimizer, hparams)
+
+
+def complete_config(config: Config) -> Config:
+    """Returns the config with the algorithm's settings where it leaves them open.
+
+    Raises:
+      ConfigError: a setting is given that the algorithm does not use.
+
+    >>> complete_config(Config(algorithm="ppo")).num_epochs
+    4
+    """
+    used = get_algorithm(config.algorithm).settings
+    defaults = {**_UNUSED_SETTINGS, **used}
+    for name in ALGORITHM_SETTINGS:
+        given = getattr(config, name)
+        if name not in used and given not in (None, _UNUSED_SETTINGS.get(name)):
+            raise ConfigError(
+                f"a setting must be one that the algorithm uses; {name} is given and "
+                f"{config.algorithm} uses {', '.join(used)}. Leave {name} out."
+            )
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return config.replace(**missing)
+
+
+def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config) -> HParams:
+    """Returns hyperparameters with the algorithm's defaults where a value is open.
+
+    Args:
+      hparams: values that are given, as a record or by name; None gives none.
+      config: names the algorithm; need not be complete.
+
+    Returns:
+      A record of the algorithm's `hparams_type`.
+
+    Raises:
+      ConfigError: a value is given that the algorithm does not use.
+
+    >>> complete_hparams(HParams(clip_eps=0.1), Config()).gamma
+    0.99
+    """
+    algorithm = get_algorithm(config.algorithm)
+    used = _used_hparams(config, algorithm)
+    given = hparams.given() if isinstance(hparams, HParams) else dict(hparams or {})
+    if given.get("hidden_gain") is not None and "hidden_gain" not in used:
+        network = config.network
+        raise ConfigError(
+            "hidden_gain needs hidden layers that are not your own; network is "
+            f"{network if isinstance(network, str) else type(network).__name__} and hidden_sizes "
+            f"are {config.hidden_sizes}. Leave hidden_gain out."
+        )
+    for name, value in given.items():
+        if name not in used and value is not None:
+            raise ConfigError(
+                f"a hyperparameter must be one that the algorithm uses; {name} is set and "
+                f"{config.algorithm} uses {', '.join(used)}. Leave {name} out."
+            )
+    values = {**used, **{name: value for name, value in given.items() if value is not None}}
+    return algorithm.hparams_type(**values)
+
+
+def _used_hparams(config: Config, algorithm: Algorithm) -> dict[str, float | None]:
+    """Returns the hyperparameters that a training uses, with their defaults."""
+    used = {**algorithm.hparams, **COMMON_HPARAMS}
+    if not algorithm.has_critic:
+        del used["critic_gain"]
+    # A user's module, and a network without hidden layers, have no gain that we could set.
+    is_ours = isinstance(config.network, str)
+    if not is_ours or (config.network == "mlp" and config.hidden_sizes == ()):
+        del used["hidden_gain"]
+    if SCHEDULES[config.lr_schedule].adapt is not None:
+        used["desired_kl"] = 0.01
+    if config.n_step is not None:
+        used.pop("gae_lambda", None)
+    return used
+
+
+def _require_whole_episodes(config: Config, env: Environment) -> None:
+    """Checks that a rollout holds the longest episode: one that the rollout cuts is no sample."""
+    longest = env.longest_episode(env.params)
+    if longest is not None and config.num_steps < longest:
+        raise ConfigError(
+            f"{config.algorithm} needs whole episodes: num_steps must be at least the longest, "
+            f"max_steps_in_episode; got {config.num_steps} and {longest:g}. "
+            f"Set num_steps to {longest:g}, or lower max_steps_in_episode in env_params."
+        )

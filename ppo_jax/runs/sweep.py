@@ -1,0 +1,175 @@
+"""Sweeps: every configuration of a space, trained with every seed in few compilations."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.hparams import HParams
+from ppo_jax.population.plan import make_plan
+from ppo_jax.population.proposals import Proposals, make_proposals
+from ppo_jax.population.search_space import Row, Sampler, Space
+from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.runs.sweep_runner import PlannedGroup, SweepRunner, make_group_trainer
+from ppo_jax.runs.sweep_store import SweepStore
+from ppo_jax.runs.sweep_tables import to_cell
+
+
+class Sweep(NamedTuple):
+    """The results of a sweep, as tidy tables."""
+
+    members: pd.DataFrame
+    """One row per member: its values, its seed, its final evaluation, where it failed if it did."""
+    curves: pd.DataFrame
+    """One row per member and logged update."""
+    names: tuple[str, ...]
+    """The columns that were varied."""
+    run_dir: Path | None
+    compile_seconds: float
+    run_seconds: float
+    is_complete: bool
+    """False after Ctrl-C."""
+
+
+def sweep(
+    config: Config,
+    space: Space,
+    *,
+    seeds: int | Sequence[int] = 8,
+    hparams: HParams | None = None,
+    num_draws: int | None = None,
+    sampler: Sampler = "random",
+    batch: int | None = None,
+    run_dir: str | Path | None = None,
+    chunk: int | None = None,
+    eval_episodes: int = 64,
+    num_rows: int = 50,
+    say: Callable[[str], None] | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Trains every configuration of a space with every seed, in as few compilations as possible.
+
+    Members that differ in traced values only (hyperparameters, environment parameters, seeds) are
+    one vmapped population. It is compiled once, and runs in chunks that fit the device's memory.
+    Several devices divide a chunk's members among them. The numbers of a member do not depend on
+    its chunk or its neighbours: they are bit-identical for chunks of at least two members a device
+    on one platform, and agree to rounding otherwise. A member whose parameters become NaN is
+    frozen.
+
+    Args:
+      config: settings that the space does not vary.
+      space: see `ppo_jax.population.search_space.rows`.
+      seeds: a number n, for the seeds 0 to n − 1, or a list.
+      hparams: hyperparameters that the space does not vary.
+      num_draws: draws of the space's distributions.
+      sampler: "random", "sobol", or "tpe", which needs optuna and draws each batch near the best
+        results so far.
+      batch: configurations in a batch of "tpe".
+      run_dir: directory for finished members; one with the same sweep is continued. None keeps
+        nothing.
+      chunk: members that are trained together; by default as many as fit, at most 1024.
+      eval_episodes: episodes of each member's final greedy evaluation.
+      num_rows: rows of each member's curve; each is the mean over a window of updates.
+      say: takes lines about what will be done; None is silent.
+      progress: show a progress bar on standard error.
+
+    Raises:
+      ConfigError: a setting breaks a rule, or `run_dir` holds something else.
+    """
+    require_positive_integers(
+        {"chunk": chunk, "eval_episodes": eval_episodes, "num_rows": num_rows}
+    )
+    hparams = HParams() if hparams is None else hparams
+    seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
+    proposals = make_proposals(space, num_draws=num_draws, sampler=sampler, batch=batch)
+    _planned(config, hparams, proposals.extremes, seeds)  # errors come before anything is written
+    asked, first = proposals.ask(), 0
+    plan = _planned(config, hparams, asked, seeds)
+    names = tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
+    description = {
+        **_description(config, hparams, proposals, seeds),
+        "eval_episodes": eval_episodes,
+        "num_rows": num_rows,
+    }
+    store = SweepStore.open(run_dir, description)
+    say = say or _silent
+    with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+        runner = SweepRunner(
+            num_rows=num_rows,
+            num_episodes=eval_episodes,
+            chunk=chunk,
+            # An adaptive sampler must see bit-identical scores when a sweep resumes.
+            same_bits=bool(proposals.extremes),
+            say=say,
+            bar=bar,
+            is_stopped=lambda: interrupt.requested,
+        )
+        while asked:
+            if len(asked) < proposals.total:
+                say(f"configurations {first} to {first + len(asked) - 1} of {proposals.total}:")
+            store.require(asked, first)
+            runner.run(plan, store)
+            if interrupt.requested:
+                break
+            proposals.tell(store.scores(range(first, first + len(asked))))
+            first += len(asked)
+            asked = proposals.ask()
+            plan = _planned(config, hparams, asked, seeds, first=first)
+    members, curves = store.collect()
+    return Sweep(
+        members,
+        curves,
+        names,
+        store.path,
+        runner.compile_seconds,
+        runner.run_seconds,
+        is_complete=len(members) == proposals.total * len(seeds),
+    )
+
+
+def _planned(
+    config: Config,
+    hparams: HParams,
+    configurations: Sequence[Row],
+    seeds: Sequence[int],
+    *,
+    first: int = 0,
+) -> list[PlannedGroup]:
+    """Returns groups of members with their trainers, or the error of a configuration."""
+    plan = make_plan(config, hparams, configurations, seeds, first=first)
+    if any(group.config.num_devices > 1 for group in plan):
+        raise ConfigError(
+            "num_devices must be 1 in a sweep: its devices share members, not environments. "
+            "Leave num_devices out."
+        )
+    return [(group, make_group_trainer(group)) for group in plan]
+
+
+def _description(
+    config: Config, hparams: HParams, proposals: Proposals, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Returns everything that tells one sweep from another, as JSON."""
+
+    def cells(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: to_cell(value) for name, value in values.items()}
+
+    description = proposals.description
+    if "configurations" in description:
+        description = {"configurations": [cells(row) for row in description["configurations"]]}
+    return {
+        "config": cells(vars(config)),
+        "hparams": cells(vars(hparams)),
+        **description,
+        "seeds": list(seeds),
+    }
+
+
+def _silent(line: str) -> None:
+    del line

@@ -1,0 +1,139 @@
+"""The loop of a sweep: plans of groups become compiled populations, and chunks become tables."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.population.member import train_member
+from ppo_jax.population.plan import Group, Member
+from ppo_jax.runs.compiled_population import CompiledPopulation
+from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.runs.sweep_store import SweepStore
+from ppo_jax.runs.sweep_tables import make_tables
+from ppo_jax.trainer import Trainer, make_trainer
+
+_LARGEST_CHUNK = 1024
+
+PlannedGroup = tuple[Group, Trainer]
+
+
+class SweepRunner:
+    """Runs plans, one after another. Programs that were compiled for one plan serve the next."""
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        num_episodes: int,
+        chunk: int | None,
+        same_bits: bool,
+        say: Callable[[str], None],
+        bar: TrainingProgress,
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        """Prepares an empty runner.
+
+        Args:
+          num_rows: rows of each member's curve.
+          num_episodes: episodes of each member's final evaluation.
+          chunk: members that are trained together; None for as many as fit.
+          same_bits: use chunks whose results do not depend, to the last bit, on where a sweep was
+            interrupted.
+          say: takes lines about what will be done.
+          bar: shows the progress.
+          is_stopped: whether to stop after the chunk that is running.
+        """
+        self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
+        self._say, self._bar, self._is_stopped = say, bar, is_stopped
+        # A single member a device is compiled without batched kernels and rounds differently; from
+        # two members a device on, all chunks give the same bits.
+        self._smallest_chunk = 2 * jax.device_count() if same_bits else 1
+        self._populations: dict[Any, CompiledPopulation] = {}
+        self._chunk_sizes: dict[Any, int] = {}
+        self.run_seconds = 0.0
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that were spent on compiling."""
+        return sum(population.compile_seconds for population in self._populations.values())
+
+    def run(self, plan: Sequence[PlannedGroup], store: SweepStore) -> None:
+        """Trains the members that the store does not have, until the runner is stopped."""
+        finished = store.finished()
+        todo = [
+            (group, trainer, [m for m in group.members if m.number not in finished])
+            for group, trainer in plan
+        ]
+        new = {group.program for group, _, waiting in todo if waiting} - set(self._populations)
+        self._bar.start(sum(_member_timesteps(group) * len(waiting) for group, _, waiting in todo))
+        self._say(_announcement(todo, num_compilations=len(new)))
+        for group, trainer, waiting in todo:
+            if waiting and not self._is_stopped():
+                self._run_group(group, trainer, waiting, store)
+
+    def _run_group(
+        self, group: Group, trainer: Trainer, waiting: Sequence[Member], store: SweepStore
+    ) -> None:
+        program = group.program
+        if program not in self._populations:
+            self._populations[program] = self._make_population(group, trainer)
+            self._chunk_sizes[program] = min(
+                self._chunk or _LARGEST_CHUNK, max(len(group.members), self._smallest_chunk)
+            )
+        population, size = self._populations[program], self._chunk_sizes[program]
+        for chunk in population.chunks(waiting, size):
+            self._chunk_sizes[program] = chunk.size
+            store.add(make_tables(group.config, chunk.members, chunk.outcome))
+            self.run_seconds += chunk.seconds
+            steps = _member_timesteps(group) * len(chunk.members)
+            self._bar.advance(
+                steps,
+                steps_per_second=steps / chunk.seconds,
+                episode_return=float(np.mean(chunk.outcome.returns)),
+            )
+            if self._is_stopped():
+                return
+
+    def _make_population(self, group: Group, trainer: Trainer) -> CompiledPopulation:
+        num_updates = group.config.num_updates
+        train = functools.partial(
+            train_member,
+            trainer,
+            num_updates=num_updates,
+            num_rows=min(self._num_rows, num_updates),
+            num_episodes=self._num_episodes,
+        )
+        return CompiledPopulation(train, trainer.env, may_shrink=self._chunk is None, say=self._say)
+
+
+def make_group_trainer(group: Group) -> Trainer:
+    """Returns the trainer of a group, checked for the longest episodes of its members.
+
+    Some algorithms need whole episodes in a rollout.
+    """
+    config, name = group.config, "max_steps_in_episode"
+    limits = [m.env_params[name] for m in group.members if name in m.env_params]
+    if limits:
+        config = config.replace(env_params={**dict(config.env_params), name: max(limits)})
+    return make_trainer(config)
+
+
+def _member_timesteps(group: Group) -> int:
+    """Returns the environment steps of one member."""
+    return group.config.num_updates * group.config.batch_size
+
+
+def _announcement(
+    todo: Sequence[tuple[Group, Trainer, Sequence[Member]]], *, num_compilations: int
+) -> str:
+    num_members = sum(len(group.members) for group, _, _ in todo)
+    num_done = num_members - sum(len(waiting) for _, _, waiting in todo)
+    steps = sum(_member_timesteps(group) * len(waiting) for group, _, waiting in todo)
+    return (
+        f"{num_members} members in {len(todo)} group{'s' * (len(todo) > 1)}"
+        f"{f', {num_done} of them done already' if num_done else ''}: "
+        f"{num_compilations} compilation{'s' * (num_compilations != 1)}, {steps:,} steps to go"
+    )
