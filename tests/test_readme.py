@@ -1,6 +1,8 @@
 """The documents' examples run as printed."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -23,6 +25,28 @@ def test_example(code, capsys):
     out = capsys.readouterr().out
     for expected in re.findall(r"print\(.*  # (\(.*\)):", code):
         assert expected in out
+
+
+def test_extending_is_followed_literally(tmp_path):
+    """Each example is pasted into a file of an empty directory and run there."""
+    page = (ROOT / "docs/extending.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(examples) == 7
+    for i, code in enumerate(examples):
+        (tmp_path / f"example_{i}.py").write_text(code)
+    # One process runs all of them, which saves six imports; each has a namespace of its own.
+    code = "import runpy\n" + "".join(
+        f"runpy.run_path('example_{i}.py')\n" for i in range(len(examples))
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "rollback must be in [0, 1]; got 2.0." in result.stdout
 
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").iterdir()))]
