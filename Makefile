@@ -1,5 +1,5 @@
-# Everything from a fresh checkout: `make train`, `make test`, `make check`.
-# Needs Python 3.11 to 3.13 with venv; uses uv where it is installed.
+# Installs, trains and tests from a fresh checkout: `make train`, `make test`, `make check`.
+# Needs Python 3.11 to 3.13 with venv; uses uv if it is installed.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -8,18 +8,18 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The stamps are written last, so that an installation that broke off is done again.
+# Stamps are written last, so that an interrupted installation is repeated.
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
-# One worker a core: compiling, which is most of the suite, uses one.
+# One worker per core, because compiling, which is most of the suite, uses one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help install train test test-slow lint types guard check lock clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(STAMP)  ## make .venv and install the package and what it needs
+install: $(STAMP)  ## make .venv and install the package with its dependencies
 
 train: $(STAMP)  ## train PPO on CartPole-v1 and evaluate it
 	@$(BIN)/ppo-jax train CartPole-v1
@@ -27,7 +27,7 @@ train: $(STAMP)  ## train PPO on CartPole-v1 and evaluate it
 test: $(DEV_STAMP)  ## run the tests and doctests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
-test-slow: $(DEV_STAMP)  ## run the learning runs of minutes
+test-slow: $(DEV_STAMP)  ## run learning runs, which take minutes each
 	@$(BIN)/python -m pytest -q -m slow
 
 lint: $(DEV_STAMP)  ## check style and format
@@ -40,7 +40,7 @@ types: $(DEV_STAMP)  ## check types
 guard: $(DEV_STAMP)  ## check that no training has become slower
 	@$(BIN)/python benchmarks/guard.py
 
-check: test lint types guard  ## everything that CI checks
+check: test lint types guard  ## run everything that CI checks
 
 $(STAMP): pyproject.toml requirements.lock
 	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements.lock
@@ -50,7 +50,7 @@ $(DEV_STAMP): $(STAMP) requirements-dev.lock
 	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements-dev.lock
 	@touch $@
 
-lock:  ## make the lock files anew (needs uv)
+lock:  ## write the lock files again (needs uv)
 	uv lock
 	uv export --quiet --no-hashes --no-emit-project --no-dev --output-file requirements.lock
 	uv export --quiet --no-hashes --no-emit-project --output-file requirements-dev.lock

@@ -1,4 +1,4 @@
-"""Every algorithm on the same task: the steps it needs to solve it, and the time.
+"""Measures the steps and the time that each algorithm needs to solve a task.
 
 python benchmarks/algorithms.py --seeds 5 --json benchmarks/results/algorithms-cartpole.json
 python benchmarks/algorithms.py --env Pendulum-v1 --seeds 5
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import machine
 from ppo_jax import evaluate, make_trainer, presets
 
-# Mean return over 100 episodes at which the task counts as learnt, and as solved: CartPole's are
-# Gym's for v0 and v1; Pendulum has none, -200 is an upright pole after the swing.
+# Mean returns over 100 episodes at which a task counts as learned, and as solved. Those of CartPole
+# are Gym's for v0 and v1. Pendulum has none; -200 is an upright pole after the swing.
 THRESHOLDS = {"CartPole-v1": (195.0, 475.0), "Pendulum-v1": (-400.0, -200.0)}
 _EPISODES = 100
 
@@ -28,12 +28,13 @@ _EPISODES = 100
 def steps_to_reach(
     returns: np.ndarray, counts: np.ndarray, threshold: float, batch_size: int
 ) -> int | None:
-    """Steps until the last 100 episodes or more have a mean return of `threshold`; or None.
+    """Returns the steps until at least 100 recent episodes have a mean return of `threshold`, or
+    None.
 
     Args:
       returns: mean return of the episodes that ended in each update, NaN where none did, `[U]`.
-      counts: how many those were, `[U]`.
-      threshold: the mean return asked for.
+      counts: their number, `[U]`.
+      threshold: the mean return to reach.
       batch_size: steps of an update.
     """
     totals = np.concatenate([[0.0], np.cumsum(np.nan_to_num(returns) * counts)])
@@ -76,11 +77,11 @@ def measure(env: str, algorithm: str, num_seeds: int) -> dict[str, Any]:
         "steps_to_reach": steps,
         "returns": returns.tolist(),
         "mean": float(returns.mean()),
-        "least": float(returns.min()),
+        "minimum": float(returns.min()),
         "compile_seconds": compiled - start,
         "run_seconds": done - compiled,
         "config": dataclasses.asdict(config),
-        "hparams": {name: value for name, value in vars(hparams).items() if value is not None},
+        "hparams": hparams.given(),
     }
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     low, high = (f"{threshold:g}" for threshold in THRESHOLDS[arguments.env])
     print(
-        f"| algorithm | steps | steps to {low} | steps to {high} | final return | least seed "
+        f"| algorithm | steps | steps to {low} | steps to {high} | final return | minimum "
         "| run, all seeds | compile |\n|---|---|---|---|---|---|---|---|"
     )
     results = []
@@ -103,7 +104,7 @@ def main() -> None:
         to_low, to_high = (_median(result["steps_to_reach"][key]) for key in (low, high))
         print(
             f"| {algorithm} | {result['timesteps']:,} | {to_low} | {to_high} "
-            f"| {result['mean']:.1f} | {result['least']:.1f} "
+            f"| {result['mean']:.1f} | {result['minimum']:.1f} "
             f"| {result['run_seconds']:.1f} s | {result['compile_seconds']:.1f} s |",
             flush=True,
         )
@@ -112,7 +113,7 @@ def main() -> None:
 
 
 def _median(steps: list[int | None]) -> str:
-    """The median over seeds, as text; a dash where fewer than half of them got there."""
+    """Returns the median over seeds as text, or a dash if fewer than half of them arrived."""
     median = float(np.median([np.inf if step is None else step for step in steps]))
     return f"{median:,.0f}" if np.isfinite(median) else "-"
 

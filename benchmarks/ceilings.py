@@ -1,6 +1,4 @@
-"""What a training cannot beat: its environments, its update, its networks and their arithmetic,
-each alone.
-"""
+"""Ceilings of a training: its environments, update, networks and arithmetic, each alone."""
 
 import statistics
 import time
@@ -14,6 +12,7 @@ from ppo_jax import Config
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, network_of
 from ppo_jax.resolve import resolve
+from ppo_jax.stages.algorithm import UpdateInputs
 from ppo_jax.stages.collect import collect
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.rollout import reset, rollout
@@ -21,22 +20,22 @@ from ppo_jax.types import Batch, Learner, RolloutState, Shard, Statistics
 
 
 class Arithmetic(NamedTuple):
-    """What the networks do for one environment step, by the compiler's count."""
+    """Operations of the networks for one environment step, by the compiler's count."""
 
     flops: float
     bytes: float
 
 
 class Uniform(Policy):
-    """A policy that looks at nothing; its `params` are the distribution's."""
+    """A policy that ignores observations; its `params` are those of the distribution."""
 
     def step(self, obs: Any, recurrent_state: Any, start: Any = None) -> tuple[Any, Any]:  # noqa: ARG002
-        """The same for every observation."""
+        """Returns the same parameters for every observation."""
         return self.params, recurrent_state
 
 
 class Stages:
-    """The parts of a training, as functions of a key that do as many updates as it does."""
+    """The parts of a training, as functions of a key with as many updates as the training."""
 
     def __init__(self, config: Config) -> None:
         resolved = resolve(config)
@@ -46,14 +45,21 @@ class Stages:
         self.losses = Losses(self.config, self.spec, self.algorithm.objective, self.shard)
         self.rule = self.algorithm.update_rule(self.config, self.losses, resolved.optimizer)
 
+    @property
+    def num_epochs_and_minibatches(self) -> tuple[int, int]:
+        """Epochs of an update, and minibatches of an epoch."""
+        assert self.config.num_epochs is not None, "the config is complete"
+        assert self.config.num_minibatches is not None, "the config is complete"
+        return self.config.num_epochs, self.config.num_minibatches
+
     def init(self, key: jax.Array) -> Any:
-        """Parameters, and environments at the start of an episode."""
+        """Returns parameters, and environments at the start of an episode."""
         network_key, reset_key = jax.random.split(key)
         state = reset(self.env, self.env.params, reset_key, num_envs=self.config.num_envs)
         return init_params(self.spec, network_key, state.obs), state
 
     def environment(self, key: jax.Array) -> Any:
-        """Random actions, and nothing kept but the sum of the rewards."""
+        """Steps environments with random actions, and keeps only the sum of the rewards."""
         params, state = self.init(key)
         outputs = jax.eval_shape(Policy(params, spec=self.spec).action_params, state.obs)
         uniform = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
@@ -67,7 +73,7 @@ class Stages:
         return jax.lax.scan(update, state, jax.random.split(key, self.config.num_updates))
 
     def batch(self, params: Any, state: RolloutState, key: jax.Array) -> Batch:
-        """The data of one rollout."""
+        """Returns the data of one rollout."""
         policy = Policy(params, spec=self.spec)
         return collect(
             policy,
@@ -83,14 +89,17 @@ class Stages:
         ).batch
 
     def networks(self, key: jax.Array) -> Any:
-        """Every pass through the networks that a training makes, and nothing between them: acting
-        step by step, judging observations and successors, and gradients, of a linear loss.
+        """Runs all passes through the networks and nothing between them.
+
+        These are acting step by step, evaluating observations and successors, and gradients, of a
+        linear loss.
         """
         params, state = self.init(key)
         obs = self.batch(params, state, key).obs
         config, network = self.config, network_of(self.spec)
-        gradients = (config.num_epochs or 1) * (config.num_minibatches or 1)
-        size = config.batch_size // (config.num_minibatches or 1)
+        num_epochs, num_minibatches = self.num_epochs_and_minibatches
+        gradients = num_epochs * num_minibatches
+        size = config.batch_size // num_minibatches
         some = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], obs)
         slopes = jax.tree.map(
             lambda x: jax.random.normal(key, x.shape), jax.eval_shape(network.apply, params, some)
@@ -99,7 +108,7 @@ class Stages:
         def act(total: jax.Array, obs: Any) -> tuple[jax.Array, None]:
             return total + _sum(network.apply(params, obs, method="actor")[0]), None
 
-        def judge(total: jax.Array, obs: Any) -> tuple[jax.Array, None]:
+        def evaluate(total: jax.Array, obs: Any) -> tuple[jax.Array, None]:
             twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), obs)
             return total + _sum(network.apply(params, twice, method="critic")[0]), None
 
@@ -114,12 +123,12 @@ class Stages:
         def update(carry: tuple[Any, jax.Array], _: None) -> tuple[tuple[Any, jax.Array], None]:
             params, total = carry
             total, _ = jax.lax.scan(act, total, obs)
-            # In blocks of as many samples as a minibatch has.
+            # In blocks of the size of a minibatch, as a training evaluates them.
             steps = max(1, min(config.num_steps, size // config.num_envs))
             blocks = jax.tree.map(
                 lambda x: x.reshape(-1, steps * config.num_envs, *x.shape[2:]), obs
             )
-            total, _ = jax.lax.scan(judge, total, blocks)
+            total, _ = jax.lax.scan(evaluate, total, blocks)
             params, _ = jax.lax.scan(descend, params, length=gradients)
             return (params, total), None
 
@@ -127,30 +136,25 @@ class Stages:
         return jax.lax.scan(update, carry, length=config.num_updates)[0]
 
     def update(self, key: jax.Array) -> Any:
-        """Updates on the data of one rollout, again and again."""
+        """Runs all updates on the data of one rollout."""
         params, state = self.init(key)
         batch = self.batch(params, state, key)
         learner = Learner(params, self.rule.init(params, self.hparams))
 
         def step(learner: Learner, key: jax.Array) -> tuple[Learner, None]:
-            params, rule_state, _ = self.rule.update(
-                learner.params,
-                learner.rule_state,
-                batch,
-                key=key,
-                hparams=self.hparams,
-                anneal=jnp.ones(()),
-            )
+            inputs = UpdateInputs(batch, key, self.hparams, jnp.ones(()))
+            params, rule_state, _ = self.rule.update(learner.params, learner.rule_state, inputs)
             return Learner(params, rule_state), None
 
         return jax.lax.scan(step, learner, jax.random.split(key, self.config.num_updates))
 
     def arithmetic(self) -> Arithmetic:
-        """Acting, judging every observation and its successor, and all gradients."""
+        """Counts the operations of acting, of evaluating states, and of all gradients."""
         config = self.config
         params, state = jax.eval_shape(self.init, jax.random.key(0))
         batch = jax.eval_shape(self.batch, params, state, jax.random.key(0))
-        size = config.batch_size // (config.num_minibatches or 1)
+        num_epochs, num_minibatches = self.num_epochs_and_minibatches
+        size = config.batch_size // num_minibatches
         minibatch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((size, *x.shape[2:]), x.dtype), batch
         )
@@ -165,7 +169,7 @@ class Stages:
                 config.num_steps,
             ),
             (lambda p, obs: Policy(p, spec=self.spec).value(obs), batch.obs, 2),
-            (gradient, minibatch, (config.num_epochs or 1) * (config.num_minibatches or 1)),
+            (gradient, minibatch, num_epochs * num_minibatches),
         )
         flops = accessed = 0.0
         for function, argument, times in parts:
@@ -181,14 +185,14 @@ def _sum(tree: Any) -> jax.Array:
 
 
 def matrix_flops_per_second() -> float:
-    """Of a large float32 matrix product, at the default precision."""
+    """Measures the rate of a large float32 matrix product at the default precision."""
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
     x = jnp.ones((size, size))
     return 2 * size**3 / _median_seconds(jax.jit(lambda x: x @ x), x)
 
 
 def copied_bytes_per_second() -> float:
-    """Read and written by adding one to an array that fits in no cache."""
+    """Measures the bytes per second of adding one to an array that fits no cache."""
     x = jnp.ones(2**26)
     return 2 * x.nbytes / _median_seconds(jax.jit(lambda x: x + 1), x)
 

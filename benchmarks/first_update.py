@@ -1,7 +1,7 @@
-"""Seconds from a config to the end of the first update, imports not counted.
+"""Seconds from a config to the end of the first update, without imports.
 
-`measure` asks two new processes, one after the other, with one compilation cache: the first finds
-it empty, the second full.
+`measure` starts two processes, one after the other, which share a compilation cache: it is empty
+for the first and full for the second.
 """
 
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(_ROOT))
 
 
 def measure(workload: str) -> dict[str, float]:
-    """`first_update_cold_seconds` and `first_update_warm_seconds` of a workload's config."""
+    """Returns the seconds without and with a compilation cache."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {
             **os.environ,
@@ -35,7 +35,7 @@ def measure(workload: str) -> dict[str, float]:
 def main() -> None:
     import jax
 
-    from benchmarks.throughput import WORKLOADS
+    from benchmarks.workloads import WORKLOADS
     from ppo_jax import envs, make_trainer
 
     config = WORKLOADS[sys.argv[1]].config

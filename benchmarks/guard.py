@@ -1,11 +1,11 @@
-"""A guard against losses of speed: trainings against a fixed computation in the same process.
+"""A guard against losses of speed: compares trainings with a fixed computation.
 
 python benchmarks/guard.py           # fails where a ratio is 1.3 times the stored one
 python benchmarks/guard.py --store   # after a change that is meant
 
-A ratio of times in one process says what the code costs, whatever the machine: the reference is
-gradient steps of a small network, the arithmetic that a training cannot do without. The least of
-several interleaved times counts, for other work on a machine only ever adds to one.
+A ratio of times in one process depends on the code and hardly on the machine. The reference is
+gradient steps of a small network, arithmetic that every training needs. The minimum of several
+interleaved times counts, because other work on a machine only adds to a time.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
-from benchmarks.throughput import WORKLOADS, Compiled, build, time_once
+from benchmarks.throughput import Compiled, build, time_once
+from benchmarks.workloads import WORKLOADS
 from ppo_jax import make_trainer
 
 _STORED = Path(__file__).parent / "results" / "guard.json"
@@ -31,7 +32,7 @@ _UPDATES = {"W1": 150, "W2": 2}
 
 
 def reference(samples: int, steps: int) -> Callable[[jax.Array], Any]:
-    """Gradient steps of a network of 4-64-64-2; nothing of ours is in it, so leave it as it is."""
+    """Returns gradient steps of a 4-64-64-2 network, without code of ppo_jax. Never change it."""
     sizes = (4, 64, 64, 2)
 
     def run(key: jax.Array) -> Any:
@@ -57,7 +58,7 @@ def reference(samples: int, steps: int) -> Callable[[jax.Array], Any]:
 
 
 def ratio(name: str, repeats: int) -> float:
-    """Time of a workload's training over that of as many gradient steps of the reference."""
+    """Returns the time of a workload's training over that of the reference."""
     config = WORKLOADS[name].config
     config = config.replace(total_timesteps=_UPDATES[name] * config.batch_size)
     key = jax.random.key(0)

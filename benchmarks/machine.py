@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured."""
+"""The head of a results file: device, versions and command."""
 
 import datetime
 import importlib.metadata
@@ -15,7 +15,7 @@ _PACKAGES = ("ppo-jax", "jax", "jaxlib", "flax", "optax", "gymnax", "distrax")
 
 
 def describe() -> dict[str, Any]:
-    """Device, versions, commit and time, for the head of a results file."""
+    """Returns device, versions, commit and time."""
     device = jax.devices()[0]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
 
 
 def write_results(path: Path, results: list[dict[str, Any]], **figures: float) -> None:
-    """Writes results with the command that made them, the machine, and other figures of it."""
+    """Writes results with their command, the machine, and other figures of the machine."""
     command = " ".join(["python", *sys.argv])
     record = {"command": command, **describe(), **figures, "results": results}
     path.write_text(json.dumps(record, indent=2) + "\n")

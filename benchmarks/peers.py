@@ -1,20 +1,21 @@
-r"""The same work through other trainers, interleaved with ours run by run.
+r"""Compares ppo_jax with other trainers on the same work, one run of each in turn.
 
 python benchmarks/peers.py --devices 2 --purejaxrl path/to/purejaxrl \
     --json benchmarks/results/peers-cpu.json
 
-Each peer runs in a virtual environment of its own, made from the package index the first time,
-and in one process that stays, so that a machine whose speed drifts slows all of them alike.
-PureJaxRL is no package: its checkout is the user's.
+Each peer has a virtual environment, which is made from the package index the first time, and one
+process for all of its runs. Runs are interleaved, so that a machine whose speed drifts slows all
+trainers equally. PureJaxRL is not a package; pass a checkout.
 
-All are given the same hyperparameters by name. Ours is set to what rejax makes of them, which clips
-a gradient's entries where others clip its norm and whose weights and optimiser start otherwise
-(`contenders/ours.py`). A process's peak is that of its first training, compilation included.
+All trainers get the same hyperparameters by name. ppo_jax is set to the meaning that rejax gives
+them: it clips the entries of a gradient and not its norm, and initialises weights and optimiser
+differently (`contenders/ours.py`). The peak memory of a process is that of its first training with
+compilation.
 
-The return is that of the trained policy, sampled, over 64 episodes; of PureJaxRL, whose policy does
-not leave its training, that of the episodes that ended in the last update; of brax's, which trains
-on from run to run, none. ± is the standard error of the runs' mean. No learning rate is annealed,
-for rejax cannot.
+The return is that of the trained policy, sampled, over 64 episodes. PureJaxRL does not return its
+policy, so that its return is that of the episodes that ended in the last update. brax's trainer has
+no return, because it continues from run to run. ± is the standard error of the mean over runs.
+Learning rates are constant, because rejax cannot anneal them.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
-from benchmarks.throughput import CPU_SET, WORKLOADS, Workload
+from benchmarks.workloads import CPU_SET, WORKLOADS, Workload
 from ppo_jax.resolve import complete_hparams
 
 _CONTENDERS = Path(__file__).parent / "contenders"
@@ -45,14 +46,14 @@ _BASELINES = ("stable-baselines3>=2.9,<3", "sbx-rl>=0.28", "gymnasium")
 
 
 class Peer(NamedTuple):
-    """Another trainer: what it needs, and the script that runs it."""
+    """Another trainer: its requirements, and the script that runs it."""
 
     requirements: tuple[str, ...]
     script: str
     environment: str
-    """Name of its virtual environment; several peers may share one."""
+    """Name of its virtual environment, which several peers may share."""
     workloads: tuple[str, ...] = tuple(WORKLOADS)
-    """Those that it can run in minutes."""
+    """Workloads that it can run in minutes."""
 
 
 PEERS = {
@@ -60,7 +61,7 @@ PEERS = {
         (*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0", _OF_GYMNAX
     ),
     "rejax": Peer((*_JAX, "rejax==0.1.3", _BRAX), "rejax_ppo.py", "rejax"),
-    # It calls what jax 0.10 no longer has.
+    # It calls functions that jax 0.10 has removed.
     "brax": Peer(("jax>=0.9,<0.10", _BRAX), "brax_ppo.py", "brax", ("W6",)),
     "sb3": Peer(_BASELINES, "stable_baselines3_ppo.py", "sb3", ("W1",)),
     "sbx": Peer(_BASELINES, "sbx_ppo.py", "sb3", ("W1",)),
@@ -81,13 +82,13 @@ class Contender:
         self.figures = self.ask(workload)
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Sends one line, waits for one."""
+        """Sends one line and waits for the answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps(message), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.process.args!r} ended; its words are above.")
+            raise RuntimeError(f"{self.process.args!r} ended; its output is above.")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ class Contender:
 
 
 def describe(workload: Workload) -> dict[str, Any]:
-    """A workload as plain data, with the hyperparameters that every contender is given."""
+    """Returns a workload as plain data, with the hyperparameters of all contenders."""
     config = workload.config
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
     used = ("learning_rate", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")
@@ -117,10 +118,11 @@ _ONE_DEVICE = "ppo_jax, one device"
 
 
 def devices_for(peer: str, workload: Workload, devices: int) -> int:
-    """Seeds are divided among all devices, whoever trains them; one training's environments are
-    by ours and brax's alone.
+    """Returns the number of devices that a trainer uses for a workload.
 
-    Minibatches too small to be worth a collective stay on one.
+    Every trainer can divide seeds among all devices. Only ppo_jax and brax can divide the
+    environments of a single training, unless its minibatches are too small to be worth a
+    collective.
     """
     config = workload.config
     if workload.num_seeds is not None:
@@ -130,7 +132,10 @@ def devices_for(peer: str, workload: Workload, devices: int) -> int:
 
 
 def takes_part(peer: str, name: str, devices: int) -> bool:
-    """Whether a contender runs a workload: ours on one device only where it is on several, too."""
+    """Returns whether a contender runs a workload.
+
+    ppo_jax runs it on one device as well where it can use several.
+    """
     if peer == _ONE_DEVICE:
         workload = WORKLOADS[name]
         return workload.num_seeds is None and devices_for("ppo_jax", workload, devices) > 1
@@ -138,7 +143,14 @@ def takes_part(peer: str, name: str, devices: int) -> bool:
 
 
 def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> dict[str, Any]:
-    """All contenders on one workload, one run of each in turn."""
+    """Measures all contenders on one workload, one run of each in turn.
+
+    Args:
+      name: of the workload.
+      pythons: interpreter of each contender.
+      repeats: timed runs of each.
+      devices: number of devices that may be used.
+    """
     workload = WORKLOADS[name]
     described = describe(workload)
     contenders = {}
@@ -176,14 +188,14 @@ def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> 
 
 
 def _summary(returns: list[float | None]) -> dict[str, float | None]:
-    """The mean of a peer's runs and its standard error."""
+    """Returns the mean of a peer's returns and its standard error."""
     known = [value for value in returns if value is not None]
     error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
     return {"return": statistics.mean(known) if known else None, "return_error": error}
 
 
 def _shown_return(row: dict[str, Any]) -> str:
-    """With its standard error."""
+    """Returns a return with its standard error as text."""
     if row["return"] is None:
         return "-"
     error = row["return_error"]
@@ -195,7 +207,9 @@ def _shown_size(size: int | None) -> str:
 
 
 def python_of(peer: str, folder: Path) -> Path:
-    """The interpreter of a peer's environment, made if it is missing or holds something else."""
+    """Returns the interpreter of a peer's environment, which is made if it is missing or
+    outdated.
+    """
     home = folder / PEERS[peer].environment
     python, stamp = home / "bin" / "python", home / "installed"
     wanted = "\n".join(PEERS[peer].requirements)

@@ -1,4 +1,4 @@
-"""What every preset reaches: greedy evaluation of several seeds.
+"""Measures the return that each preset reaches: greedy evaluation of several seeds.
 
 python benchmarks/presets.py --seeds 5 --json benchmarks/results/presets.json
 """
@@ -34,11 +34,11 @@ def measure(env: str, num_seeds: int) -> dict[str, Any]:
         "timesteps": run.timesteps,
         "returns": returns.tolist(),
         "mean": float(returns.mean()),
-        "least": float(returns.min()),
+        "minimum": float(returns.min()),
         "episodes": run.evaluation.returns.shape[1],
         "seconds": time.perf_counter() - start,
         "config": dataclasses.asdict(config),
-        "hparams": {name: value for name, value in vars(hparams).items() if value is not None},
+        "hparams": hparams.given(),
     }
 
 
@@ -48,15 +48,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    # As many cores of a CPU as divide the seeds.
+    # The largest number of cores that divides the seeds.
     jax.config.update("jax_num_cpu_devices", math.gcd(arguments.seeds, os.cpu_count() or 1))
-    print("| environment | steps | mean return | least seed |\n|---|---|---|---|")
+    print("| environment | steps | mean return | minimum |\n|---|---|---|---|")
     results = []
     for env in arguments.env:
         result = measure(env, arguments.seeds)
         results.append(result)
         print(
-            f"| {env} | {result['timesteps']:,} | {result['mean']:.1f} | {result['least']:.1f} |",
+            f"| {env} | {result['timesteps']:,} | {result['mean']:.1f} | {result['minimum']:.1f} |",
             flush=True,
         )
     if arguments.json:

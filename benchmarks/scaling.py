@@ -1,4 +1,4 @@
-"""What a member of a population costs, by how many there are; and trained one after another.
+"""Measures the cost of a member of a population by the size of the population.
 
 Members are divided among the devices, as `ppo-jax sweep` does; on a CPU a device is a core.
 
@@ -28,7 +28,7 @@ CONFIG = Config(env="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=20
 
 
 def compiled(size: int) -> Any:
-    """A population of that size as one program."""
+    """Compiles a population of that size."""
     keys = jax.vmap(jax.random.key)(jnp.arange(size))
     by_member = member_sharding(math.gcd(size, jax.device_count()))
     train = jax.vmap(make_train(CONFIG))
@@ -36,7 +36,7 @@ def compiled(size: int) -> Any:
 
 
 def seconds(program: Any, size: int, first_seed: int) -> float:
-    """Of one run."""
+    """Returns the seconds of one run."""
     keys = jax.vmap(jax.random.key)(first_seed + jnp.arange(size))
     start = time.perf_counter()
     jax.block_until_ready(program(keys))
@@ -69,8 +69,8 @@ def main() -> None:
         taken = statistics.median(runs[size])
         pairs = zip(runs[size], runs[1], strict=True)
         analysis = programs[size].memory_analysis()
-        of_a_device = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        memory = of_a_device * math.gcd(size, jax.device_count()) / size
+        device_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        memory = device_bytes * math.gcd(size, jax.device_count()) / size
         result = {
             "members": size,
             "steps_per_second": size * timesteps / taken,

@@ -1,12 +1,12 @@
-"""Environment steps per second of `trainer.run`, compiled whole, and where the time goes.
+"""Environment steps per second of the compiled `trainer.run`, and the parts of its time.
 
 python benchmarks/throughput.py --set cpu --repeats 5 --json benchmarks/results/throughput-cpu.json
 python benchmarks/throughput.py --workload W1 W2
 
-Beside each figure stand ceilings, measured in turn with it: the environments alone with random
-actions, the update alone on ready data, every pass through the networks and nothing else, and the
-arithmetic of these, as the compiler counts it, at the rate at which this machine multiplies
-matrices. A share of 70 % says that the part by itself takes 70 % of the training's time.
+Four ceilings are measured in turn with each training: the environments alone with random actions,
+the update alone on the data of one rollout, all passes through the networks and nothing else, and
+the arithmetic of these passes, as the compiler counts it, at the rate at which this machine
+multiplies matrices. A share of 70 % means that the part alone takes 70 % of the training's time.
 """
 
 import argparse
@@ -22,79 +22,12 @@ import jax
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import ceilings, first_update, machine
-from ppo_jax import Config, make_trainer
-
-
-class Workload(NamedTuple):
-    """What is run: a training, perhaps of several seeds at once."""
-
-    title: str
-    config: Config
-    num_seeds: int | None = None
-
-    @property
-    def timesteps(self) -> int:
-        """Environment steps of one call, over all seeds."""
-        return self.config.num_updates * self.config.batch_size * (self.num_seeds or 1)
-
-
-def _config(
-    env: str,
-    num_envs: int,
-    num_steps: int,
-    updates: int,
-    minibatches: int = 4,
-    network: str = "mlp",
-    env_kwargs: tuple[tuple[str, str], ...] = (),
-) -> Config:
-    return Config(
-        env=env,
-        env_kwargs=env_kwargs,
-        num_envs=num_envs,
-        num_steps=num_steps,
-        total_timesteps=updates * num_envs * num_steps,
-        num_epochs=4,
-        num_minibatches=minibatches,
-        network=network,
-        hidden_sizes=(64, 64),
-    )
-
-
-CPU_SET = {
-    "W1": Workload("CartPole-v1, 4 x 128", _config("CartPole-v1", 4, 128, 976)),
-    "W2": Workload("CartPole-v1, 2048 x 32", _config("CartPole-v1", 2048, 32, 10)),
-    "W3": Workload("Breakout-MinAtar, 64 x 128, MLP", _config("Breakout-MinAtar", 64, 128, 20, 8)),
-    "W4": Workload("16 seeds of W1 under vmap", _config("CartPole-v1", 4, 128, 100), 16),
-    "W5": Workload("Pendulum-v1, 2048 x 32", _config("Pendulum-v1", 2048, 32, 10)),
-    "W6": Workload(
-        "brax:hopper (spring), 1024 x 16",
-        _config("brax:hopper", 1024, 16, 10, env_kwargs=(("backend", "spring"),)),
-    ),
-}
-GPU_SET = {
-    **{
-        f"cartpole-{n}": Workload(f"CartPole-v1, {n} x 128", _config("CartPole-v1", n, 128, 20))
-        for n in (2048, 16384, 131072)
-    },
-    **{
-        f"breakout-{n}-{network}": Workload(
-            f"Breakout-MinAtar, {n} x 128, {network}",
-            _config("Breakout-MinAtar", n, 128, 10, network=network),
-        )
-        for n in (2048, 16384)
-        for network in ("mlp", "minatar_cnn")
-    },
-    **{
-        f"seeds-{n}": Workload(f"{n} seeds of W1", _config("CartPole-v1", 4, 128, 100), n)
-        for n in (64, 256, 1024)
-    },
-}
-SETS = {"cpu": CPU_SET, "gpu": GPU_SET}
-WORKLOADS = {**CPU_SET, **GPU_SET}
+from benchmarks.workloads import SETS, WORKLOADS, Workload
+from ppo_jax import make_trainer
 
 
 class Compiled(NamedTuple):
-    """A function of keys, compiled, and what that took."""
+    """A compiled function of keys, with the time and memory that it took."""
 
     call: Callable[[jax.Array], Any]
     lower_seconds: float
@@ -103,7 +36,7 @@ class Compiled(NamedTuple):
 
 
 def build(function: Callable[[jax.Array], Any], keys: jax.Array) -> Compiled:
-    """Lowers and compiles, timing each; several keys are several seeds at once."""
+    """Lowers and compiles a function, timing both; several keys are several seeds under `vmap`."""
     if keys.ndim:
         function = jax.vmap(function)
     start = time.perf_counter()
@@ -118,7 +51,7 @@ def build(function: Callable[[jax.Array], Any], keys: jax.Array) -> Compiled:
 
 
 def time_once(compiled: Compiled, keys: jax.Array) -> float:
-    """Seconds of one call."""
+    """Returns the seconds of one call."""
     keys = jax.block_until_ready(keys)
     start = time.perf_counter()
     jax.block_until_ready(compiled.call(keys))
@@ -131,7 +64,7 @@ def _key(workload: Workload, seed: int) -> jax.Array:
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
-    """All figures of one workload: the training and its ceilings, one run of each in turn."""
+    """Measures the training of one workload and its ceilings, one run of each in turn."""
     workload = WORKLOADS[name]
     stages = ceilings.Stages(workload.config)
     compiled = {
@@ -171,7 +104,9 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 
 
 def row(result: dict[str, Any]) -> str:
-    """One line of the table: the rate, and which share of the time each part takes alone."""
+    """Returns a row of the table: the rate, and the share of the time that each part takes
+    alone.
+    """
     rate = result["steps_per_second"]
     shares = [
         f"{rate / result[f'{part}_steps_per_second']:.0%}"

@@ -44,8 +44,11 @@ def _return_minus_baseline(
     """Estimates γ^t (G_t − b(s_t)); G_t is bootstrapped where a time limit cut the episode."""
     assert values is not None
     mask = advantages.first_episode(trajectory.done)
+    # λ = 1 is the return minus the value, with the bootstrap at time limits that a plain return
+    # lacks.
     centred = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=1.0)
     steps = jnp.arange(trajectory.reward.shape[0])[:, None]
+    # The factor γ^t keeps the estimate one of the gradient of the discounted return from the start.
     discounted = jnp.power(hparams.gamma, steps) * centred
     return Estimates(discounted, centred + values.value, mask)
 
@@ -67,6 +70,7 @@ def _advantage(
         )
     else:
         estimates = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=hparams.gae_lambda)
+    # Targets of "gae" are the λ-returns; those of "td" look one step ahead.
     error = estimates
     if config.value_target == "td":
         error = advantages.td_error(
@@ -123,6 +127,7 @@ def _discovered_policy(terms: PolicyTerms, hparams: HParams) -> jax.Array:
 def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Scalars:
     """Returns the spread of the weights of steps, and of pieces of trajectories (products)."""
     log_weights, is_last = trajectory_log_weights(log_ratio, batch.done)
+    # Weights of whole pieces are products of those of their steps, and spread much faster.
     weights = jnp.exp(log_weights)
     return {
         "train/effective_sample_size": effective_sample_size(log_ratio) / log_ratio.size,
@@ -133,6 +138,7 @@ def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Scalars:
     }
 
 
+# Shared defaults. Those of PPO are the ones of ppo.py in CleanRL, where many results start from.
 _EPOCHS = {"num_epochs": 4, "num_minibatches": 4}
 _ADVANTAGES = {"normalize_advantage": "minibatch", "value_target": "gae"}
 _ACTOR_CRITIC: dict[str, float | None] = {

@@ -91,6 +91,7 @@ class TrainCommand:
         """Runs the command; returns its exit status."""
         config, hparams = self.config.config, self.hparams.hparams
         envs.check_name(config.env)
+        # Said before the run instead of rounding silently.
         timesteps = config.num_updates * config.batch_size
         if timesteps != config.total_timesteps:
             _say(
@@ -102,6 +103,7 @@ class TrainCommand:
         _enable_compilation_cache()
         if config.num_devices > 1:
             _make_cpu_devices(config.num_devices)
+        # Seeds need no communication, so that each core trains some of them.
         elif self.seeds is not None:
             _make_cpu_devices(math.gcd(self.seeds, _num_cores()))
 
@@ -303,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _commands(argv: list[str]) -> Any:
     """Returns the union of all commands, with the preset that `argv` names as `train`'s default."""
+    # Read before parsing, because the preset decides the defaults that `--help` shows.
     words = [part for word in argv for part in word.split("=", 1)]
     env = next((word for word in words if word in envs.names()), "CartPole-v1")
     named = dict(itertools.pairwise(words)).get("--algorithm", "ppo")
@@ -324,6 +327,7 @@ def _enable_compilation_cache() -> None:
     """Keeps compiled programs between commands, in the user's cache directory."""
     import jax
 
+    # A cache that the user has chosen stays in effect.
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path.home() / ".cache" / "ppo_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))

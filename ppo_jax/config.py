@@ -1,4 +1,4 @@
-"""The static description of a training: `Config`, and the part of it that describes a policy.
+"""The static description of a training: `Config`, which is made of two groups of settings.
 
 This module needs no JAX, so that the command line can explain or refuse a setting at once.
 """
@@ -24,111 +24,14 @@ Network = Literal["mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"]
 MemoryKind = Literal["gru", "lstm", "mingru"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicySettings:
-    """The settings that shape a policy's networks and its distribution of actions.
-
-    `Config` inherits them for a training, and `PolicySpec` for a policy without one.
-    """
-
-    network: Any = "mlp"
-    """Layers that images pass before the hidden layers: none ("mlp"), convolutions or a residual
-    network, by name. Or a flax.linen module of your own in place of all hidden layers, from
-    observations [B, ...] to features [B, F]."""
-    conv_layers: tuple[tuple[int, int, int], ...] = ()
-    """Features, kernel and stride of each convolution of network "cnn"."""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of actor and critic."""
-    activation: Activation = "tanh"
-    """Activation after each hidden layer."""
-    layer_norm: bool = False
-    """Layer normalisation before each activation of the hidden layers."""
-    embedding_size: int | None = None
-    """Width of a learned embedding of integer observations. None: one-hot."""
-    shared_torso: bool = False
-    """Actor and critic share their hidden layers, and their memory."""
-    actor_keys: tuple[str, ...] | None = None
-    """Entries of a dict observation that the actor sees. None, here and below: all."""
-    critic_keys: tuple[str, ...] | None = None
-    """Entries of a dict observation that the critic sees."""
-    memory: MemoryKind | None = None
-    """A recurrent cell after the hidden layers; minibatches then consist of whole environments."""
-    memory_size: int | None = None
-    """Width of the recurrent cell. None: 128."""
-    action_distribution: str | None = None
-    """Distribution of continuous actions: "gaussian", "tanh_gaussian" or "beta". None: gaussian,
-    clipped by the environment."""
-    state_dependent_std: bool = False
-    """A Gaussian's standard deviation is an output of the network instead of a parameter."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.hidden_sizes, int):
-            self._set("hidden_sizes", (self.hidden_sizes,))
-        for name in ("hidden_sizes", "actor_keys", "critic_keys"):
-            if getattr(self, name) is not None:
-                self._set(name, tuple(getattr(self, name)))
-        self._set("conv_layers", tuple(map(tuple, self.conv_layers)))
-        require_positive_integers(
-            {"embedding_size": self.embedding_size, "memory_size": self.memory_size}
-        )
-        for size in self.hidden_sizes:
-            require_positive_integer("every entry of hidden_sizes", size)
-        _require_choice("activation", self.activation, Activation)
-        _require_choice("memory", self.memory, MemoryKind)
-        if isinstance(self.network, str):
-            _require_choice("network", self.network, Network)
-        self._check_conv_layers()
-        if self.memory_size is not None and self.memory is None:
-            raise ConfigError(
-                f"memory_size needs a memory; got {self.memory_size} and none. Set memory, to "
-                f"{', '.join(get_args(MemoryKind))}, or leave memory_size out."
-            )
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the only way in a frozen dataclass
-
-    def _check_conv_layers(self) -> None:
-        if (self.network == "cnn") != bool(self.conv_layers):
-            raise ConfigError(
-                'conv_layers must be given with network "cnn" and with no other; got '
-                f"{self.conv_layers} and {self.network!r}. Write, for example, "
-                'network="cnn", conv_layers=((16, 3, 1), (32, 3, 1)).'
-            )
-        for layer in self.conv_layers:
-            if len(layer) != 3:
-                raise ConfigError(
-                    "every entry of conv_layers must be features, kernel and stride; got "
-                    f"{layer}. Write, for example, (16, 3, 1)."
-                )
-            for number in layer:
-                require_positive_integer("every number in conv_layers", number)
-
-    def policy_settings(self) -> dict[str, Any]:
-        """Returns the settings that shape a policy, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(PolicySettings)}
-
-
 def _algorithm_setting() -> Any:
     """Declares a field that belongs to some algorithms; None leaves it to the algorithm."""
     return dataclasses.field(default=None, metadata={"is_algorithm_setting": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(PolicySettings):
-    """Everything that changes shapes or control flow: one `Config`, one compilation.
-
-    Frozen, hashable, and checked when made. Numbers that change no shapes are in `HParams`, which
-    is traced.
-
-    Raises:
-      ConfigError: a field breaks a rule; raised before anything is traced.
-
-    >>> Config(num_envs=4, num_steps=128, num_minibatches=3)
-    Traceback (most recent call last):
-    ...
-    ppo_jax.errors.ConfigError: num_envs * num_steps must be divisible by num_minibatches; \
-got 4 * 128 and 3. Try 2 or 4.
-    """
+class TrainingSettings:
+    """The settings of a training, except those of its policy. `Config` checks them."""
 
     env: str = "CartPole-v1"
     """Name of the environment (`ppo-jax envs` lists them)."""
@@ -181,6 +84,110 @@ got 4 * 128 and 3. Try 2 or 4.
     exact_kl: bool = False
     """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """The settings that shape a policy's networks and its distribution of actions.
+
+    `Config` inherits them for a training, and `PolicySpec` for a policy without one.
+    """
+
+    network: Any = "mlp"
+    """Layers that images pass before the hidden layers: none ("mlp"), convolutions or a residual
+    network, by name. Or a flax.linen module of your own in place of all hidden layers, from
+    observations [B, ...] to features [B, F]."""
+    conv_layers: tuple[tuple[int, int, int], ...] = ()
+    """Features, kernel and stride of each convolution of network "cnn"."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of actor and critic."""
+    activation: Activation = "tanh"
+    """Activation after each hidden layer."""
+    layer_norm: bool = False
+    """Layer normalisation before each activation of the hidden layers."""
+    embedding_size: int | None = None
+    """Width of a learned embedding of integer observations. None: one-hot."""
+    shared_torso: bool = False
+    """Actor and critic share their hidden layers, and their memory."""
+    actor_keys: tuple[str, ...] | None = None
+    """Entries of a dict observation that the actor sees. None, here and below: all."""
+    critic_keys: tuple[str, ...] | None = None
+    """Entries of a dict observation that the critic sees."""
+    memory: MemoryKind | None = None
+    """A recurrent cell after the hidden layers; minibatches then consist of whole environments."""
+    memory_size: int | None = None
+    """Width of the recurrent cell. None: 128."""
+    action_distribution: str | None = None
+    """Distribution of continuous actions: "gaussian", "tanh_gaussian" or "beta". None: gaussian,
+    clipped by the environment."""
+    state_dependent_std: bool = False
+    """A Gaussian's standard deviation is an output of the network instead of a parameter."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hidden_sizes, int):
+            self._set("hidden_sizes", (self.hidden_sizes,))
+        for name in ("hidden_sizes", "actor_keys", "critic_keys"):
+            if getattr(self, name) is not None:
+                self._set(name, tuple(getattr(self, name)))
+        # Lists of a JSON file or a notebook become tuples, which are hashable.
+        self._set("conv_layers", tuple(map(tuple, self.conv_layers)))
+        require_positive_integers(
+            {"embedding_size": self.embedding_size, "memory_size": self.memory_size}
+        )
+        for size in self.hidden_sizes:
+            require_positive_integer("every entry of hidden_sizes", size)
+        _require_choice("activation", self.activation, Activation)
+        _require_choice("memory", self.memory, MemoryKind)
+        if isinstance(self.network, str):
+            _require_choice("network", self.network, Network)
+        self._check_conv_layers()
+        # An option that would be ignored is refused.
+        if self.memory_size is not None and self.memory is None:
+            raise ConfigError(
+                f"memory_size needs a memory; got {self.memory_size} and none. Set memory, to "
+                f"{', '.join(get_args(MemoryKind))}, or leave memory_size out."
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the only way in a frozen dataclass
+
+    def _check_conv_layers(self) -> None:
+        if (self.network == "cnn") != bool(self.conv_layers):
+            raise ConfigError(
+                'conv_layers must be given with network "cnn" and with no other; got '
+                f"{self.conv_layers} and {self.network!r}. Write, for example, "
+                'network="cnn", conv_layers=((16, 3, 1), (32, 3, 1)).'
+            )
+        for layer in self.conv_layers:
+            if len(layer) != 3:
+                raise ConfigError(
+                    "every entry of conv_layers must be features, kernel and stride; got "
+                    f"{layer}. Write, for example, (16, 3, 1)."
+                )
+            for number in layer:
+                require_positive_integer("every number in conv_layers", number)
+
+    def policy_settings(self) -> dict[str, Any]:
+        """Returns the settings that shape a policy, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(PolicySettings)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(PolicySettings, TrainingSettings):
+    """Everything that changes shapes or control flow: one `Config`, one compilation.
+
+    Frozen, hashable, and checked when made. Numbers that change no shapes are in `HParams`, which
+    is traced.
+
+    Raises:
+      ConfigError: a field breaks a rule; raised before anything is traced.
+
+    >>> Config(num_envs=4, num_steps=128, num_minibatches=3)
+    Traceback (most recent call last):
+    ...
+    ppo_jax.errors.ConfigError: num_envs * num_steps must be divisible by num_minibatches; \
+got 4 * 128 and 3. Try 2 or 4.
+    """
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
@@ -216,6 +223,7 @@ got 4 * 128 and 3. Try 2 or 4.
             )
         if num_minibatches is None:
             return
+        # Each device makes minibatches of its own samples.
         device_envs = num_envs // num_devices
         device_samples = device_envs * self.num_steps
         if device_samples % num_minibatches:

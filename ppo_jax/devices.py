@@ -33,6 +33,7 @@ def make_env_mesh(num_devices: int) -> Mesh | None:
     """
     if num_devices == 1:
         return None
+    # This starts the backend, after which the number of devices of a CPU is fixed.
     devices = jax.devices()
     if len(devices) < num_devices:
         raise ConfigError(

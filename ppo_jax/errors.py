@@ -22,6 +22,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     unknown animal 'cot'. Did you mean cat? Known: cat, dog.
     """
     known = sorted(known)
+    # A cutoff below which suggestions look random.
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
     return ConfigError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")

@@ -68,16 +68,19 @@ def evaluate(
         finished=jnp.zeros(num_episodes, bool),
     )
 
+    # A while loop instead of a scan: the longest episode decides, and its length is not known.
     def unfinished(carry: tuple) -> jax.Array:
         time, *_, result = carry
         return (time < max_steps) & ~jnp.all(result.finished)
 
     def step(carry: tuple) -> tuple:
         time, env_state, obs, recurrent_state, result = carry
+        # Folded in instead of split beforehand, because the number of steps is not known.
         action_key, env_key = jax.random.split(jax.random.fold_in(act_key, time))
         action, recurrent_state = policy.act(obs, recurrent_state, None if greedy else action_key)
         step_keys = jax.random.split(env_key, num_episodes)
         step = jax.vmap(env.step, in_axes=(0, 0, 0, None))(step_keys, env_state, action, env_params)
+        # Environments whose episode is over keep stepping, without a reset, and count no more.
         running = ~result.finished
         result = Evaluation(
             returns=result.returns + jnp.where(running, step.reward, 0.0),

@@ -37,12 +37,16 @@ class Resolved(NamedTuple):
 def resolve(config: Config) -> Resolved:
     """Looks up and checks everything that a config names.
 
+    Returns:
+      A `Resolved` record.
+
     Raises:
       ConfigError: unknown environment, algorithm or optimiser, an unsupported space, or settings
         that contradict each other.
     """
     algorithm = get_algorithm(config.algorithm)
     config = complete_config(config)
+    # Everything that can fail without building an environment comes first.
     hparams = complete_hparams(None, config)
     optimizer = make_optimizer(config)
     env = make_env(config)
@@ -56,7 +60,7 @@ def resolve(config: Config) -> Resolved:
 
 
 def complete_config(config: Config) -> Config:
-    """Returns the config with the algorithm's settings where it leaves them open.
+    """Fills unset algorithm settings of a config with the algorithm's defaults.
 
     Raises:
       ConfigError: a setting is given that the algorithm does not use.
@@ -68,6 +72,7 @@ def complete_config(config: Config) -> Config:
     defaults = {**_UNUSED_SETTINGS, **used}
     for name in ALGORITHM_SETTINGS:
         given = getattr(config, name)
+        # One pass over one batch is what such an algorithm does, so saying so is no error.
         if name not in used and given not in (None, _UNUSED_SETTINGS.get(name)):
             raise ConfigError(
                 f"a setting must be one that the algorithm uses; {name} is given and "
@@ -78,11 +83,11 @@ def complete_config(config: Config) -> Config:
 
 
 def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config) -> HParams:
-    """Returns hyperparameters with the algorithm's defaults where a value is open.
+    """Fills unset hyperparameters with the algorithm's defaults.
 
     Args:
-      hparams: values that are given, as a record or by name; None gives none.
-      config: names the algorithm; need not be complete.
+      hparams: values that are set, as a record or by name; None sets nothing.
+      config: names the algorithm; algorithm settings may be unset.
 
     Returns:
       A record of the algorithm's `hparams_type`.
@@ -109,21 +114,20 @@ def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config
                 f"a hyperparameter must be one that the algorithm uses; {name} is set and "
                 f"{config.algorithm} uses {', '.join(used)}. Leave {name} out."
             )
+    # None never overrides a default; infinity switches off a bound that is on by default.
     values = {**used, **{name: value for name, value in given.items() if value is not None}}
     return algorithm.hparams_type(**values)
 
 
 def _used_hparams(config: Config, algorithm: Algorithm) -> dict[str, float | None]:
     """Returns the hyperparameters that a training uses, with their defaults."""
-    used = {**algorithm.hparams, **COMMON_HPARAMS}
+    used = {**algorithm.hparams, **COMMON_HPARAMS, **SCHEDULES[config.lr_schedule].hparams}
     if not algorithm.has_critic:
         del used["critic_gain"]
     # A user's module, and a network without hidden layers, have no gain that we could set.
     is_ours = isinstance(config.network, str)
     if not is_ours or (config.network == "mlp" and config.hidden_sizes == ()):
         del used["hidden_gain"]
-    if SCHEDULES[config.lr_schedule].adapt is not None:
-        used["desired_kl"] = 0.01
     if config.n_step is not None:
         used.pop("gae_lambda", None)
     return used

@@ -18,7 +18,7 @@ from ppo_jax.policy.initializers import GAINS
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, initial_obs_stats, initial_recurrent_state
 from ppo_jax.resolve import Resolved, complete_hparams, resolve
-from ppo_jax.stages.algorithm import UpdateRule
+from ppo_jax.stages.algorithm import UpdateInputs, UpdateRule
 from ppo_jax.stages.collect import collect
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.metrics import Metrics, make_metrics
@@ -28,10 +28,11 @@ from ppo_jax.types import Learner, Shard, Statistics, TrainState, strongly_typed
 
 
 class Trainer(NamedTuple):
-    """A training as pure functions; `jit`, `vmap` and devices are the caller's.
+    """Pure functions that initialise and train an agent; callers apply `jit` and `vmap`.
 
-    `hparams` may be None for the algorithm's defaults. `env_params` may be None for the
-    environment's defaults with the changes in `Config.env_params`.
+    `hparams` may be None for the algorithm's defaults. The state does not store hyperparameters, so
+    pass the same ones to `init` and to every `step`. `env_params` may be None for the environment's
+    parameters, which include `Config.env_params`.
     """
 
     init: Callable[..., TrainState]
@@ -44,7 +45,7 @@ class Trainer(NamedTuple):
     policy: Callable[[TrainState], Policy]
     """`state -> policy`."""
     env: Environment
-    """The environment, with its default parameters."""
+    """The environment in its wrappers; `env.params` includes `Config.env_params`."""
     hparams: HParams
     """Every hyperparameter that the training uses, at its default."""
 
@@ -117,6 +118,7 @@ def _make_stages(resolved: Resolved) -> _Stages:
     )
     rule = algorithm.update_rule(config, losses, resolved.optimizer)
     _check_shared_parts(config, rule)
+    # `report_learning_rates` is innermost, so that the rates include an adaptive factor.
     rule = report_learning_rates(rule)
     if resolved.schedule.adapt is not None:
         rule = adaptive_learning_rate(rule, resolved.schedule, losses)
@@ -147,6 +149,7 @@ def _init(stages: _Stages, key: jax.Array, hparams: HParams | None, env_params: 
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
     hparams = _opaque(complete_hparams(hparams, config))
     env_params = _opaque(env.params if env_params is None else env_params)
+    # The last key is the training's: every update splits it again.
     network_key, reset_key, key = jax.random.split(key, 3)
     # New arrays for every state, because a caller may donate one.
     statistics = Statistics(
@@ -161,6 +164,8 @@ def _init(stages: _Stages, key: jax.Array, hparams: HParams | None, env_params: 
         recurrent_state=initial_recurrent_state(spec, (config.num_envs,)),
     )
     given = hparams.given()
+    # A gain that the training does not use is not set, and keeps its default in layers of a user's
+    # module.
     gains = {name: given[name] for name in GAINS if name in given}
     params = init_params(spec, network_key, rollout.obs, gains)
     state = TrainState(
@@ -178,6 +183,7 @@ def _step(
     stages: _Stages, state: TrainState, hparams: HParams | None
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one update, and its metrics."""
+    # Completed in every call, because a caller may pass other values to each step.
     complete = complete_hparams(hparams, stages.resolved.config)
     complete = _depending_on(complete, state.updates_done)
     if stages.mesh is None:
@@ -220,21 +226,21 @@ def _step_on_one_device(
         key=rollout_key,
         shard=stages.shard,
     )
+    anneal = resolved.schedule.factor(state.updates_done / config.num_updates)
+    inputs = UpdateInputs(batch, update_key, hparams, anneal)
     params, rule_state, scalars = stages.rule.update(
-        state.learner.params,
-        state.learner.rule_state,
-        batch,
-        key=update_key,
-        hparams=hparams,
-        anneal=resolved.schedule.factor(state.updates_done / config.num_updates),
+        state.learner.params, state.learner.rule_state, inputs
     )
+    # Reports come after the update, whose effect they describe.
     if algorithm.report is not None:
         report = algorithm.report(stages.losses.log_ratio(params, batch), batch)
         scalars |= mean_over(report, axis_name)
+    # The explained variance is that of the values before the update.
     if batch.value is not None and batch.targets is not None:
         scalars["train/explained_variance"] = objectives.explained_variance(
             batch.value, batch.targets, batch.mask, axis_name
         )
+    # Sums, not means: `Metrics` divides by the number of episodes of all devices.
     if axis_name is not None:
         ended = jax.lax.psum(ended, axis_name)
     state = state.replace(
@@ -248,7 +254,7 @@ def _step_on_one_device(
 
 
 def _opaque(tree: Any) -> Any:
-    """Returns the same numbers as arrays whose values the compiler cannot see.
+    """Hides the values of a tree from the compiler, behind an optimisation barrier.
 
     Defaults are constants, which the compiler would fold into the program. Folded constants round
     differently: `run` would differ from single steps, and defaults from the same values passed as
@@ -258,9 +264,9 @@ def _opaque(tree: Any) -> Any:
 
 
 def _depending_on(hparams: HParams, updates_done: jax.Array) -> HParams:
-    """Returns the same values, computed from the state so that they are no constants.
+    """Makes hyperparameters depend on the state, so that XLA cannot fold them as constants.
 
-    A barrier as in `_opaque` does not suffice inside a loop: XLA removes barriers before its last
-    folding pass. The count of updates is never negative, but the compiler does not know that.
+    Inside a loop an optimisation barrier is not enough, because XLA removes barriers before its
+    last folding pass. The count of updates is never negative, but the compiler does not know that.
     """
     return jax.tree.map(lambda x: jnp.where(updates_done >= 0, jnp.float32(x), jnp.nan), hparams)

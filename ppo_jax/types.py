@@ -20,7 +20,7 @@ class Shard(NamedTuple):
     """The part of a training that one device computes."""
 
     num_envs: int
-    """Environments of this device, of which there are `Config.num_envs` in all."""
+    """Number of environments on this device; `Config.num_envs` counts those of all devices."""
     axis_name: str | None = None
     """Mesh axis of the devices that share the training; None for a single device."""
     chunk_size: int | None = None
@@ -47,7 +47,7 @@ class RolloutState(struct.PyTreeNode):
 
     @property
     def start(self) -> jax.Array:
-        """`[N]`: obs is the first of its episode, so the recurrent state is reset before it."""
+        """`[N]`: True where `obs` starts an episode; the recurrent state is reset before it."""
         return self.episode_length == 0
 
 
@@ -84,8 +84,9 @@ class Estimates(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The data of one update: per sample [T, N], or [B] within a minibatch.
+    """The data of one update.
 
+    Comments show the shapes of a minibatch, [B]. The batch of a whole rollout has [T, N] instead.
     With a memory, minibatches consist of whole environments, [T, B].
     """
 
@@ -103,7 +104,7 @@ class Batch(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """The inputs of an objective, per sample of the policy that acted."""
+    """The inputs of an objective, for each sample that the old policy collected."""
 
     log_prob: jax.Array  # [B], log π_θ(a|s)
     log_ratio: jax.Array  # [B], log π_θ(a|s) − log π_θold(a|s)
@@ -131,6 +132,7 @@ class Learner(struct.PyTreeNode):
     """Everything that an update changes."""
 
     params: Any
+    # Opaque to everything but the rule: saving, copying and vmap need no more than a pytree.
     rule_state: Any  # of the algorithm's update rule: the optimiser's state, an adaptive weight, …
 
 

@@ -51,11 +51,13 @@ class CodeMetrics(NamedTuple):
     num_lines: int
     """Lines that are not blank."""
     num_comment_lines: int
-    """Lines with a comment, alone or behind code."""
+    """Lines that consist of a comment."""
+    num_trailing_comments: int
+    """Comments behind code, such as the shapes of a record's fields."""
 
     @property
     def comment_share(self) -> float:
-        """Share of the lines that have a comment."""
+        """Share of the lines that consist of a comment."""
         return self.num_comment_lines / self.num_lines
 
     @property
@@ -78,7 +80,7 @@ def measure(folder: Path) -> CodeMetrics:
     """Measures all Python files below `folder`."""
     functions: list[FunctionMetrics] = []
     docstrings: list[Docstring] = []
-    num_lines = num_comment_lines = 0
+    num_lines = num_comment_lines = num_trailing_comments = 0
     for path in sorted(folder.rglob("*.py")):
         source = path.read_text()
         tree = ast.parse(source)
@@ -87,9 +89,11 @@ def measure(folder: Path) -> CodeMetrics:
         docstrings += _docstrings(tree, name)
         num_lines += sum(bool(line.strip()) for line in source.splitlines())
         with path.open("rb") as file:
-            tokens = tokenize.tokenize(file.readline)
-            num_comment_lines += sum(token.type == tokenize.COMMENT for token in tokens)
-    return CodeMetrics(functions, docstrings, num_lines, num_comment_lines)
+            comments = [t for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT]
+        alone = sum(token.line.lstrip().startswith("#") for token in comments)
+        num_comment_lines += alone
+        num_trailing_comments += len(comments) - alone
+    return CodeMetrics(functions, docstrings, num_lines, num_comment_lines, num_trailing_comments)
 
 
 def _functions(
@@ -156,7 +160,8 @@ def main() -> None:
     print(f"function body, maximum: {most.body_lines} lines ({most.place})")
     many = [f.place for f in metrics.functions if f.num_positional > 5]
     print(f"functions of more than five positional parameters: {len(many)} {many}")
-    print(f"lines with a comment: {metrics.comment_share:.1%}")
+    print(f"lines that consist of a comment: {metrics.comment_share:.1%}")
+    print(f"comments behind code: {metrics.num_trailing_comments / metrics.num_lines:.1%}")
     print(
         f"public functions of more than three parameters with Args: "
         f"{len(due) - len(missing)} of {len(due)}; without: {missing}"

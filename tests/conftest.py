@@ -4,8 +4,8 @@ import functools
 import os
 from pathlib import Path
 
-# Most of the session is spent compiling, and without optimisations that takes half the time. It is
-# said before JAX begins, and processes that tests start are told as well.
+# Most of a session is spent on compiling, which takes half the time without optimisations. The flag
+# is set before JAX is imported, and processes that tests start inherit it.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".lstrip()
 )
@@ -18,4 +18,4 @@ jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 optimized_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
-"""As users compile: for what runs long, and for identities of bits, which rounding would break."""
+"""Compiles with all optimisations, as users do: for long runs, and for tests of bit-identity."""

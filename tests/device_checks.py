@@ -24,7 +24,7 @@ def config(algorithm, num_devices, **changes):
 
 
 def on_one_device(function, *, mesh, in_specs, out_specs, check_vma):
-    """What `jax.shard_map` does, by `vmap` over the shards: the same maths with no devices."""
+    """Replaces `jax.shard_map` by `vmap` over the shards: the same mathematics on one device."""
     del in_specs, check_vma
     num_shards = mesh.size
 
@@ -55,7 +55,7 @@ def on_one_device(function, *, mesh, in_specs, out_specs, check_vma):
 
 
 def agreed(x):
-    """What all shards say; NaN where they do not say the same."""
+    """Returns the value that all shards have; NaN where they differ."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.where(jnp.ptp(x, axis=0) <= 1e-4, x[0], jnp.nan)
     return x[0]

@@ -12,7 +12,7 @@ from ppo_jax.types import Learner, RolloutState, Statistics, TrainState
 
 
 def quadratic():
-    """x ← x − rate · x + noise, from x = 1: x² is least at a rate of 1; above 2 it diverges."""
+    """x ← x − rate · x + noise, from x = 1: x² is smallest at a rate of 1; above 2 it diverges."""
 
     def init(key, hparams, env_params):
         del hparams, env_params

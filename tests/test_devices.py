@@ -16,6 +16,7 @@ from ppo_jax.ops import objectives
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, make_spec
 from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.stages.algorithm import UpdateInputs
 from ppo_jax.stages.collect import collect
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.optimizers import make_optimizer
@@ -79,14 +80,9 @@ def test_chunks_of_a_minibatch_add_up_to_its_gradient():
     for chunk_size in (None, 4, 5):  # 5 divides nothing here: one chunk
         losses = Losses(config, spec, algorithm.objective, Shard(8, chunk_size=chunk_size))
         rule = algorithm.update_rule(config, losses, make_optimizer(config))
-        after, _, metrics = jax.jit(rule.update)(
-            params,
-            rule.init(params, hparams),
-            batch,
-            key=jax.random.key(4),
-            hparams=hparams,
-            anneal=jnp.ones(()),
-        )
+        inputs = UpdateInputs(batch, jax.random.key(4), hparams, jnp.ones(()))
+        state = rule.init(params, hparams)
+        after, _, metrics = jax.jit(rule.update)(params, state, inputs)
         learned.append((after, metrics))
     whole, chunked, indivisible = (ravel_pytree(x)[0] for x in learned)
     np.testing.assert_allclose(chunked, whole, rtol=1e-3, atol=1e-5)

@@ -60,7 +60,7 @@ def test_the_best_learning_rate_is_found():
     oldest = record.ages[-1] >= 27
     assert oldest.any()
     rates = np.asarray(result.hparams.learning_rate)
-    # Within this range x² is at most a third above its least; a tenth of the draws are.
+    # Within this range x² is at most a third above its minimum; a tenth of the draws are.
     assert ((rates[oldest] > 0.5) & (rates[oldest] < 1.5)).all()
     # Every slot trains in every round; a trial's own updates are its age's.
     assert record.scores.shape == (30, 27)
@@ -85,7 +85,7 @@ def test_the_record_tells_every_trial_s_life():
     assert ((rates >= 1e-3) & (rates <= 10.0)).all()
 
 
-def test_a_trial_that_stays_is_what_it_is_alone_and_a_new_one_starts_anew():
+def test_a_trial_that_stays_equals_the_same_trial_alone_and_a_new_one_starts_fresh():
     config = Config(num_envs=2, num_steps=16, hidden_sizes=(8,), total_timesteps=3 * 32)
     trainer = make_trainer(config)
     space = {"learning_rate": LogUniform(1e-4, 1e-2), "gamma": Choice((0.9, 0.99))}

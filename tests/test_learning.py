@@ -1,4 +1,4 @@
-"""Learning runs over several seeds, judged by evaluation."""
+"""Learning runs over several seeds, measured by evaluation."""
 
 import jax
 import numpy as np

@@ -129,8 +129,8 @@ def test_time_limits_are_not_deaths_for_a_policy_with_a_memory(kind):
     np.testing.assert_allclose(values[:, 0], [9.0, 10.0, 10.0], rtol=0.1)
 
 
-def test_the_true_successor_is_judged_by_what_was_remembered():
-    """Where no episode ends, V(s'_t) is V(s_{t+1}), and at an end it is not the reset's."""
+def test_the_true_successor_is_evaluated_from_the_state_before_the_reset():
+    """V(s'_t) is V(s_{t+1}) inside an episode, and not the value of the reset at its end."""
     config = Config(
         env=probe_name("recall-limit"),
         num_envs=3,

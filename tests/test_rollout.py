@@ -33,7 +33,7 @@ def make_lottery(length, shortest_episode):
 
 
 def numbers(length, shortest_episode, key):
-    """Of two rollouts in a row, `[2 T, N]`."""
+    """Returns observations of two consecutive rollouts, `[2 T, N]`."""
     name = f"lottery-{length}-{shortest_episode}"
     if name not in envs.names():
         envs.register(name, lambda: make_lottery(length, shortest_episode))
@@ -56,7 +56,7 @@ def numbers(length, shortest_episode, key):
 
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 @pytest.mark.parametrize("shortest_episode", [1, 3, 4])
-def test_every_episode_begins_anew(shortest_episode, make_key):
+def test_every_episode_starts_from_a_new_state(shortest_episode, make_key):
     episodes = numbers(4, shortest_episode, make_key(0)).reshape(2 * T // 4, 4, N)
     starts = episodes[:, 0]
     np.testing.assert_array_equal(episodes, np.broadcast_to(starts[:, None], episodes.shape))

@@ -34,7 +34,7 @@ def test_devices_together_have_the_statistics_of_one():
         np.testing.assert_allclose(many, np.broadcast_to(one, many.shape), rtol=1e-5)
 
 
-def test_discounted_returns_start_anew_after_the_last_reward():
+def test_discounted_returns_restart_after_the_last_reward():
     rng = np.random.default_rng(1)
     reward, done = rng.normal(size=(20, 3)), rng.random((20, 3)) < 0.2
     carried = start = rng.normal(size=3)

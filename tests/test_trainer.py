@@ -409,13 +409,13 @@ def test_separate_norms_change_the_update_of_the_actor():
     assert moved["actor", True] > 10 * moved["actor", False]
 
 
-def test_the_critic_judges_every_state_and_no_more_at_once_than_a_minibatch():
+def test_the_critic_evaluates_every_state_and_at_most_a_minibatch_together():
     config = small("ppo", num_minibatches=4)  # of 16 samples: 8 states and their successors
-    judged = []
+    evaluated = []
 
     class Sum:
         def value(self, obs):
-            judged.append(obs.shape[0] * obs.shape[1])
+            evaluated.append(obs.shape[0] * obs.shape[1])
             return obs.sum(-1)
 
     obs, final_obs = jax.random.normal(jax.random.key(0), (2, config.num_steps, config.num_envs, 3))
@@ -425,4 +425,4 @@ def test_the_critic_judges_every_state_and_no_more_at_once_than_a_minibatch():
     values = _values(Sum(), trajectory, num_states)
     np.testing.assert_allclose(values.value, obs.sum(-1), rtol=1e-6)
     np.testing.assert_allclose(values.next_value, final_obs.sum(-1), rtol=1e-6)
-    assert judged == [8, 8]
+    assert evaluated == [8, 8]

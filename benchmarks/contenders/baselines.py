@@ -1,6 +1,6 @@
-"""Stable-Baselines3 and SBX, which share an interface; gymnasium's environments, on the host.
+"""Stable-Baselines3 and SBX, which share an interface, with environments of gymnasium on the host.
 
-They take a thousandth of the others' speed, so they run the first updates of a workload only.
+They are slower by one to two orders of magnitude, so they run only the first updates of a workload.
 """
 
 import time
@@ -14,7 +14,7 @@ _UPDATES = 16
 
 
 def build_with(ppo: Any, activation: Any) -> Callable[[dict[str, Any]], Any]:
-    """`build` of `serving.serve` for a class with the interface of stable_baselines3.PPO."""
+    """Returns `build` for `serving.serve`, for a class like stable_baselines3.PPO."""
 
     def build(workload: dict[str, Any]) -> Any:
         hparams = workload["hparams"]

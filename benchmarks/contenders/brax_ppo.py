@@ -1,8 +1,8 @@
 """brax's own PPO.
 
-Its `train` compiles anew at every call, so there is one call, in a thread, that goes on: each run
-is its next stretch of as many steps as the workload has, the first of which holds the compiling. Of
-a training that goes on no return is comparable.
+Its `train` compiles in every call, so a single call runs in a thread. Each run is its next stretch
+of as many steps as the workload has; the first stretch contains the compilation. Returns of a
+training that continues cannot be compared.
 """
 
 import functools
@@ -22,7 +22,7 @@ _EPISODE_LENGTH = 1_000
 def build(workload: dict[str, Any]) -> tuple[dict[str, float], Run]:
     """Starts `train` and waits for its first stretch."""
     import flax.linen as nn
-    from brax import envs  # which prints, and what is printed before `build` is an answer
+    from brax import envs  # prints when imported
     from brax.training.agents.ppo.networks import make_ppo_networks
     from brax.training.agents.ppo.train import train
 

@@ -15,13 +15,12 @@ def compile_and_time(
     returns_of: Callable[[Any], Any],
     num_seeds: int | None,
 ) -> tuple[dict[str, float], Run]:
-    """What `serve` needs.
+    """Compiles a training and returns its figures and a function that runs it, for `serve`.
 
     Args:
       train: `key -> result`; vmapped over keys if `num_seeds` is given.
       returns_of: `result -> returns`, of any shape; their mean counts, NaN left out.
-      num_seeds: how many seeds train at once; None for one without `vmap`. They are divided
-        among all devices, which costs a trainer no line.
+      num_seeds: seeds that train under `vmap`, divided among all devices; None for a single one.
     """
 
     def key_of(seed: int) -> jax.Array:
@@ -39,7 +38,7 @@ def compile_and_time(
     figures = {"compile_seconds": time.perf_counter() - start}
     memory = compiled.memory_analysis()
     size = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    figures["program_bytes"] = size * jax.device_count()  # the analysis is of one device
+    figures["program_bytes"] = size * jax.device_count()  # the analysis covers one device
 
     def run(seed: int) -> dict[str, float | None]:
         key = jax.block_until_ready(key_of(seed))

@@ -13,8 +13,8 @@ from ppo_jax import Config, HParams, evaluate, make_trainer
 def build(workload: dict[str, Any]) -> Any:
     """Compiles `Trainer.run`."""
     names = ("env", "num_envs", "num_steps", "total_timesteps", "num_epochs", "num_minibatches")
-    # As rejax: its max_grad_norm clips a gradient's entries, its Adam has optax's eps, and its
-    # weights start with gains of 1.
+    # The settings of rejax: its max_grad_norm clips the entries of a gradient, its Adam has the eps
+    # of optax, and its weights have gains of 1.
     config = Config(
         env_kwargs=workload["env_kwargs"],
         **{name: workload[name] for name in (*names, "num_devices")},

@@ -1,8 +1,8 @@
 """PureJaxRL, from the checkout that PUREJAXRL names.
 
-Its network for continuous actions has 256 units a layer, whatever the workload says. Weights
-start as scaled Gaussians and not as orthogonal matrices, whose QR decompositions, many under one
-vmap, can wait for each other forever on a CPU with two threads (jaxlib 0.10.2).
+Its network for continuous actions has 256 units a layer and cannot be changed. Weights are
+initialised by scaled Gaussians, because several QR decompositions of an orthogonal initialisation
+under one vmap can wait for each other forever on a CPU with two threads (jaxlib 0.10.2).
 """
 
 import importlib
@@ -21,10 +21,10 @@ from serving import serve
 
 
 def import_ppo(*, continuous: bool) -> Any:
-    """Its module for discrete or for continuous actions.
+    """Imports the module for discrete or for continuous actions.
 
-    Its wrappers import two suites of environments, which these workloads do not use: empty
-    modules stand for them.
+    Its wrappers import two suites of environments that these workloads do not use. Empty modules
+    replace them.
     """
     training = "brax.envs.wrappers.training"
     for name in ("brax", "brax.envs", "brax.envs.wrappers", training, "navix"):
@@ -41,12 +41,12 @@ def import_ppo(*, continuous: bool) -> Any:
 
 
 def scaled_gaussian(gain: float) -> Any:
-    """Of the same variance as the entries of an orthogonal matrix."""
+    """Returns an initialiser with the variance of the entries of an orthogonal matrix."""
     return jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "normal")
 
 
 class WithDefaults:
-    """An environment of gymnax whose spaces, too, take None for the default parameters."""
+    """An environment of gymnax whose spaces take None for the default parameters."""
 
     def __init__(self, name: str) -> None:
         self._env, self._params = gymnax.make(name)
@@ -55,11 +55,11 @@ class WithDefaults:
         return getattr(self._env, name)
 
     def action_space(self, params: Any) -> Any:
-        """The space of actions; `params` is None."""
+        """Returns the space of actions; `params` is None."""
         return self._env.action_space(params or self._params)
 
     def observation_space(self, params: Any) -> Any:
-        """The space of observations; `params` is None."""
+        """Returns the space of observations; `params` is None."""
         return self._env.observation_space(params or self._params)
 
 

@@ -106,6 +106,7 @@ def make(name: str, **kwargs: Any) -> "Environment":
         return _build(name, kwargs)
     except ConfigError:
         raise
+    # Without arguments the fault is not the user's, and must not be disguised.
     except (TypeError, ValueError) as error:
         if not kwargs:
             raise
@@ -149,6 +150,7 @@ def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
     env = _registered[name](**kwargs)
     if isinstance(env, Environment):
         return env
+    # Told by the interface instead of the type, so that neither suite has to be imported.
     if hasattr(env, "default_params"):
         return gymnax_adapter.adapt(name, env)
     if hasattr(env, "action_size"):

@@ -58,6 +58,7 @@ def adapt(name: str, env: Any) -> Environment:
     a state has `obs`, `reward` and `done`. MuJoCo Playground has it as well. Actions are in
     [-1, 1]. Without brax's wrappers `done` is a termination, never a time limit.
     """
+    # brax has no description of observations; the shapes of a reset are one.
     initial = jax.eval_shape(lambda: env.reset(jax.random.key(0)))
     space = _space(name, initial.obs)
     size = env.action_size
@@ -69,6 +70,7 @@ def adapt(name: str, env: Any) -> Environment:
 
     def step(key: jax.Array, state: State, action: jax.Array, params: Params) -> Step:
         del key  # a task that is random keeps a key in its state
+        # The tasks are made for actions in this range and do not clip them.
         inner = env.step(state.inner, jnp.clip(action, -1.0, 1.0))
         time = state.time + 1
         return Step(

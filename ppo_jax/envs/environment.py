@@ -28,12 +28,12 @@ def max_steps_in_episode(params: Any) -> float | None:
 
 
 class Environment(NamedTuple):
-    """An environment as pure functions of a single environment; `jax.vmap` makes many.
+    """Pure functions of one environment, with its parameters and spaces; `jax.vmap` makes many.
 
     `reset(key, params) -> (obs, state)`; `step(key, state, action, params) -> Step`. A step does
     not reset; the rollout does. Observations have the dtypes of `observation_space`, and are plain
-    dicts and tuples of arrays where it has several. Rewards are float32. Actions are clipped to the
-    bounds of a box before they reach the suite's code.
+    dicts and tuples of arrays where it has several. Rewards are float32. Continuous actions may
+    exceed the bounds of their space, so `step` must clip them, as the adapters of suites do.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Environment(NamedTuple):
     observation_space: Space
     action_space: Leaf
     shortest_episode: int = 1
-    """The smallest number of steps that an episode can have, 1 or more. A rollout draws new
-    episodes once in at most this many steps. Set it where resets are expensive. If it is too large,
+    """The smallest number of steps that an episode can have, 1 or more. A rollout draws initial
+    states at least once in this many steps. Set it where resets are expensive. If it is too large,
     two consecutive episodes may share an initial state."""
     longest_episode: Callable[[Any], float | None] = max_steps_in_episode
     """`params -> steps`: the largest number of steps that an episode can have; None if there is no

@@ -44,6 +44,7 @@ def adapt(name: str, env: Any) -> Environment:
     """
     params = env.default_params
     observation_space = _space(name, env.observation_space(params))
+    # gymnax declares them as float32, four times as large.
     if isinstance(observation_space, Box) and name.endswith("-MinAtar"):
         observation_space = observation_space._replace(dtype="bool")
     action_space = _action_space(name, env.action_space(params))

@@ -69,6 +69,7 @@ def sticky_actions(env: Environment, probability: float) -> Environment:
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         inner, previous, has_previous = state
         stick_key, step_key = jax.random.split(key)
+        # There is no action to repeat in an episode's first step.
         sticks = jnp.logical_and(has_previous, jax.random.bernoulli(stick_key, probability))
         action = jnp.where(sticks, previous, action)
         result = env.step(step_key, inner, action, params)
@@ -82,11 +83,14 @@ def action_repeat(env: Environment, times: int) -> Environment:
     require_positive_integer("action_repeat", times)
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        # Unrolled: `times` is small, and a scan would need a state whose dtypes never change.
         first_key, *keys = jax.random.split(key, times)
         result = env.step(first_key, state, action, params)
         for key_i in keys:
             done = jnp.logical_or(result.terminated, result.truncated)
             after = env.step(key_i, result.state, action, params)
+            # Computed in every case, and dropped where the episode is over: under `vmap` a branch
+            # would compute both sides.
             after = after._replace(reward=result.reward + after.reward)
             result = jax.tree.map(
                 lambda old, new, done=done: jnp.where(done, old, new), result, after
@@ -117,6 +121,7 @@ def frame_stack(env: Environment, frames: int) -> Environment:
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
+        # Along channels, so that images stay images for convolutions.
         stacked = jnp.concatenate([obs] * frames, axis=-1)
         return stacked, (state, stacked)
 
@@ -176,6 +181,7 @@ def flatten_observation(env: Environment) -> Environment:
 def observe_only(env: Environment, entries: str | int) -> Environment:
     """Hides all entries of a vector except some; "0,2" is CartPole without velocities."""
     space = env.observation_space
+    # A command line passes a single entry as a number, several as text.
     words = str(entries).split(",")
     indices = [int(word) if word.strip().isdigit() else -1 for word in words]
     if not (isinstance(space, Box) and len(space.shape) == 1):

@@ -118,6 +118,7 @@ def n_step(
     delta = td_error(reward, value, next_value, terminated, gamma=gamma)
     decay = gamma * (1.0 - jnp.logical_or(terminated, truncated))
 
+    # Each pass extends the sum by one step; n is static and small.
     def one_more(_: int, advantages: jax.Array) -> jax.Array:
         later = jnp.concatenate([advantages[1:], jnp.zeros_like(advantages[:1])])
         return delta + decay * later
@@ -135,6 +136,7 @@ def first_episode(done: jax.Array) -> jax.Array:
     [[True, False], [True, False], [False, False]]
     """
     chex.assert_rank(done, 2)
+    # Without the step itself: the last step of an episode belongs to it.
     ended_before = jnp.cumsum(done, axis=0) - done > 0
     return jnp.logical_and(~ended_before, jnp.any(done, axis=0)[None])
 

@@ -62,6 +62,7 @@ def effective_sample_size(log_weights: jax.Array, mask: jax.Array | None = None)
     8.0
     """
     if mask is not None:
+        # A weight of exp(−∞) = 0 counts in neither sum.
         log_weights = jnp.where(mask, log_weights, -jnp.inf)
     logsumexp = jax.nn.logsumexp
     return jnp.exp(2.0 * logsumexp(log_weights) - logsumexp(2.0 * log_weights))
@@ -95,4 +96,5 @@ def trajectory_log_weights(log_ratio: jax.Array, done: jax.Array) -> tuple[jax.A
         return jnp.where(done_t, 0.0, total), total
 
     _, totals = jax.lax.scan(forward, jnp.zeros_like(log_ratio[0]), (log_ratio, done))
+    # The rollout's end cuts the last piece of each environment.
     return totals, jnp.asarray(done).at[-1].set(True)

@@ -23,6 +23,7 @@ def fisher_vector_product(
     """
 
     def product(vector: jax.Array) -> jax.Array:
+        # Forward over reverse: a Hessian-vector product without the Hessian.
         _, curvature = jax.jvp(jax.grad(mean_kl), (params,), (vector,))
         return curvature + damping * vector
 
@@ -50,6 +51,8 @@ def conjugate_gradient(
     def improve(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, residual, direction, squared = carry
         product_p = product(direction)
+        # A fixed number of rounds, so that the loop can be vmapped; rounds after convergence change
+        # nothing.
         active = squared > tolerance * first
         step = jnp.where(active, squared / jnp.where(active, dot(direction, product_p), 1.0), 0.0)
         x = x + step * direction
@@ -100,6 +103,7 @@ def line_search(
         fraction = 0.5**exponent
         candidate = params + fraction * step
         improvement, kl = objective(candidate) - start, mean_kl(candidate)
+        # Fractions fall, so that the first that is accepted is the longest; later ones are ignored.
         accepted = (found.fraction == 0.0) & (improvement > 0.0) & (kl <= max_kl)
         new = LineSearch(candidate, fraction, improvement, kl)
         return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, found), None

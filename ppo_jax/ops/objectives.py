@@ -162,6 +162,7 @@ def clipped_value_loss(
     """
     chex.assert_equal_shape([value, old_value, targets])
     change = value - old_value
+    # As two selections, like the clipped surrogate above.
     is_beyond = jnp.abs(change) > value_clip_eps
     bound = old_value + jnp.sign(jax.lax.stop_gradient(change)) * value_clip_eps
     unclipped, clipped = value_loss(value, targets), value_loss(bound, targets)
@@ -191,6 +192,7 @@ def mean_share(x: jax.Array, mask: jax.Array | None, axis_name: str | None = Non
     if mask is None:
         return jnp.mean(x)
     chex.assert_equal_shape([x, mask])
+    # Devices may differ in how many elements count, so the shares are of the mean count.
     count = mean_over(jnp.sum(mask).astype(x.dtype), axis_name)
     return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.where(count > 0, count, 1.0)
 
@@ -199,6 +201,7 @@ def mean_shares(
     samples: Mapping[str, jax.Array], mask: jax.Array | None, axis_name: str | None = None
 ) -> dict[str, jax.Array]:
     """Computes `mean_share` of several arrays of the same shape, in one reduction."""
+    # One reduction of a stack instead of one kernel for each metric.
     stacked = jnp.stack(list(samples.values()))
     shares = jax.vmap(lambda x: mean_share(x, mask, axis_name))(stacked)
     return dict(zip(samples, shares, strict=True))

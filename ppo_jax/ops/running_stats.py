@@ -44,6 +44,7 @@ def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> Ru
     (3.0, 2.6667)
     """
     samples = tuple(range(x.ndim - stats.mean.ndim))
+    # Sums of half-precision numbers would lose the small differences that the variance needs.
     x = x.astype(jnp.float32)
     local_count = jnp.asarray(x.size // stats.mean.size, jnp.float32)
     count = sum_over(local_count, axis_name)

@@ -80,9 +80,9 @@ class Categorical(NamedTuple):
 class TanhNormal(NamedTuple):
     """The distribution of tanh(x) of a Gaussian x, stretched to an interval of half width w.
 
-    Its methods take x as the action, because tanh rounds to ±1 for moderate x and cannot be
-    inverted there. The densities are those of the stretched action. Haarnoja et al. 2018
-    (arXiv:1801.01290), appendix C.
+    Its methods take x as the action, because tanh(x) rounds to ±1 for |x| above about 9 in float32
+    and cannot be inverted there. The densities are those of the stretched action. Haarnoja et al.
+    2018 (arXiv:1801.01290), appendix C.
     """
 
     normal: Any
@@ -167,7 +167,7 @@ class Head(NamedTuple):
     parametrize: Callable[[jax.Array, jax.Array | None], Any]
     """`(outputs [..., num_outputs], log_std) -> params`."""
     noise: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    """`(key, batch_shape) -> noise`; `sample` needs one entry per action."""
+    """`(key, batch_shape) -> noise` for that many actions."""
     sample: Callable[[Any, jax.Array], jax.Array]
     """`(params, noise) -> action`."""
     mode: Callable[[Any], jax.Array]
@@ -202,6 +202,7 @@ def make_head(
                 f"deviation; action_distribution is {distribution}. Leave state_dependent_std out."
             )
         return _GAUSSIANS[distribution](space, state_dependent_std=True)
+    # An option that would be ignored is refused.
     if distribution is not None or state_dependent_std:
         raise ConfigError(
             "action_distribution and state_dependent_std must be left out where actions are "
@@ -241,6 +242,7 @@ def _multi_categorical(space: MultiDiscrete) -> Head:
             pads = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
             return jnp.pad(logits, pads, constant_values=MASKED)
 
+        # A rectangular array of logits needs one softmax and one draw for all parts.
         parts = jnp.split(outputs, np.cumsum(sizes)[:-1], axis=-1)
         return jnp.stack([widen(part) for part in parts], axis=-2)
 
@@ -260,6 +262,7 @@ lose all digits in float32."""
 def _gaussian(space: Box, *, squashed: bool = False, state_dependent_std: bool = False) -> Head:
     size = math.prod(space.shape)
     ndim = len(space.shape)
+    # Bounds are NumPy constants: they are part of the compiled program.
     low, high = _bounds(space, "tanh_gaussian") if squashed else (None, None)
 
     def shaped(x: jax.Array) -> jax.Array:
@@ -269,6 +272,7 @@ def _gaussian(space: Box, *, squashed: bool = False, state_dependent_std: bool =
         mean = shaped(outputs[..., :size])
         if state_dependent_std:
             return GaussianParams(mean, jnp.clip(shaped(outputs[..., size:]), *_LOG_STD_RANGE))
+        # Broadcast, so that a batch of parameters has the same structure in both cases.
         assert log_std is not None, "a head with log_std_shape is given one"
         return GaussianParams(mean, jnp.broadcast_to(log_std, mean.shape))
 
@@ -316,6 +320,7 @@ def _beta(space: Box) -> Head:
         def one(key: jax.Array, params: BetaParams) -> jax.Array:
             return jax.random.beta(key, params.alpha, params.beta)
 
+        # `jax.random.beta` takes one key for an array; actions need independent draws each.
         flat = jax.tree.map(lambda x: x.reshape(keys.size, *space.shape), params)
         action = jax.vmap(one)(keys.reshape(-1), flat).reshape(params.alpha.shape)
         return jnp.clip(action, _EDGE, 1.0 - _EDGE)

@@ -22,12 +22,12 @@ _ITERATIONS = 40
 
 
 def orthogonal_matrices(key: jax.Array, shapes: Sequence[tuple[int, int]]) -> list[jax.Array]:
-    """Draws matrices with orthonormal rows or columns, each from the uniform distribution.
+    """Draws matrices with orthonormal rows or columns, from the uniform (Haar) distribution.
 
     JAX's initialiser takes the QR decomposition of a Gaussian matrix, which is slow on GPUs if
     batched. Here the polar factor of a Gaussian matrix, which has the same distribution, is found
-    by the Newton-Schulz iteration X ← X (3 I − XᵀX) / 2. Each round grows small singular values by
-    half, so that 40 rounds raise every one that float32 can tell from zero to 1.
+    by the Newton-Schulz iteration X ← X (3 I − XᵀX) / 2. Each round multiplies a small singular
+    value by about 1.5. After 40 rounds every singular value above float32's resolution is 1.
 
     Args:
       key: random key.
@@ -59,8 +59,8 @@ def orthogonal(gain: str | None = None) -> Callable[..., "_PendingMatrix"]:
     """Returns an initialiser of kernels `[inputs, outputs]` that `draw` completes.
 
     The kernel is the gain times an orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120), times
-    √(outputs / inputs) in a layer that widens. Without that factor each of 64 units that see 4
-    numbers would have a quarter of the numbers' standard deviation (Yang et al. 2023,
+    √(outputs / inputs) in a layer that widens. Without that factor, a layer from 4 inputs to 64
+    units would output a quarter of the inputs' standard deviation (Yang et al. 2023,
     arXiv:2310.17813, condition 1).
 
     Args:

@@ -60,6 +60,7 @@ class Conv(nn.Module):
         if self.pads:
             margin = self.kernel // 2
             x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+        # Positions of the kernel with stride 1; slices below apply the stride.
         height, width = (max(0, size - self.kernel + 1) for size in x.shape[1:3])
         if 0 in (height, width):
             raise ConfigError(
@@ -123,6 +124,7 @@ class Torso(nn.Module):
     @nn.compact
     def __call__(self, obs: Any) -> jax.Array:
         """Maps `[B, ...]` to `[B, F]`."""
+        # The space says how to read an array: an int32 may be an index or a number.
         entries = zip(leaves(self.space), jax.tree.leaves(obs), strict=True)
         features = [self._encode(leaf, x) for leaf, x in entries]
         return self.dense()(features[0] if len(features) == 1 else jnp.concatenate(features, -1))
@@ -134,6 +136,7 @@ class Torso(nn.Module):
             if self.image is not None and is_image(leaf):
                 return self.image()(x)
             return x.reshape(x.shape[0], -1)
+        # An index has no order, so it is not a number for the network.
         sizes = (leaf.num_values,) if isinstance(leaf, Discrete) else leaf.num_values
         x = x.reshape(x.shape[0], len(sizes))
         if self.embedding_size is None:
@@ -250,6 +253,7 @@ class ActorCritic(nn.Module):
         action_params = self._parametrize(features, obs)
         if not self.has_critic:
             return action_params, None
+        # A shared torso has computed its features already.
         if self._value_part != "actor":
             features, _ = self._features(self._value_part, obs, state, start)
         return action_params, self._value(features)
@@ -295,6 +299,7 @@ class ActorCritic(nn.Module):
     def _parametrize(self, features: jax.Array, obs: Any) -> Any:
         outputs = self.actor_out(features)
         if has_action_mask(self.space):
+            # Before the head, so that samples, entropies and divergences all respect the mask.
             outputs = jnp.where(obs[ACTION_MASK], outputs, MASKED)
         log_std = None if self.head.log_std_shape is None else self.actor_log_std()
         return self.head.parametrize(outputs, log_std)
@@ -330,6 +335,7 @@ class _LogStd(nn.Module):
 def split_params(params: Any) -> tuple[Any, Any]:
     """Splits parameters into those of the actor and of the critic, where they share none."""
     modules = params["params"]
+    # Names of submodules are those of the fields of `ActorCritic`.
     critic = {name: value for name, value in modules.items() if name.startswith("critic_")}
     actor = {name: value for name, value in modules.items() if name not in critic}
     return {"params": actor}, {"params": critic}

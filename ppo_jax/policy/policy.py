@@ -87,9 +87,11 @@ class Policy(struct.PyTreeNode):
             return network.apply(self.params, obs, method="actor")[0], None
         num_envs = jax.tree.leaves(recurrent_state)[0].shape[0]
         start = jnp.zeros(num_envs, bool) if start is None else start
+        # Recurrent networks have one form, sequences; this is one of length 1.
         sequence = jax.tree.map(lambda x: x[None], obs)
         result = network.apply(self.params, sequence, recurrent_state, start[None], method="actor")
         action_params, actor_state = jax.tree.map(lambda x: x[0], result)
+        # The critic's part of the state passes through; `collect` brings it up to date.
         return action_params, {**recurrent_state, **actor_state}
 
     def action_params(self, obs: Any) -> Any:

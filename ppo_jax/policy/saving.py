@@ -47,6 +47,7 @@ def save_policy(policy: Policy, path: Path) -> None:
     """Writes parameters, statistics and spec of a policy into one msgpack file."""
     stats = None
     if policy.obs_stats is not None:
+        # Keys of msgpack maps are text; arrays without statistics are left out.
         stats = {str(i): x._asdict() for i, x in enumerate(policy.obs_stats) if x is not None}
     record = {
         "spec": json.dumps(_spec_to_plain(policy.spec)),
@@ -73,6 +74,7 @@ def load_policy(path: Path, network: nn.Module | None = None) -> Policy:
         stats = {int(i): RunningStats(**x) for i, x in record["obs_stats"].items()}
         count = len(spaces.leaves(spec.observation_space))
         obs_stats = tuple(stats.get(i) for i in range(count))
+    # msgpack gives NumPy arrays, which every jitted call would transfer to the device again.
     params, obs_stats = jax.tree.map(jnp.asarray, (record["params"], obs_stats))
     return Policy(params=params, obs_stats=obs_stats, spec=spec)
 

@@ -70,6 +70,7 @@ def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> P
             f"network must be hashable; {type(config.network).__name__} is not ({error}). "
             "Use tuples for lists in its fields."
         ) from error
+    # Builds the network once, for its checks: errors come before anything is traced.
     network_of(spec)
     return spec
 
@@ -87,6 +88,7 @@ def init_params(
         default in `initializers.GAINS`.
     """
     network = network_of(spec)
+    # flax draws biases, embeddings and recurrent input weights; `draw` the orthogonal matrices.
     draw_key, init_key = jax.random.split(key)
     if spec.memory is None:
         return draw(draw_key, network.init(init_key, obs), gains)
@@ -155,6 +157,8 @@ def network_of(spec: PolicySpec) -> ActorCritic:
 def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
     if not isinstance(spec.network, str):
         _check_module(spec, view.space)
+        # A copy each for actor and critic: a flax module that stands in two places shares
+        # parameters.
         return spec.network.copy()
     if spec.embedding_size is not None and all(
         isinstance(leaf, Box) for leaf in spaces.leaves(spec.observation_space)
@@ -223,9 +227,11 @@ def _check_shapes(network: nn.Module, space: Space, name: str) -> Any:
     """Returns the shape of the network's output for a batch, or raises a `ConfigError`."""
     obs = example(space, (_BATCH,))
     try:
+        # Shapes alone: nothing is computed or compiled.
         result, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), obs)
     except ConfigError:
         raise
+    # A user's module can fail in any way; the original error stays attached.
     except Exception as error:
         raise ConfigError(
             f"{_CONTRACT}; {name} fails for a batch of {_BATCH} of {space}: {error}"
@@ -253,6 +259,7 @@ def initial_obs_stats(space: Space) -> ObsStats:
     Raises:
       ConfigError: an observation has no floating-point array.
     """
+    # Top level only: that is where an action mask can be.
     entries = dict(space.spaces) if isinstance(space, Dict) else {"": space}
     stats = tuple(
         running_stats.initial(leaf.shape)

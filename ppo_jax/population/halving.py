@@ -1,9 +1,9 @@
 """Successive halving inside one compiled function: stopped trials make way for new draws.
 
-Jamieson & Talwalkar 2016 (arXiv:1502.07943), algorithm 1, without its empty slots. A trial is
-stopped at a rung unless it is among the best 1/η of all trials that reached the rung, as in Li et
-al. 2020 (arXiv:1810.05934), algorithm 2. Its slot goes to a new trial, so that no part of a device
-is idle.
+Successive halving by Jamieson & Talwalkar 2016 (arXiv:1502.07943), for a population of fixed size.
+A slot is one position in the vmapped population. A trial is stopped at a rung unless it is among
+the best 1/η of all trials that reached the rung, as in Li et al. 2020 (arXiv:1810.05934), algorithm
+2. A new trial takes its slot, so that no slot is idle.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,12 +45,11 @@ def stopped_trials(
     """Returns which trials are stopped after a round, `[S]`.
 
     A trial is stopped at a rung if it is not among the best 1/η of all trials that reached the
-    rung. Rungs are the ages 1, η, η², …. Of two equal scores the earlier one is better, and in one
-    round that of the lower slot.
+    rung. Rungs are the ages 1, η, η², …. Ties go to the earlier round, then to the lower slot.
 
     Args:
       scores: of all rounds up to this one, `[R, S]`.
-      ages: of the trials that had these scores, `[R, S]`; 0 in later rounds.
+      ages: rounds that each trial has trained for, `[R, S]`; 0 for rounds that have not run yet.
       round_number: the row of this round.
       factor: η.
 
@@ -71,6 +70,7 @@ def stopped_trials(
 
     places = round_number * num_slots + jnp.arange(num_slots)
     num_better, num_peers = jax.vmap(rank)(age, score, places)
+    # The last round decides nothing, so rungs beyond it do not exist.
     rungs = [1]
     while rungs[-1] * factor < num_rounds:
         rungs.append(rungs[-1] * factor)
@@ -87,13 +87,13 @@ def make_halving(
 ) -> Callable[..., Halving]:
     """Returns successive halving as a pure function; jit is the caller's.
 
-    Every slot trains in every round, `num_rounds * updates_per_round` updates in all. A learner
-    that is no longer finite is stopped after its round. Nothing is stopped after the last round. A
-    new trial starts from new parameters and environments, and at the start of its learning rate's
-    schedule: give the trainer's config as many updates, or a constant schedule.
+    Every slot trains in every round, for `num_rounds * updates_per_round` updates in all. A trial
+    whose learner is no longer finite is stopped after its round. After the last round nothing is
+    stopped. A new trial starts from new parameters and environments, and at the start of its
+    learning rate's schedule: give the trainer's config that many updates, or a constant schedule.
 
     Args:
-      trainer: of every trial.
+      trainer: trains every trial.
       space: distributions of hyperparameters, by name.
       num_rounds: R.
       updates_per_round: updates between two decisions.
@@ -104,7 +104,7 @@ def make_halving(
       drawn.
 
     Raises:
-      ConfigError: an unknown name, or a number that makes no sense.
+      ConfigError: an unknown name, or a number that is out of range.
 
     >>> from ppo_jax import Config, make_trainer
     >>> from ppo_jax.population.search_space import LogUniform
@@ -139,8 +139,10 @@ def make_halving(
                 f"a population must be as large as factor, to leave one of them; got {num_slots} "
                 f"and {factor}. Use more members, or a smaller factor."
             )
-        fixed = type(trainer.hparams)() if hparams is None else hparams
-        fixed = for_every_member(fixed, num_slots)
+        # A record of the algorithm's type, which may have hyperparameters that are drawn.
+        given = {} if hparams is None else hparams.given()
+        fixed = for_every_member(type(trainer.hparams)(**given), num_slots)
+        # The first member's second key draws for the whole search.
         split = jax.vmap(jax.random.split)(keys)
         first_key, *round_keys = jax.random.split(split[0, 1], 1 + num_rounds)
         first = draw(first_key, fixed, num_slots)
@@ -154,12 +156,16 @@ def make_halving(
             age = age + 1
             scores, ages = scores.at[number].set(score), ages.at[number].set(age)
             stopped = stopped_trials(scores, ages, number, factor=factor) | ~is_finite
+            # A trial that replaced another in the last round would never be trained.
             stopped &= number < num_rounds - 1
             seen = trials, hparams, stopped
             drawn = draw(draw_key, fixed, num_slots)
+            # New trials are made for all slots and used in those that were stopped: shapes are
+            # fixed.
             new = init(jax.random.split(init_key, num_slots), drawn, env_params)
             states = jax.vmap(choose_state)(stopped, new, states)
             hparams = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), drawn, hparams)
+            # Numbers go up in the order of slots, without gaps.
             trials = jnp.where(stopped, next_trial + jnp.cumsum(stopped) - 1, trials)
             age = jnp.where(stopped, 0, age)
             next_trial = next_trial + jnp.sum(stopped)
@@ -187,5 +193,6 @@ def _at(distribution: Distribution, u: jax.Array) -> jax.Array:
     """Returns the values at quantiles u, inside jit."""
     if not isinstance(distribution, Choice):
         return distribution.at(u)
+    # `Choice.at` takes a Python number; this is its form for arrays.
     values = jnp.array(distribution.values, jnp.float32)
     return values[jnp.minimum((u * values.size).astype(int), values.size - 1)]

@@ -47,6 +47,7 @@ def train_member(
       num_episodes: episodes of its evaluation.
     """
     state = trainer.init(key, hparams, env_params)
+    # The accumulators need the names of the metrics before the first step.
     _, shapes = jax.eval_shape(trainer.step, state, hparams)
     sums = jax.tree.map(lambda _: jnp.zeros(num_rows), shapes)
 
@@ -55,7 +56,10 @@ def train_member(
         new_state, metrics = trainer.step(state, hparams)
         is_running = (failed_at < 0) & is_finite(new_state.learner.params)
         failed_at = jnp.where((failed_at < 0) & ~is_running, index, failed_at)
+        # A select instead of a branch: members of a vmap take both sides anyway, and a NaN in a
+        # state that is not chosen does no harm.
         state = choose_state(is_running, new_state, state)
+        # Memory does not grow with the number of updates: windows are summed on the device.
         row = index * num_rows // num_updates
         sums = jax.tree.map(
             lambda total, x: total.at[row].add(jnp.where(is_running, x, 0.0)), sums, metrics

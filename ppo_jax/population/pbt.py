@@ -67,6 +67,7 @@ def explore(
     for name, name_key in zip(names, jax.random.split(key, len(names)), strict=True):
         value = getattr(hparams, name)
         up = jax.random.bernoulli(name_key, 0.5, value.shape)
+        # Multiplied, because most hyperparameters matter on a logarithmic scale.
         moved = jnp.clip(jnp.where(up, value * factor, value / factor), *ranges[name])
         changes[name] = jnp.where(replaced, moved, value)
     return hparams.replace(**changes)
@@ -90,7 +91,7 @@ def make_pbt(
     falls too early or too late.
 
     Args:
-      trainer: of every member.
+      trainer: trains every member.
       names: hyperparameters that are changed; each must be `[S]` in the function's argument. An
         adaptive β is state of the learner and cannot be changed here.
       num_rounds: R.
@@ -103,9 +104,10 @@ def make_pbt(
       shared.
 
     Raises:
-      ConfigError: an unknown name or that of a gain, or a number that makes no sense.
+      ConfigError: an unknown name or that of a gain, or a number that is out of range.
     """
     check_hparam_names(names, trainer.hparams)
+    # A change of the first weights' gain after the first round would have no effect.
     early = sorted(GAINS.keys() & set(names))
     if early:
         raise ConfigError(
@@ -136,7 +138,7 @@ def make_pbt(
                 )
         hparams = for_every_member(hparams, num_members)
         split = jax.vmap(jax.random.split)(keys)
-        search_key = split[0, 1]  # of the whole population
+        search_key = split[0, 1]  # decides for the whole population
         states = init(split[:, 0], hparams, env_params)
 
         def one_round(
@@ -147,8 +149,11 @@ def make_pbt(
             exploit_key, explore_key = jax.random.split(key)
             states, scores, _ = train(states, hparams)
             members = jnp.arange(num_members)
+            # Scores of −∞ sort first, so that members without an episode or with NaNs are replaced.
             parents = exploit(exploit_key, scores, num_replaced=num_replaced)
             parents = jnp.where(is_last, members, parents)
+            # Environments and keys are not copied: members with the same key would draw the same
+            # random numbers.
             inherited = states.replace(
                 learner=jax.tree.map(lambda x: x[parents], states.learner),
                 statistics=jax.tree.map(lambda x: x[parents], states.statistics),

@@ -81,6 +81,7 @@ def make_plan(
         }
         row_config = config.replace(**static)
         row_hparams = complete_hparams({**hparams.given(), **traced}, row_config)
+        # Whether a value is set changes the pytree, and so the program.
         program = row_config, (tuple(row_hparams.given()), tuple(sorted(env_params)))
         for number, seed in enumerate(seeds, start=configuration * len(seeds)):
             member = Member(number, configuration, seed, row, row_hparams, env_params)

@@ -28,6 +28,7 @@ def make_round(trainer: Trainer, updates_per_round: int) -> TrainRound:
         def one_update(states: TrainState, _: None) -> tuple[TrainState, Metrics]:
             return step(states, hparams)
 
+        # Sums and counts are added up, so that an update with many episodes weighs more.
         states, metrics = jax.lax.scan(one_update, states, length=updates_per_round)
         mean = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)["episode/return"]
         finite_learner = jax.vmap(is_finite)(states.learner.params)

@@ -115,6 +115,7 @@ def rows(
     for name, values in listed.items():
         if not values:
             raise ConfigError(f"every list of a space must hold a value; {name} holds none.")
+    # One empty draw, so that the product below is the grid alone.
     draws: list[Row] = [{}]
     if drawn:
         assert num_draws is not None
@@ -200,6 +201,7 @@ def _read(value: Any) -> Any:
 
 
 def _scalar(word: str) -> Any:
+    # Words of Python and YAML, in any case.
     known = {"none": None, "true": True, "false": False}
     if word.lower() in known:
         return known[word.lower()]

@@ -79,6 +79,7 @@ class CompiledPopulation:
                 start = time.perf_counter()
                 outcome = jax.device_get(self._compiled[size](*self._arguments(chunk, size)))
                 seconds = time.perf_counter() - start
+            # The compiler's count is an estimate, and other processes use the device as well.
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or size <= len(self._devices):
                     raise
@@ -123,6 +124,7 @@ class CompiledPopulation:
 
     def _arguments(self, members: Sequence[Member], size: int) -> tuple[jax.Array, HParams, Any]:
         """Stacks the arguments of members; the last one is repeated up to `size`."""
+        # A program has a fixed number of lanes; results of the extra lanes are dropped.
         padded = [*members, *[members[-1]] * (size - len(members))]
         keys = jax.vmap(jax.random.key)(np.array([member.seed for member in padded]))
         hparams = _stacked([jax.tree.map(np.float32, member.hparams) for member in padded])

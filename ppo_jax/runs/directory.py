@@ -52,6 +52,7 @@ class RunDirectory:
         cls.check(path, overwrite=overwrite)
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        # Only files that a run writes: a user may keep notes in the directory.
         for name in _FILES:
             (path / name).unlink(missing_ok=True)
         return cls(path)
@@ -100,6 +101,7 @@ class RunDirectory:
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows to the file of metrics."""
+        # Opened for each piece, so that a killed process loses no rows that were written.
         with (self.path / METRICS).open("a") as file:
             file.writelines(json.dumps(_plain(row)) + "\n" for row in rows)
 
@@ -135,5 +137,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _plain(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
+        # JSON has no NaN, and readers other than Python's refuse it.
         return None if math.isnan(value) else str(value)
     return value

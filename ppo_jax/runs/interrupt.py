@@ -24,6 +24,7 @@ def deferred_interrupt() -> Iterator[Interrupt]:
         return
 
     def handle(*_: object) -> None:
+        # The way out of a piece that takes longer than expected.
         if interrupt.requested:
             raise KeyboardInterrupt
         interrupt.requested = True

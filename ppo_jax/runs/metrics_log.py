@@ -41,6 +41,7 @@ class MetricsLog:
             self._updates += stop - start
             rows += self._rows(_window(metrics, start, stop))
             start = stop
+        # Kept as sums and counts: the window may go on in the next piece.
         self._pending = _window(metrics, start, available)
         return rows
 

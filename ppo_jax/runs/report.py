@@ -47,6 +47,7 @@ def interval(x: np.ndarray, statistic: Callable[..., Any] = iqm) -> Interval:
     x = np.asarray(x, float)
     if len(x) < 2:
         return Interval(float(statistic(x)), np.nan, np.nan)
+    # A fixed seed, so that the same sweep gives the same report.
     picked = np.random.default_rng(0).integers(len(x), size=(_RESAMPLES, len(x)))
     low, high = np.percentile(statistic(x[picked], axis=1), [2.5, 97.5])
     return Interval(float(statistic(x)), float(low), float(high))
@@ -168,6 +169,7 @@ def write_plots(
     Returns:
       The paths of the files.
     """
+    # Figure instead of pyplot: no window, no global state, and it works in any thread.
     from matplotlib.figure import Figure  # no window, no global state
 
     plots: dict[str, Callable[[Axes], None]] = {
@@ -201,6 +203,7 @@ def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
     for _, row in report.configurations.head(_SHOWN).iterrows():
         rows = curves[curves["configuration"] == row["configuration"]]
         table = rows.pivot_table(index="timesteps", columns="seed", values="episode/return")
+        # No episode ended in any update.
         if table.empty:  # no episode ended
             continue
         estimates = [interval(values[~np.isnan(values)]) for values in table.to_numpy()]

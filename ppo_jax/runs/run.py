@@ -87,6 +87,7 @@ def train(
     )
     hparams = complete_hparams(hparams, config)
     trainer = make_trainer(config)
+    # `num_seeds=1` keeps an axis of seeds; None has none.
     seeds = tuple(range(seed, seed + (num_seeds or 1)))
     directory = None
     if run_dir is not None:
@@ -195,6 +196,7 @@ def load(run_dir: str | Path, *, seed: int | None = None, network: Any = None) -
     if seed is not None and seed not in seeds:
         raise ConfigError(f"seed must be one of the run's; got {seed}. It has {seeds}.")
     index = 0 if seed is None else seeds.index(seed)
+    # Policies of all seeds are stacked along the first axis.
     return jax.tree.map(lambda x: x[index], policy)
 
 
@@ -297,15 +299,18 @@ def _compile(
             rows = jax.tree.map(lambda rows, row: rows.at[i].set(row), carry[1], metrics)
             return state, rows
 
+        # The buffer is as long as the longest piece; only the first `count` rows are read.
         _, shapes = jax.eval_shape(step, state, hparams)
         rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, count, one_update, (state, rows))
 
+    # The hyperparameters are arguments of both programs, so that they round alike.
     state = jax.jit(init, out_shardings=sharding)(keys, hparams)
     placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None))
     program = placed.lower(state, hparams, np.int32(1)).compile()
 
     def advance_on_host(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
+        # The transfer of the metrics waits for the device; there is no other synchronisation.
         state, metrics = program(state, hparams, np.int32(count))
         return state, jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
 

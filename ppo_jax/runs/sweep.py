@@ -56,10 +56,9 @@ def sweep(
 
     Members that differ in traced values only (hyperparameters, environment parameters, seeds) are
     one vmapped population. It is compiled once, and runs in chunks that fit the device's memory.
-    Several devices divide a chunk's members among them. The numbers of a member do not depend on
-    its chunk or its neighbours: they are bit-identical for chunks of at least two members a device
-    on one platform, and agree to rounding otherwise. A member whose parameters become NaN is
-    frozen.
+    Several devices divide a chunk's members among them. On one platform, the numbers of a member
+    are bit-identical for any chunk with at least two members per device, whatever its neighbours
+    are; otherwise they agree to rounding. A member whose parameters become NaN is frozen.
 
     Args:
       config: settings that the space does not vary.
@@ -69,7 +68,7 @@ def sweep(
       num_draws: draws of the space's distributions.
       sampler: "random", "sobol", or "tpe", which needs optuna and draws each batch near the best
         results so far.
-      batch: configurations in a batch of "tpe".
+      batch: configurations that "tpe" proposes before it sees new results.
       run_dir: directory for finished members; one with the same sweep is continued. None keeps
         nothing.
       chunk: members that are trained together; by default as many as fit, at most 1024.
@@ -78,8 +77,11 @@ def sweep(
       say: takes lines about what will be done; None is silent.
       progress: show a progress bar on standard error.
 
+    Returns:
+      A `Sweep`.
+
     Raises:
-      ConfigError: a setting breaks a rule, or `run_dir` holds something else.
+      ConfigError: a setting breaks a rule, or `run_dir` holds files of something else.
     """
     require_positive_integers(
         {"chunk": chunk, "eval_episodes": eval_episodes, "num_rows": num_rows}
@@ -111,9 +113,11 @@ def sweep(
             bar=bar,
             is_stopped=lambda: interrupt.requested,
         )
+        # A grid is asked for once; an adaptive sampler asks again after it was told the scores.
         while asked:
             if len(asked) < proposals.total:
                 say(f"configurations {first} to {first + len(asked) - 1} of {proposals.total}:")
+            # Results on disk are told to the sampler as answers to these questions.
             store.require(asked, first)
             runner.run(plan, store)
             if interrupt.requested:

@@ -67,6 +67,7 @@ class SweepRunner:
             (group, trainer, [m for m in group.members if m.number not in finished])
             for group, trainer in plan
         ]
+        # Announced beforehand, because compiling is most of the time of a small sweep.
         new = {group.program for group, _, waiting in todo if waiting} - set(self._populations)
         self._bar.start(sum(_member_timesteps(group) * len(waiting) for group, _, waiting in todo))
         self._say(_announcement(todo, num_compilations=len(new)))
@@ -78,6 +79,8 @@ class SweepRunner:
         self, group: Group, trainer: Trainer, waiting: Sequence[Member], store: SweepStore
     ) -> None:
         program = group.program
+        # A group's program depends on its structure, not on its values: batches of an adaptive
+        # sampler share it.
         if program not in self._populations:
             self._populations[program] = self._make_population(group, trainer)
             self._chunk_sizes[program] = min(

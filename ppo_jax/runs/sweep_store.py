@@ -95,6 +95,7 @@ class SweepStore:
         """Keeps the tables of a chunk."""
         self.parts.append(tables)
         if self.path is not None:
+            # The first member's number makes the names unique, in any order of groups.
             first = int(tables[0]["member"].iloc[0])
             for name, table in reversed(list(zip(RESULTS, tables, strict=True))):
                 _write(self.path / _PARTS / f"{name}-{first:06d}.parquet", table.to_parquet)

@@ -19,14 +19,24 @@ Report = Callable[[jax.Array, Batch], Scalars]
 """`(log_ratio [T, N] after the update, batch) -> metrics`, scalars named "train/…"."""
 
 
+class UpdateInputs(NamedTuple):
+    """The inputs of an update, besides the parameters and the state of its rule."""
+
+    batch: Batch  # [T, N]
+    key: jax.Array
+    hparams: Any
+    """Complete hyperparameters, of the algorithm's `hparams_type`."""
+    anneal: jax.Array
+    """Factor of every learning rate, by the schedule."""
+
+
 class UpdateRule(NamedTuple):
     """A rule by which parameters change after a rollout, with state of its own."""
 
     init: Callable[[Any, Any], Any]
     """`(params, hparams) -> rule_state`."""
-    update: Callable[..., tuple[Any, Any, Scalars]]
-    """`(params, rule_state, batch [T, N], *, key, hparams, anneal) -> (params, rule_state,
-    metrics)`; `anneal` is the schedule's factor of every learning rate."""
+    update: Callable[[Any, Any, UpdateInputs], tuple[Any, Any, Scalars]]
+    """`(params, rule_state, inputs) -> (params, rule_state, metrics)`."""
     fits_critic_separately: bool = False
     """Actor and critic are updated one after the other, so they cannot share a torso."""
 

@@ -56,19 +56,24 @@ def collect(
 
     Args:
       policy: acts; its critic, if it has one, evaluates the states.
-      state: of the environments. An algorithm of whole episodes resets them first.
-      statistics: before this rollout. Observations of the batch are normalised by them, as they
-        were when the policy acted. Rewards are normalised by statistics that include the rollout,
-        because no action depends on them.
-      config: complete: every setting of the algorithm has a value.
+      state: state of the environments before the rollout. An algorithm of whole episodes resets
+        them first.
+      statistics: statistics before this rollout. They normalise the observations of the batch, as
+        they did when the policy acted. Rewards are normalised by statistics that include the
+        rollout, because actions do not depend on the statistics of rewards.
+      config: a complete config: every setting of the algorithm has a value.
       algorithm: estimates advantages and targets.
       env: the environment.
       env_params: its parameters.
-      hparams: complete: every hyperparameter of the algorithm has a value.
+      hparams: complete hyperparameters: each that the algorithm uses has a value.
       key: random key.
       shard: the environments of this device.
+
+    Returns:
+      The batch, and the state and statistics after the rollout.
     """
     if algorithm.whole_episodes:
+        # An episode that an earlier rollout began is no sample of a whole trajectory.
         reset_key, key = jax.random.split(key)
         state = reset(
             env,
@@ -88,18 +93,22 @@ def collect(
         after=state,
         num_states=_evaluated_together(config, shard),
     )
+    # Rewards are normalised first, because advantages are estimated from normalised rewards.
     reward, discounted_return, reward_stats = _learned_reward(
         trajectory, state.discounted_return, statistics.reward, hparams, shard.axis_name
     )
     state = state.replace(discounted_return=discounted_return)
     estimates = algorithm.estimate(config, trajectory._replace(reward=reward), values, hparams)
     advantages = estimates.advantages
+    # With "minibatch" the update rule normalises instead.
     if config.normalize_advantage == "batch":
         advantages = objectives.standardize(advantages, estimates.mask, shard.axis_name)
     if estimates.mask is not None:
         ended = _first_episodes(trajectory, estimates.mask)
+    # Log-probabilities come from the stored parameters, so that no network runs again.
     distribution = head_of(policy.spec).distribution(trajectory.action_params)
     batch = Batch(
+        # Normalised once here instead of in every epoch.
         obs=policy.normalized(trajectory.obs),
         action=trajectory.action,
         action_params=trajectory.action_params,
@@ -112,6 +121,7 @@ def collect(
         start=starts,
         recurrent_state=before.recurrent_state,
     )
+    # Merged after the batch was normalised: the policy that acted had the old statistics.
     obs_stats = statistics.obs
     if obs_stats is not None:
         obs_stats = _merged_obs_stats(obs_stats, trajectory.obs, shard.axis_name)
@@ -147,8 +157,8 @@ def _evaluated(
 def _evaluated_together(config: Config, shard: Shard) -> int:
     """Returns how many states the critic evaluates together, each with its successor.
 
-    Enough to fill a device, and few enough that activations stay in a cache and take no more memory
-    than those of a minibatch, which its gradient needs anyway.
+    The number is a target: large enough to fill a device, and small enough to limit the memory of
+    activations to that of a minibatch's. A block has at least one time step of all environments.
     """
     assert config.num_minibatches is not None, "the config is complete"
     fitting = 2**9 if jax.default_backend() == "cpu" else 2**12
@@ -167,6 +177,8 @@ def _values(policy: Policy, trajectory: Trajectory, num_states: int) -> Values:
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(num_steps // size, size, *x.shape[1:])
 
+    # Successors are evaluated separately, because at an episode's end the next observation is
+    # another episode's.
     blocks = jax.tree.map(split, (trajectory.obs, trajectory.final_obs))
     values = jax.lax.map(block_values, blocks)
     return jax.tree.map(lambda x: x.reshape(num_steps, num_envs), values)
@@ -181,6 +193,7 @@ def _values_in_sequence(
     """
     num_steps, num_envs = trajectory.reward.shape
     value, states = policy.values(trajectory.obs, recurrent_state, starts)
+    # One step of T·N environments, each with the recurrent state after its observation.
     flat_obs = jax.tree.map(
         lambda x: x.reshape(1, num_steps * num_envs, *x.shape[2:]), trajectory.final_obs
     )
@@ -209,6 +222,7 @@ def _learned_reward(
         )
         stats = running_stats.merge(stats, returns, axis_name)
         reward = running_stats.scale(stats, reward)
+    # A value of None adds no code.
     if hparams.reward_scale is not None:
         reward = reward * hparams.reward_scale
     if hparams.reward_clip is not None:

@@ -56,7 +56,12 @@ class Losses:
     def value(self, params: Any, batch: Batch, hparams: HParams) -> tuple[jax.Array, Scalars]:
         """Returns half the mean squared error of the critic, and metrics."""
         values, _ = self.network.apply(
-            params, batch.obs, batch.recurrent_state, batch.start, method="critic"
+            # The actor's part is not computed.
+            params,
+            batch.obs,
+            batch.recurrent_state,
+            batch.start,
+            method="critic",
         )
         samples = _value_samples(values, batch, hparams)
         return self._composed(samples, {"train/value_loss": 1.0}, batch)
@@ -101,6 +106,7 @@ class Losses:
     def _policy_samples(self, action_params: Any, batch: Batch, hparams: HParams) -> Samples:
         distribution = self.head.distribution(action_params)
         log_ratio = _log_ratio(distribution, batch)
+        # The exact KL costs a second distribution; most objectives do without.
         needs_kl = self.config.exact_kl or hparams.kl_coef is not None
         terms = PolicyTerms(
             log_prob=log_ratio + batch.log_prob,
@@ -109,6 +115,7 @@ class Losses:
             advantages=batch.advantages,
             kl=self._kl(distribution, batch) if needs_kl else None,
         )
+        # Objectives are maximised, optimisers minimise.
         loss = -self.objective(terms, hparams)
         if self.per_episode:
             loss *= self._mean_episode_length(batch, loss.dtype)
@@ -120,6 +127,8 @@ class Losses:
         if terms.kl is not None:
             samples["train/kl"] = terms.kl
         if hparams.clip_eps is not None:
+            # Reported for every algorithm that has a clip range, whether or not its objective
+            # clips.
             outside = jnp.abs(terms.ratio - 1.0) > hparams.clip_eps
             samples["train/clip_fraction"] = outside.astype(jnp.float32)
         return samples
@@ -140,6 +149,7 @@ class Losses:
         axis_name = self.shard.axis_name
         weighted = sum(weight * samples[name] for name, weight in weights.items())
         loss = objectives.mean_share(weighted, batch.mask, axis_name)
+        # Metrics need no derivatives; without this JAX would build theirs as well.
         reported = jax.lax.stop_gradient(samples)
         return loss, objectives.mean_shares(reported, batch.mask, axis_name)
 

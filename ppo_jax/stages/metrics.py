@@ -15,10 +15,10 @@ from ppo_jax.types import EpisodeStats, Scalars
 class Metrics(Mapping[str, jax.Array]):
     """A mapping from names to averages, stored as sums and counts.
 
-    The metrics of several updates are averaged by adding up their leaves:
-    `jax.tree.map(lambda x: x.sum(axis=0), metrics)` is a `Metrics` of the whole window. Names that
-    start with "episode/" are averaged over the episodes that ended, and are NaN where none did;
-    "episode/count" is their number. All other names are averaged over updates.
+    To average several updates, sum the leaves: `jax.tree.map(lambda x: x.sum(axis=0), metrics)`.
+    Reading a name divides its total by the count. Names that start with "episode/" are averaged
+    over the episodes that ended, and are NaN where none did; "episode/count" is their number. All
+    other names are averaged over updates.
 
     >>> window = Metrics({"train/entropy": np.array(3.0), "episode/return": np.array(8.0)}, 2, 4)
     >>> {name: float(value) for name, value in window.items()}

@@ -1,7 +1,7 @@
 """Optimisers by name, with a traced learning rate, and the schedules that anneal it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,8 @@ class Schedule(NamedTuple):
     adapt: Callable[[jax.Array, jax.Array, HParams], jax.Array] | None = None
     """`(second factor, KL of the update, hparams) -> second factor` of a schedule that adapts to
     how far an update moved the policy; the factor starts from 1. None: it does not adapt."""
+    hparams: Mapping[str, float] = {}
+    """The hyperparameters that it uses, with their defaults."""
 
 
 def adapt_lr_factor(factor: jax.Array, kl: jax.Array, *, desired_kl: Scalar) -> jax.Array:
@@ -47,6 +49,7 @@ SCHEDULES: dict[str, Schedule] = {
         adapt=lambda factor, kl, hparams: adapt_lr_factor(
             factor, kl, desired_kl=hparams.desired_kl
         ),
+        hparams={"desired_kl": 0.01},
     ),
 }
 """Schedules by name; the keys are the choices of `Config.lr_schedule`."""
@@ -80,6 +83,7 @@ def make_optimizer(config: Config) -> Optimizer:
       ConfigError: unknown optimiser, or an argument that it does not take.
     """
     require_known("optimizer", config.optimizer, OPTIMIZERS)
+    # The signature of the optax function is the list of arguments; ours would go out of date.
     factory = getattr(optax, config.optimizer)
     known = [name for name in inspect.signature(factory).parameters if name != "learning_rate"]
     for name, _ in config.optimizer_kwargs:
@@ -94,6 +98,7 @@ def make_optimizer(config: Config) -> Optimizer:
             clip_norm = optax.clip_by_global_norm(hparams.max_grad_norm)
         if hparams.max_grad_value is not None:
             clip_entries = optax.clip(hparams.max_grad_value)
+        # The norm first: clipped entries would have another norm.
         return optax.chain(clip_norm, clip_entries, factory(learning_rate, **kwargs))
 
     return optimizer

@@ -64,6 +64,7 @@ def rollout(
     Returns:
       The state after the last step, the trajectory `[T, N]`, and sums over the episodes that ended.
     """
+    # Static: looked up while tracing.
     head = head_of(policy.spec)
     num_envs = state.episode_return.shape[0]
     noise_key, env_key = jax.random.split(key)
@@ -87,6 +88,7 @@ def rollout(
             truncated=step.truncated,
             final_obs=step.obs,
         )
+        # The rollout resets environments itself, because suites differ in whether and how they do.
         done = transition.done
         episode_return = state.episode_return + step.reward
         episode_length = state.episode_length + 1
@@ -109,6 +111,7 @@ def rollout(
         # A new episode is drawn for every environment: drawing only where one ends would need a
         # branch, and under `vmap` both sides of a branch are computed anyway.
         noise, keys = inputs
+        # The first step's reset key serves the block; those of later steps are not used.
         obs, env_state = env_reset(keys[0, :, 1], env_params)
         new_episode = obs, strongly_typed(env_state)
         return jax.lax.scan(partial(act, new_episode), carry, (noise, keys[:, :, 0]))

@@ -25,7 +25,7 @@ from ppo_jax.ops.natural_gradient import (
 )
 from ppo_jax.ops.shuffle import shuffled
 from ppo_jax.policy.networks import merge_params, split_params
-from ppo_jax.stages.algorithm import MakeUpdateRule, UpdateRule
+from ppo_jax.stages.algorithm import MakeUpdateRule, UpdateInputs, UpdateRule
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.optimizers import Optimizer, Schedule, clip_actor_and_critic
 from ppo_jax.types import Batch, Scalars
@@ -37,7 +37,7 @@ Carry = TypeVar("Carry")
 
 
 def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> UpdateRule:
-    """Returns the rule of epochs of minibatch steps on actor and critic together.
+    """Returns the rule that runs epochs of minibatch gradient steps on the joint loss.
 
     With `target_kl`, the first minibatch whose approximate KL exceeds it and all after it are
     computed but not applied, so that the trip count stays fixed under `vmap`. Metrics are means
@@ -45,19 +45,14 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
     """
 
     def init(params: Any, hparams: HParams) -> Any:
+        # The optimiser's state is that of one vector; see `_gradient_step`.
         return optimizer(hparams.learning_rate, hparams).init(ravel_pytree(params)[0])
 
-    def update(
-        params: Any,
-        state: Any,
-        batch: Batch,
-        *,
-        key: jax.Array,
-        hparams: HParams,
-        anneal: jax.Array,
-    ) -> tuple[Any, Any, Scalars]:
+    def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
+        hparams = inputs.hparams
         flat, unravel = ravel_pytree(params)
-        tx = optimizer(hparams.learning_rate * anneal, hparams)
+        tx = optimizer(hparams.learning_rate * inputs.anneal, hparams)
+        # Clipping separate norms needs the gradient as a tree; the optimiser clips the joint norm.
         clip = None
         if config.separate_grad_norms:
             clip = partial(clip_actor_and_critic, max_norm=hparams.max_grad_norm)
@@ -69,14 +64,18 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
             old, active = carry
             new, metrics = step(old, samples)
             if hparams.target_kl is not None:
+                # The KL is that of the parameters before this step, so the step that exceeds the
+                # bound is the first that is not applied.
                 active &= metrics["train/approx_kl"] <= hparams.target_kl
                 new = jax.tree.map(partial(jnp.where, active), new, old)
             return (new, active), (metrics, active)
 
         start = _FlatLearner(flat, state), jnp.array(True)
         (end, _), (metrics, applied) = _run_epochs(
-            step_while_near, start, batch, key=key, config=config, losses=losses
+            step_while_near, start, inputs, config=config, losses=losses
         )
+        # The first minibatch is always applied, because the KL before it is 0, so the mean is over
+        # at least one.
         metrics = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
         if hparams.target_kl is not None:
             metrics["train/gradient_steps"] = jnp.sum(applied)
@@ -98,26 +97,19 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
             "critic": tx.init(ravel_pytree(critic)[0]) if has_critic else None,
         }
 
-    def update(
-        params: Any,
-        state: Any,
-        batch: Batch,
-        *,
-        key: jax.Array,
-        hparams: HParams,
-        anneal: jax.Array,
-    ) -> tuple[Any, Any, Scalars]:
+    def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
         actor, critic = split_params(params)
+        # Two optimisers, because actor and critic have learning rates and numbers of steps of their
+        # own.
         actor_state, critic_state = state["actor"], state["critic"]
-        tx = optimizer(hparams.learning_rate * anneal, hparams)
-        batch = batch._replace(advantages=losses.normalize_advantages(batch.advantages, batch.mask))
+        hparams, batch = inputs.hparams, _with_normalized_advantages(inputs.batch, losses)
+        tx = optimizer(hparams.learning_rate * inputs.anneal, hparams)
         flat, unravel = ravel_pytree(actor)
         step = _gradient_step(losses, losses.policy, tx, unravel, hparams)
+        # One step only: after it, the batch is off-policy.
         (flat, actor_state), metrics = step(_FlatLearner(flat, actor_state), batch)
         if hparams.critic_learning_rate is not None:
-            critic, critic_state, critic_metrics = fit_critic(
-                critic, critic_state, batch, key=key, hparams=hparams, anneal=anneal
-            )
+            critic, critic_state, critic_metrics = fit_critic(critic, critic_state, inputs)
             metrics |= critic_metrics
         state = {"actor": actor_state, "critic": critic_state}
         return merge_params(unravel(flat), critic), state, metrics
@@ -130,7 +122,8 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
 
     Schulman et al. 2015 (arXiv:1502.05477), section 6 and appendix C. A natural gradient step is
     found by conjugate gradients, scaled to the bound in the quadratic model, and shortened until
-    the surrogate improves within the true bound. Then the critic is fitted.
+    the surrogate improves within the true bound. If no step is accepted, the policy is unchanged.
+    Then the critic is fitted.
     """
     assert config.cg_iterations is not None
     assert config.line_search_steps is not None
@@ -143,26 +136,20 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
         tx = optimizer(hparams.critic_learning_rate, hparams)
         return tx.init(ravel_pytree(critic)[0])
 
-    def update(
-        params: Any,
-        state: Any,
-        batch: Batch,
-        *,
-        key: jax.Array,
-        hparams: HParams,
-        anneal: jax.Array,
-    ) -> tuple[Any, Any, Scalars]:
-        batch = batch._replace(advantages=losses.normalize_advantages(batch.advantages, batch.mask))
+    def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
+        hparams, batch = inputs.hparams, _with_normalized_advantages(inputs.batch, losses)
         actor, critic = split_params(params)
         flat, unravel = ravel_pytree(actor)
 
         def loss(flat: jax.Array) -> tuple[jax.Array, Scalars]:
             return losses.policy(unravel(flat), batch, hparams)
 
+        # Only the actor's parameters are in the constraint, so the vectors below exclude the
+        # critic's.
         def kl(flat: jax.Array) -> jax.Array:
             return losses.kl(unravel(flat), batch)
 
-        # Derivatives are taken of shares of means, but the line search must compare the means.
+        # Gradients use each device's share of a mean; the line search needs the mean over devices.
         def objective(flat: jax.Array) -> jax.Array:
             return mean_over(-loss(flat)[0], axis_name)
 
@@ -170,6 +157,8 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
             return mean_over(kl(flat), axis_name)
 
         def product(vector: jax.Array) -> jax.Array:
+            # Each device multiplies by the Fisher matrix of its samples; the mean of the products
+            # is the product with the mean matrix.
             share = fisher_vector_product(kl, flat, damping=hparams.cg_damping)(vector)
             return mean_over(share, axis_name)
 
@@ -178,6 +167,7 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
             (_, metrics), gradient = mean_over(
                 jax.value_and_grad(loss, has_aux=True)(flat), axis_name
             )
+            # The gradient is that of a loss, and the objective rises against it.
             step = _natural_step(product, -gradient, max_kl=hparams.max_kl, iterations=iterations)
             found = line_search(
                 objective, mean_kl, flat, step, max_kl=hparams.max_kl, num_steps=line_search_steps
@@ -187,12 +177,15 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
             "train/step_fraction": found.fraction,
             "train/surrogate_improvement": found.improvement,
         }
-        critic, state, critic_metrics = fit_critic(
-            critic, state, batch, key=key, hparams=hparams, anneal=anneal
-        )
+        critic, state, critic_metrics = fit_critic(critic, state, inputs)
         return merge_params(unravel(found.params), critic), state, metrics | critic_metrics
 
     return UpdateRule(init, update, fits_critic_separately=True)
+
+
+def _with_normalized_advantages(batch: Batch, losses: Losses) -> Batch:
+    advantages = losses.normalize_advantages(batch.advantages, batch.mask)
+    return batch._replace(advantages=advantages)
 
 
 def _natural_step(
@@ -200,6 +193,8 @@ def _natural_step(
 ) -> jax.Array:
     """Returns √(2 δ / gᵀF⁻¹g) F⁻¹g, the step along the natural gradient that reaches the bound."""
     direction = conjugate_gradient(product, gradient, iterations=iterations)
+    # Equal to gᵀF⁻¹g if conjugate gradients had converged. The product makes the scale right for
+    # the direction that was found.
     curvature = jnp.vdot(direction, product(direction))
     # A zero gradient has no direction: no step, rather than 0 / 0.
     scale = jnp.sqrt(2.0 * max_kl / jnp.where(curvature > 0, curvature, 1.0))
@@ -228,7 +223,7 @@ def _gradient_step(
     the norm of a vector is one kernel, while that of a tree is one for each leaf.
 
     Args:
-      losses: of the algorithm; they say which devices share the minibatch.
+      losses: the losses of the algorithm, which know the devices that share the minibatch.
       loss_fn: the loss that is descended.
       tx: the optimiser.
       unravel: turns the vector of parameters into a tree.
@@ -247,6 +242,7 @@ def _gradient_step(
             ),
             losses.shard.axis_name,
         )
+        # Averaging before clipping: the norm of a device's share is not that of the gradient.
         flat, _ = ravel_pytree(grads if clip is None else clip(grads))
         updates, opt_state = tx.update(flat, old.opt_state, old.params)
         return _FlatLearner(jnp.add(old.params, updates), opt_state), metrics
@@ -259,8 +255,8 @@ def _gradient(
 ) -> tuple[Any, Scalars]:
     """Returns the gradient of the mean loss, and metrics, accumulated over chunks of samples.
 
-    A masked minibatch is not divided, because its chunks would need weights: not all samples count.
-    A minibatch of sequences is not divided either.
+    A masked minibatch is not split into chunks, because these would need weights: not all samples
+    count. A minibatch of sequences is not split either.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     size = minibatch.log_prob.size
@@ -273,9 +269,11 @@ def _gradient(
     def accumulate(total: Any, chunk: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, chunk, hparams)), None
 
+    # A scan needs the structure of its carry before the first chunk is computed.
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], chunks), hparams)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(accumulate, zeros, chunks)
+    # Chunks are of equal size, so the mean of their means is the mean.
     return jax.tree.map(lambda x: x / num_chunks, total)
 
 
@@ -284,20 +282,14 @@ def _make_critic_fit(
 ) -> Callable[..., tuple[Any, Any, Scalars]]:
     """Returns a function that takes epochs of minibatch steps on the value loss alone."""
 
-    def fit(
-        params: Any,
-        opt_state: Any,
-        batch: Batch,
-        *,
-        key: jax.Array,
-        hparams: HParams,
-        anneal: jax.Array,
-    ) -> tuple[Any, Any, Scalars]:
+    def fit(params: Any, opt_state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
+        hparams = inputs.hparams
         flat, unravel = ravel_pytree(params)
-        tx = optimizer(hparams.critic_learning_rate * anneal, hparams)
+        tx = optimizer(hparams.critic_learning_rate * inputs.anneal, hparams)
         step = _gradient_step(losses, losses.value, tx, unravel, hparams)
         start = _FlatLearner(flat, opt_state)
-        end, metrics = _run_epochs(step, start, batch, key=key, config=config, losses=losses)
+        end, metrics = _run_epochs(step, start, inputs, config=config, losses=losses)
+        # All minibatches count: `target_kl` stops the policy, which this does not change.
         return unravel(end.params), end.opt_state, jax.tree.map(jnp.mean, metrics)
 
     return fit
@@ -306,9 +298,8 @@ def _make_critic_fit(
 def _run_epochs(
     gradient_step: Callable[[Carry, Batch], tuple[Carry, Any]],
     carry: Carry,
-    batch: Batch,
+    inputs: UpdateInputs,
     *,
-    key: jax.Array,
     config: Config,
     losses: Losses,
 ) -> tuple[Carry, Any]:
@@ -319,9 +310,8 @@ def _run_epochs(
 
     Args:
       gradient_step: `(carry, minibatch) -> (carry, outputs)`.
-      carry: before the first step.
-      batch: of the whole rollout, `[T, N]`.
-      key: random key of the orders.
+      carry: the initial carry.
+      inputs: have the batch of the rollout, `[T, N]`, and the random key of the orders.
       config: complete; has the numbers of epochs and minibatches.
       losses: normalise the advantages of a minibatch.
 
@@ -330,9 +320,10 @@ def _run_epochs(
     """
     assert config.num_epochs is not None, "the config is complete"
     assert config.num_minibatches is not None, "the config is complete"
-    num_minibatches = config.num_minibatches
+    num_minibatches, batch = config.num_minibatches, inputs.batch
     num_steps, num_envs = batch.log_prob.shape
     has_memory = batch.recurrent_state is not None
+    # The first axis is shuffled: environments, or samples.
     if has_memory:
         count, batch = num_envs, _swap_time_and_envs(batch)
     else:
@@ -342,10 +333,12 @@ def _run_epochs(
     def minibatch(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Any]:
         indices, advantages = inputs
         samples = jax.tree.map(lambda x: x[indices], batch)._replace(advantages=advantages)
+        # Networks take sequences time-major.
         return gradient_step(carry, _swap_time_and_envs(samples) if has_memory else samples)
 
     def epoch(carry: Carry, key: jax.Array) -> tuple[Carry, Any]:
         order = shuffled(key, jnp.arange(count), size=count)
+        # Minibatches are consecutive parts of the order, so that each sample is in exactly one.
         order = order.reshape(num_minibatches, -1)
         # All minibatches are normalised together: devices exchange means once an epoch for it
         # instead of at every step.
@@ -353,7 +346,7 @@ def _run_epochs(
         advantages = jax.vmap(losses.normalize_advantages)(batch.advantages[order], mask)
         return jax.lax.scan(minibatch, carry, (order, advantages))
 
-    return jax.lax.scan(epoch, carry, jax.random.split(key, config.num_epochs))
+    return jax.lax.scan(epoch, carry, jax.random.split(inputs.key, config.num_epochs))
 
 
 def _swap_time_and_envs(batch: Batch) -> Batch:
@@ -380,17 +373,20 @@ def adaptive_penalty(make_rule: MakeUpdateRule) -> MakeUpdateRule:
         rule = make_rule(config, losses, optimizer)
 
         def init(params: Any, hparams: HParams) -> AdaptivePenaltyState:
+            # An array of its own, because a caller may donate the state and keep the
+            # hyperparameters.
             kl_coef = jnp.asarray(hparams.kl_coef, jnp.float32)
             return AdaptivePenaltyState(rule.init(params, hparams), kl_coef)
 
         def update(
-            params: Any, state: AdaptivePenaltyState, batch: Batch, *, hparams: HParams, **rest: Any
+            params: Any, state: AdaptivePenaltyState, inputs: UpdateInputs
         ) -> tuple[Any, AdaptivePenaltyState, Scalars]:
-            hparams = hparams.replace(kl_coef=state.kl_coef)
+            # Losses read β from the hyperparameters and need not know that it adapts.
+            hparams = inputs.hparams.replace(kl_coef=state.kl_coef)
             params, inner, metrics = rule.update(
-                params, state.inner, batch, hparams=hparams, **rest
+                params, state.inner, inputs._replace(hparams=hparams)
             )
-            kl = mean_over(losses.kl(params, batch), losses.shard.axis_name)
+            kl = mean_over(losses.kl(params, inputs.batch), losses.shard.axis_name)
             kl_coef = objectives.adapt_kl_coef(state.kl_coef, kl, d_targ=hparams.d_targ)
             metrics |= {"train/update_kl": kl, "train/kl_coef": state.kl_coef}
             return params, AdaptivePenaltyState(inner, kl_coef), metrics
@@ -422,20 +418,14 @@ def adaptive_learning_rate(rule: UpdateRule, schedule: Schedule, losses: Losses)
         return AdaptiveRateState(rule.init(params, hparams), jnp.ones(()))
 
     def update(
-        params: Any,
-        state: AdaptiveRateState,
-        batch: Batch,
-        *,
-        hparams: HParams,
-        anneal: jax.Array,
-        **rest: Any,
+        params: Any, state: AdaptiveRateState, inputs: UpdateInputs
     ) -> tuple[Any, AdaptiveRateState, Scalars]:
-        params, inner, metrics = rule.update(
-            params, state.inner, batch, hparams=hparams, anneal=anneal * state.factor, **rest
-        )
-        kl = mean_over(losses.kl(params, batch), losses.shard.axis_name)
+        # The schedule and the adaptive factor multiply, so that both can be in effect.
+        annealed = inputs._replace(anneal=inputs.anneal * state.factor)
+        params, inner, metrics = rule.update(params, state.inner, annealed)
+        kl = mean_over(losses.kl(params, inputs.batch), losses.shard.axis_name)
         metrics["train/update_kl"] = kl
-        return params, AdaptiveRateState(inner, adapt(state.factor, kl, hparams)), metrics
+        return params, AdaptiveRateState(inner, adapt(state.factor, kl, inputs.hparams)), metrics
 
     return rule._replace(init=init, update=update)
 
@@ -443,21 +433,12 @@ def adaptive_learning_rate(rule: UpdateRule, schedule: Schedule, losses: Losses)
 def report_learning_rates(rule: UpdateRule) -> UpdateRule:
     """Wraps a rule so that its metrics hold the learning rates that it used."""
 
-    def update(
-        params: Any,
-        state: Any,
-        batch: Batch,
-        *,
-        hparams: HParams,
-        anneal: jax.Array,
-        **rest: Any,
-    ) -> tuple[Any, Any, Scalars]:
-        params, state, metrics = rule.update(
-            params, state, batch, hparams=hparams, anneal=anneal, **rest
-        )
+    def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
+        params, state, metrics = rule.update(params, state, inputs)
         for name in ("learning_rate", "critic_learning_rate"):
-            if getattr(hparams, name) is not None:
-                metrics[f"train/{name}"] = getattr(hparams, name) * anneal
+            rate = getattr(inputs.hparams, name)
+            if rate is not None:
+                metrics[f"train/{name}"] = rate * inputs.anneal
         return params, state, metrics
 
     return rule._replace(update=update)

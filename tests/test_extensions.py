@@ -1,0 +1,181 @@
+"""Parts of a user's own: registered, checked, traced and refused like those of the package."""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppo_jax
+from ppo_jax import Config, ConfigError, HParams, envs, make_env, make_trainer
+from ppo_jax.algorithms import ALGORITHMS, register_algorithm
+from ppo_jax.envs import wrappers
+from ppo_jax.policy.distributions import BOX_HEADS, register_action_distribution
+from ppo_jax.population.halving import make_halving
+from ppo_jax.population.plan import make_plan
+from ppo_jax.population.search_space import Uniform
+from ppo_jax.resolve import complete_hparams
+
+SMALL = {"num_envs": 2, "num_steps": 8, "hidden_sizes": (8,), "total_timesteps": 4 * 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class OffsetHParams(HParams):
+    offset: Any = ppo_jax.hyperparameter(low=-1.0, high=1.0)
+
+
+def offset_objective(terms, hparams):
+    return terms.log_prob * (terms.advantages + hparams.offset)
+
+
+@pytest.fixture
+def offset(monkeypatch):
+    """PPO's row with an objective that has a hyperparameter, registered for one test."""
+    monkeypatch.setattr("ppo_jax.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    row = ALGORITHMS["ppo"]._replace(
+        objective=offset_objective,
+        hparams={**ALGORITHMS["ppo"].hparams, "offset": 0.5},
+        hparams_type=OffsetHParams,
+    )
+    register_algorithm("offset", row)
+    return Config(algorithm="offset", **SMALL)
+
+
+def test_a_hyperparameter_of_an_algorithm_is_traced_and_has_its_default(offset):
+    trainer = make_trainer(offset)
+    assert trainer.hparams.offset == 0.5
+    run = jax.jit(jax.vmap(trainer.run, in_axes=(None, 0)))
+    states, _ = run(jax.random.key(0), OffsetHParams(offset=jnp.array([-1.0, 0.5, 1.0])))
+    default, _ = jax.jit(trainer.run)(jax.random.key(0), HParams(clip_eps=0.2))
+    for swept, alone in zip(
+        jax.tree.leaves(states.learner.params), jax.tree.leaves(default.learner.params), strict=True
+    ):
+        np.testing.assert_allclose(swept[1], alone, rtol=1e-4, atol=1e-6)
+    kernels = states.learner.params["params"]["actor_out"]["kernel"]
+    assert not np.allclose(kernels[0], kernels[2])
+
+
+def test_a_hyperparameter_of_an_algorithm_is_refused_like_the_others(offset):
+    with pytest.raises(ConfigError, match=r"offset must be in \[-1, 1\]; got 2.0"):
+        OffsetHParams(offset=2.0)
+    with pytest.raises(ConfigError, match="offset is set and ppo uses learning_rate"):
+        complete_hparams(OffsetHParams(offset=0.1), Config())
+    with pytest.raises(ConfigError, match="unknown name in the space 'ofset'. Did you mean offset"):
+        ppo_jax.sweep(offset, {"ofset": [0.1]})
+    with pytest.raises(ConfigError, match=r"offset must be in \[-1, 1\]; got 3.0"):
+        make_halving(
+            make_trainer(offset), {"offset": Uniform(0.0, 3.0)}, num_rounds=2, updates_per_round=1
+        )
+
+
+def test_a_hyperparameter_of_an_algorithm_is_swept_and_searched(offset):
+    plan = make_plan(offset, HParams(gamma=0.9), [{"offset": 0.1}, {"offset": 0.2}], seeds=(0,))
+    (group,) = plan  # traced: one program
+    assert [member.hparams.offset for member in group.members] == [0.1, 0.2]
+    assert {member.hparams.gamma for member in group.members} == {0.9}
+    run = make_halving(
+        make_trainer(offset), {"offset": Uniform(0.0, 1.0)}, num_rounds=2, updates_per_round=1
+    )
+    result = jax.eval_shape(run, jax.random.split(jax.random.key(0), 3), HParams(gamma=0.9))
+    assert result.hparams.offset.shape == (3,)
+
+
+def test_a_run_of_a_registered_algorithm_is_read_again(offset, tmp_path):
+    ppo_jax.train(offset, run_dir=tmp_path / "run", eval_episodes=2, progress=False)
+    directory = ppo_jax.runs.directory.RunDirectory.open(tmp_path / "run")
+    config, hparams = directory.read_config()
+    assert config == offset
+    assert hparams == complete_hparams(None, offset)
+    assert hparams.offset == 0.5
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (
+            lambda: register_algorithm("ppo", ALGORITHMS["ppo"]),
+            "the name of an algorithm must be new; 'ppo' is taken",
+        ),
+        (
+            lambda: register_algorithm("x", ALGORITHMS["ppo"]._replace(settings={"num_epoch": 1})),
+            "unknown algorithm setting 'num_epoch'. Did you mean num_epochs",
+        ),
+        (
+            lambda: register_algorithm("x", ALGORITHMS["ppo"]._replace(hparams={"margin": 1.0})),
+            "unknown hyperparameter 'margin'",
+        ),
+        (
+            lambda: register_algorithm("x", ALGORITHMS["ppo"]._replace(hparams={"gamma": 2.0})),
+            r"gamma must be in \[0, 1\]; got 2.0",
+        ),
+        (
+            lambda: register_algorithm("x", ALGORITHMS["ppo"]._replace(hparams_type=dict)),
+            "hparams_type must be HParams or a subclass",
+        ),
+        (
+            lambda: envs.register("CartPole-v1", lambda: None),
+            "the name of an environment must be new; 'CartPole-v1' is taken",
+        ),
+        (
+            lambda: wrappers.register("time_limit", lambda env, _: env),
+            "the name of a wrapper must be new; 'time_limit' is taken",
+        ),
+        (
+            lambda: register_action_distribution("beta", BOX_HEADS["beta"]),
+            "the name of an action distribution must be new; 'beta' is taken",
+        ),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(register, message):
+    with pytest.raises(ConfigError, match=message):
+        register()
+    assert "x" not in ALGORITHMS
+
+
+def test_an_unknown_action_distribution_is_said_before_anything_is_traced():
+    with pytest.raises(ConfigError, match="unknown action_distribution 'betta'. Did you mean beta"):
+        make_trainer(Config(env="Pendulum-v1", action_distribution="betta"))
+
+
+@pytest.mark.parametrize(
+    ("applied", "longest"),
+    [
+        ({}, 20),
+        ({"action_repeat": 3}, 7),
+        ({"time_limit": 5}, 5),
+        ({"time_limit": 50}, 20),
+        ({"action_repeat": 3, "time_limit": 5}, 5),
+        ({"time_limit": 5, "action_repeat": 3}, 2),
+    ],
+)
+def test_an_environment_knows_its_longest_episode(applied, longest):
+    env = make_env(Config(env_params={"max_steps_in_episode": 20}, wrappers=applied))
+    assert env.longest_episode(env.params) == longest
+    doubled = env.params.replace(max_steps_in_episode=40)
+    assert env.longest_episode(doubled) >= longest  # a function of its parameters
+
+
+def test_an_environment_without_a_limit_has_no_longest_episode():
+    env = make_env(Config())._replace(longest_episode=lambda params: None)
+    assert wrappers.action_repeat(env, 2).longest_episode(env.params) is None
+    assert wrappers.time_limit(env, 9).longest_episode(env.params) == 9
+
+
+def test_hyperparameters_are_a_pytree_whatever_is_imported_first():
+    code = (
+        "from ppo_jax.hparams import HParams\n"
+        "from ppo_jax.presets import preset\n"
+        "_, early = preset('CartPole-v1')\n"
+        "import sys\n"
+        "assert 'jax' not in sys.modules\n"
+        "import ppo_jax\n"
+        "_, hparams = ppo_jax.preset('CartPole-v1')\n"
+        "import jax\n"
+        "assert len(jax.tree.leaves(hparams)) == 2\n"
+        "assert len(jax.tree.leaves(early)) == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
