@@ -12,6 +12,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ppo_jax.lazy import submodules_of
+
 if TYPE_CHECKING:
     from ppo_jax.algorithms import register_algorithm
     from ppo_jax.config import Config
@@ -74,9 +76,12 @@ __all__ = [
 ]
 
 
+_submodule = submodules_of(__name__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _submodule(name)
     # `HParams` becomes a pytree when one is made after JAX was imported; see `hparams`.
     importlib.import_module("jax")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -38,7 +38,9 @@ class Trainer(NamedTuple):
     init: Callable[..., TrainState]
     """`(key, hparams=None, env_params=None) -> state`."""
     step: Callable[..., tuple[TrainState, Metrics]]
-    """`(state, hparams=None) -> (state, metrics)`: one update; metrics are scalars."""
+    """`(state, hparams=None) -> (state, metrics)`: one update; metrics are scalars. Updates after
+    `config.num_updates` use the schedule's last learning rate, which is 0 for "linear" and
+    "cosine"."""
     run: Callable[..., tuple[TrainState, Metrics]]
     """`(key, hparams=None, env_params=None) -> (state, metrics)`: `init`, then a scan of `step`
     over `config.num_updates`; metrics are `[num_updates]`."""
@@ -226,7 +228,9 @@ def _step_on_one_device(
         key=rollout_key,
         shard=stages.shard,
     )
-    anneal = resolved.schedule.factor(state.updates_done / config.num_updates)
+    # Steps beyond `num_updates` keep the last factor: unclipped, a linear schedule turns negative.
+    progress = jnp.minimum(state.updates_done / config.num_updates, 1.0)
+    anneal = resolved.schedule.factor(progress)
     inputs = UpdateInputs(batch, update_key, hparams, anneal)
     params, rule_state, scalars = stages.rule.update(
         state.learner.params, state.learner.rule_state, inputs

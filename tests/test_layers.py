@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "ppo_jax"
 
 # From the bottom up; a module may import from its own layer's package and from layers below.
 LAYERS = [
+    ["lazy"],
     ["ops", "errors"],
     ["config", "hparams"],
     ["presets", "types"],
@@ -116,6 +117,27 @@ def test_help_and_errors_need_no_slow_package(arguments):
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_submodule_is_reachable_and_imported_when_used():
+    names = [
+        ".".join(("ppo_jax", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in modules()
+        if path.stem not in ("__main__", "__init__")
+    ]
+    code = (
+        "import sys, ppo_jax\n"
+        "ppo_jax.envs.register('mine', lambda: None)\n"
+        "assert 'jax' not in sys.modules\n"
+        + "".join(f"{name}\n" for name in names)
+        + "assert 'jax' in sys.modules\n"
+        "for package in (ppo_jax, ppo_jax.policy):\n"
+        "    assert not hasattr(package, 'nothing')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
 

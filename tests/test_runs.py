@@ -3,13 +3,15 @@ import signal
 import threading
 import time
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ppo_jax
-from ppo_jax import Config, ConfigError, HParams, make_trainer
+from ppo_jax import Config, ConfigError, HParams, envs, make_trainer
+from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
@@ -122,6 +124,47 @@ def test_overwriting_replaces_a_runs_files_and_no_others(tmp_path):
     directory.append_metrics([{"a": np.float32(1.5), "b": float("nan")}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1.5, "b": null}\n'
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_spaces_of_numpy_integers_are_saved(tmp_path):
+    """As gymnax's FlattenObservationWrapper has them, and as a user's own environment may."""
+
+    class Flat(type(gymnax.make("CartPole-v1")[0])):
+        def observation_space(self, params):
+            space = super().observation_space(params)
+            space.shape = (np.prod(space.shape),)
+            return space
+
+    def own():
+        env = envs.make("CartPole-v1")
+        return env._replace(
+            observation_space=Box((np.int64(4),)), action_space=Discrete(np.int8(2))
+        )
+
+    for name, factory in {"numpy-gymnax": Flat, "numpy-own": own}.items():
+        envs.register(name, factory)
+        run = ppo_jax.train(
+            CONFIG.replace(env=name), run_dir=tmp_path / name, eval_episodes=2, progress=False
+        )
+        assert ppo_jax.load(tmp_path / name)(jnp.zeros(4)) == run.policy(jnp.zeros(4))
+
+
+def test_a_policy_that_cannot_be_saved_is_known_before_the_training(tmp_path, monkeypatch):
+    def refuse(policy):
+        raise TypeError("not serialisable")
+
+    monkeypatch.setattr("ppo_jax.runs.run.to_bytes", refuse)
+    with pytest.raises(TypeError, match="not serialisable"):
+        ppo_jax.train(CONFIG, run_dir=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_of_several_devices_is_evaluated_on_one(tmp_path):
+    run = ppo_jax.train(CONFIG, run_dir=tmp_path / "run", eval_episodes=2, progress=False)
+    path = run.run_dir / "config.json"  # as a machine with two devices writes it
+    path.write_text(path.read_text().replace('"num_devices": 1', '"num_devices": 2'))
+    assert RunDirectory.open(run.run_dir).read_config()[0].num_devices == 2
+    assert evaluate_run(run.run_dir, num_episodes=3)["episodes"] == 3
 
 
 def test_a_run_that_cannot_start_leaves_nothing(tmp_path):

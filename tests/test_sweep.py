@@ -298,7 +298,7 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
     # A sampler of another version may ask for something else.
     part = tmp_path / "run" / "parts" / "members-000000.parquet"
     pd.read_parquet(part).assign(learning_rate=0.5).to_parquet(part)
-    with pytest.raises(ConfigError, match="must hold what the sampler asks for again"):
+    with pytest.raises(ConfigError, match="must hold the configurations that the sampler asks for"):
         again(run_dir=tmp_path / "run")
 
 

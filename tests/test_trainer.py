@@ -14,7 +14,7 @@ from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.policy.initializers import GAINS
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.stages.collect import _evaluated_together, _values
-from ppo_jax.stages.optimizers import clip_actor_and_critic, make_optimizer
+from ppo_jax.stages.optimizers import SCHEDULES, clip_actor_and_critic, make_optimizer
 from ppo_jax.stages.rollout import rollout
 from ppo_jax.types import Shard, Trajectory
 from tests.conftest import optimized_jit
@@ -328,6 +328,26 @@ def test_learning_rate_schedules(schedule, expected):
     config = small("ppo", lr_schedule=schedule, total_timesteps=4 * 64)
     _, metrics = jax.jit(make_train(config))(jax.random.key(0), HParams(learning_rate=0.5))
     np.testing.assert_allclose(metrics["train/learning_rate"], 0.5 * np.array(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_steps_after_the_last_update_keep_the_last_learning_rate(schedule):
+    """Unclipped, a linear schedule would turn negative and a cosine would rise again."""
+    config = small("ppo", lr_schedule=schedule, total_timesteps=2 * 64)
+    trainer = make_trainer(config)
+    hparams = HParams(learning_rate=0.5)
+    state = jax.jit(trainer.init)(jax.random.key(0), hparams)
+    step = jax.jit(trainer.step)
+    rates, params = [], []
+    for _ in range(6):
+        state, metrics = step(state, hparams)
+        rates.append(float(metrics["train/learning_rate"]))
+        params.append(state.learner.params)
+    if schedule in ("linear", "cosine"):
+        np.testing.assert_allclose(rates, [0.5, 0.25, 0.0, 0.0, 0.0, 0.0], atol=1e-7)
+        assert_same_bits(params[2], params[5])
+    else:
+        assert min(rates) > 0.0
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ppo_jax.errors import ConfigError, require_known, require_new_name
+from ppo_jax.lazy import submodules_of
 
 if TYPE_CHECKING:
     from ppo_jax.config import Config
     from ppo_jax.envs.environment import Environment
+
+__getattr__ = submodules_of(__name__)
 
 GYMNAX_NAMES = (
     "CartPole-v1",

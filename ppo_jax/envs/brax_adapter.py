@@ -61,7 +61,7 @@ def adapt(name: str, env: Any) -> Environment:
     # brax has no description of observations; the shapes of a reset are one.
     initial = jax.eval_shape(lambda: env.reset(jax.random.key(0)))
     space = _space(name, initial.obs)
-    size = env.action_size
+    size = int(env.action_size)
 
     def reset(key: jax.Array, params: Params) -> tuple[Any, State]:
         del params
@@ -96,7 +96,7 @@ def _space(name: str, shape: Any) -> Space:
     if isinstance(shape, Mapping):
         return Dict.of({key: _space(name, entry) for key, entry in shape.items()})
     if isinstance(shape, jax.ShapeDtypeStruct):
-        return Box(tuple(shape.shape), shape.dtype.name)
+        return Box(tuple(map(int, shape.shape)), shape.dtype.name)
     raise ConfigError(
         f"an observation must be an array, or a mapping of them; {name} has {shape}. "
         "Change the obs of its states."

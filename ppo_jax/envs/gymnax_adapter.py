@@ -104,7 +104,8 @@ def _space(name: str, space: Any) -> Space:
     if hasattr(space, "n"):
         return Discrete(int(space.n))
     if hasattr(space, "shape"):
-        return Box(tuple(space.shape), jnp.dtype(space.dtype).name)
+        # Shapes may hold NumPy integers, which no file format takes.
+        return Box(tuple(map(int, space.shape)), jnp.dtype(space.dtype).name)
     raise ConfigError(
         f"a space must be a Box, Discrete, MultiDiscrete, or a dict or tuple of them; {name} has "
         f"{space}. Describe it by one of these."

@@ -90,7 +90,14 @@ def to_plain(space: Space) -> dict[str, Any]:
         return {"kind": kind, "spaces": [[name, to_plain(entry)] for name, entry in space.spaces]}
     if isinstance(space, Tuple):
         return {"kind": kind, "spaces": [to_plain(entry) for entry in space.spaces]}
-    return {"kind": kind, **space._asdict()}
+    return {"kind": kind, **{name: _to_plain(value) for name, value in space._asdict().items()}}
+
+
+def _to_plain(value: Any) -> Any:
+    """Returns a field of a space with NumPy's numbers unwrapped, which JSON does not take."""
+    if isinstance(value, tuple):
+        return tuple(map(_to_plain, value))
+    return value.item() if hasattr(value, "item") else value
 
 
 def from_plain(plain: Mapping[str, Any]) -> Space:

@@ -208,7 +208,7 @@ def make_view(space: Space, names: tuple[str, ...] | None) -> View:
     if not names or ACTION_MASK in names:
         raise ConfigError(
             f"actor_keys and critic_keys must name something to see, and not {ACTION_MASK}, which "
-            f"acts by itself; got {names}. Name other entries."
+            f"is applied automatically; got {names}. Name other entries."
         )
     for name in names:
         if name not in space.names:

@@ -45,6 +45,11 @@ def network_from_name(name: str, network: Any) -> Any:
 
 def save_policy(policy: Policy, path: Path) -> None:
     """Writes parameters, statistics and spec of a policy into one msgpack file."""
+    path.write_bytes(to_bytes(policy))
+
+
+def to_bytes(policy: Policy) -> bytes:
+    """Returns the content of a policy's file."""
     stats = None
     if policy.obs_stats is not None:
         # Keys of msgpack maps are text; arrays without statistics are left out.
@@ -54,7 +59,7 @@ def save_policy(policy: Policy, path: Path) -> None:
         "params": policy.params,
         "obs_stats": stats,
     }
-    path.write_bytes(serialization.msgpack_serialize(record))
+    return serialization.msgpack_serialize(record)
 
 
 def load_policy(path: Path, network: nn.Module | None = None) -> Policy:

@@ -238,7 +238,8 @@ def _check_shapes(network: nn.Module, space: Space, name: str) -> Any:
         ) from error
     if set(variables) - {"params"}:
         raise ConfigError(
-            f"{_CONTRACT} with parameters alone; {name} has {', '.join(sorted(variables))}. "
+            f"{_CONTRACT}, with parameters and no other collections; {name} has "
+            f"{', '.join(sorted(variables))}. "
             "Leave out layers that keep statistics, such as BatchNorm; LayerNorm will do."
         )
     return result

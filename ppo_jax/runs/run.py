@@ -18,6 +18,7 @@ from ppo_jax.errors import ConfigError, require_positive_integers
 from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.saving import to_bytes
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
@@ -101,6 +102,9 @@ def train(
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
         state, advance = _compile(trainer, config, keys, hparams)
+        if directory is not None:
+            # A policy that cannot be saved is an error now, and not after hours of training.
+            to_bytes(trainer.policy(state))
         compiled = time.perf_counter()
         state, updates = _train(
             state,

@@ -43,7 +43,7 @@ class SweepStore:
             if found != wanted:
                 changed = [name for name in wanted if found.get(name) != wanted[name]]
                 raise ConfigError(
-                    f"run_dir must be new or hold this very sweep; {path} holds another "
+                    f"run_dir must be new or hold the same sweep; {path} holds another "
                     f"({', '.join(changed)} differ). Choose another directory."
                 )
         elif path.exists() and not (path.is_dir() and cls._is_unused(path)):
@@ -80,9 +80,10 @@ class SweepStore:
                 found, asked = record[name], to_cell(value)
                 if found != asked and not (asked is None and pd.isna(found)):
                     raise ConfigError(
-                        f"run_dir must hold what the sampler asks for again; {self.path} has "
-                        f"{name} = {found} in configuration {place + first}, and now it is "
-                        f"{asked}: another version of the sampler? Choose another directory."
+                        "run_dir must hold the configurations that the sampler asks for; "
+                        f"{self.path} has {name} = {found} in configuration {place + first}, and "
+                        f"now it is {asked}: another version of the sampler? Choose another "
+                        "directory."
                     )
 
     def scores(self, configurations: Iterable[int]) -> list[float]:

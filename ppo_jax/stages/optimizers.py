@@ -21,7 +21,7 @@ class Schedule(NamedTuple):
     """A rule for the factor of every learning rate."""
 
     factor: Callable[[jax.Array], jax.Array]
-    """`progress -> factor`; the progress of a training is in [0, 1)."""
+    """`progress -> factor`; the progress of a training is in [0, 1]."""
     adapt: Callable[[jax.Array, jax.Array, HParams], jax.Array] | None = None
     """`(second factor, KL of the update, hparams) -> second factor` of a schedule that adapts to
     how far an update moved the policy; the factor starts from 1. None: it does not adapt."""
