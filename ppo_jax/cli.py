@@ -6,7 +6,9 @@ import datetime
 import itertools
 import math
 import os
+import secrets
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,13 +81,15 @@ class TrainCommand:
     seeds: int | None = None
     """Train this many seeds at once, starting from --seed."""
     run_dir: Path | None = None
-    """Directory of the run; runs/ENV_ALGORITHM_TIME by default."""
+    """Directory of the run; runs/ENV_ALGORITHM_SEED_TIME by default."""
     overwrite: bool = False
     """Replace a run that is there already."""
     eval_episodes: int = 128
     """Episodes of the evaluation at the end, for each seed."""
     log_every: int | None = None
     """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
+    quiet: bool = False
+    """Show no progress."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
@@ -98,7 +102,7 @@ class TrainCommand:
                 f"{config.total_timesteps:,} steps are not a whole number of updates of "
                 f"{config.batch_size:,}: {timesteps:,} will run."
             )
-        run_dir = self.run_dir or _new_run_dir(config.env, config.algorithm)
+        run_dir = self.run_dir or _new_run_dir(config.env, f"{config.algorithm}_seed{self.seed}")
         RunDirectory.check(run_dir, overwrite=self.overwrite)
         _enable_compilation_cache()
         if config.num_devices > 1:
@@ -109,6 +113,8 @@ class TrainCommand:
 
         from ppo_jax.runs.run import summarize, train
 
+        # Failures are printed below, as errors.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, message="seed .* diverged")
         result = train(
             config,
             hparams,
@@ -118,6 +124,7 @@ class TrainCommand:
             overwrite=self.overwrite,
             eval_episodes=self.eval_episodes,
             log_every=self.log_every,
+            progress=not self.quiet,
         )
         total = result.timesteps * len(result.seeds)
         print(
@@ -125,12 +132,15 @@ class TrainCommand:
             f"{result.run_seconds:.1f} s ({total / max(result.run_seconds, 1e-9):,.0f} steps/s), "
             f"compiled in {result.compile_seconds:.1f} s"
         )
-        if result.evaluation is None:
+        for failure in result.failures:
+            _say(f"ppo-jax: error: {failure}")
+        if result.evaluation is None and not result.failures:
             print(f"stopped by Ctrl-C; the policy so far is in {run_dir}")
             return 130
-        _print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
+        if result.evaluation is not None:
+            _print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
         print(f"run: {run_dir}")
-        return 0
+        return 1 if result.failures else 0
 
 
 _SpaceFlags: Any = dataclasses.make_dataclass(
@@ -174,6 +184,8 @@ class SweepCommand:
     """Directory of the results; runs/ENV_sweep_TIME by default."""
     chunk: int | None = None
     """Number of members that train together; by default as many as fit."""
+    quiet: bool = False
+    """Show no progress."""
     eval_episodes: int = 64
     """Number of episodes of each member's final evaluation."""
 
@@ -216,6 +228,7 @@ class SweepCommand:
             chunk=self.chunk,
             eval_episodes=self.eval_episodes,
             say=_say,
+            progress=not self.quiet,
         )
         print(
             f"trained {len(result.members)} members in {result.run_seconds:.1f} s, compiled in "
@@ -401,10 +414,13 @@ def _preset_summary(name: str) -> str:
 
 
 def _new_run_dir(env: str, what: str) -> Path:
-    """Returns a directory named after the environment, the command and the time."""
+    """Returns a directory named after the environment, the command and the time.
+
+    Commands that start in the same second have different directories by a random suffix.
+    """
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     # Not every file system takes the colon of `brax:hopper`.
-    return Path("runs") / f"{env.replace(':', '-')}_{what}_{time}"
+    return Path("runs") / f"{env.replace(':', '-')}_{what}_{time}-{secrets.token_hex(3)}"
 
 
 def _say(message: str) -> None:

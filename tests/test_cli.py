@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ppo_jax.cli import main
+from ppo_jax.cli import _new_run_dir, main
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--hidden-sizes", "8", "--eval-episodes", "3"]
 
@@ -25,6 +25,22 @@ def test_train_then_eval(tmp_path, capsys):
 
     assert main(["train", "CartPole-v1", *SMALL, *arguments]) == 2
     assert "must be new or empty" in capsys.readouterr().err
+
+
+def test_a_diverged_training_is_an_error(tmp_path, capsys):
+    path = str(tmp_path / "run")
+    arguments = ["--total-timesteps", "640", "--learning-rate", "1e30", "--run-dir", path]
+    assert main(["train", "CartPole-v1", *SMALL, *arguments, "--quiet"]) == 1
+    out, err = capsys.readouterr()
+    assert "ppo-jax: error: seed 0 diverged: update 1, after 64 steps" in err
+    assert "Try a lower learning_rate" in err
+    assert f"run: {path}" in out
+
+
+def test_run_directories_of_the_same_second_differ():
+    names = {_new_run_dir("brax:hopper", "ppo_seed3").name for _ in range(20)}
+    assert len(names) == 20
+    assert all(name.startswith("brax-hopper_ppo_seed3_") for name in names)
 
 
 def test_a_preset_belongs_to_an_algorithm(capsys):

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import threading
 import time
@@ -7,11 +8,13 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, envs, make_trainer
 from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.runs import progress
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
@@ -243,3 +246,70 @@ def test_metrics_rows_are_means_over_windows_weighted_by_episodes():
     assert row["episode/return"] == (8.0 * 6 + 0.0 * 2) / 8
     (row,) = log.add(metrics([1.0], [0.0], [0]), flush=True)
     assert np.isnan(row["episode/return"])
+
+
+def test_a_diverged_training_says_so_and_keeps_the_last_finite_policy(tmp_path):
+    hparams = HParams(learning_rate=1e30)
+    with pytest.warns(RuntimeWarning, match="seed 7 diverged: update .* NaN or infinite"):
+        run = ppo_jax.train(
+            CONFIG, hparams, seed=7, run_dir=tmp_path / "run", log_every=1, progress=False
+        )
+    (failure,) = run.failures
+    assert failure.seed == 7
+    assert failure.timesteps == failure.update * 64
+    assert "train/value_loss" in failure.quantities
+    assert run.evaluation is None
+    # Nothing is logged after the update that failed, and the policy is the one before it.
+    assert run.metrics["update"].max() == failure.update
+    trainer = make_trainer(CONFIG)
+    state = jax.jit(trainer.init)(jax.random.key(7), hparams)
+    step = jax.jit(trainer.step)
+    for _ in range(failure.update - 1):
+        state, _ = step(state, hparams)
+    kept, again = ppo_jax.load(tmp_path / "run").params, step(state, hparams)[0].learner.params
+    for x, y in zip(jax.tree.leaves(kept), jax.tree.leaves(state.learner.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)
+        assert np.isfinite(x).all()
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(again))
+
+
+def test_a_seed_that_failed_has_no_rows_of_later_windows():
+    log = MetricsLog(seeds=[0, 1], batch_size=1, log_every=2)
+    ones = np.ones((6, 2))
+    rows = log.add(
+        Metrics({"train/policy_loss": ones}, ones, ones), flush=True, failed_at=np.array([-1, 2])
+    )
+    assert [(row["update"], row["seed"]) for row in rows] == [
+        (2, 0),
+        (2, 1),
+        (4, 0),
+        (4, 1),
+        (6, 0),
+    ]
+
+
+def test_a_run_has_its_learning_curve_and_a_short_repr(run, population):
+    table = run.metrics
+    on_disk = pd.DataFrame(rows_of(run))
+    pd.testing.assert_frame_equal(table, on_disk[table.columns], check_dtype=False)
+    assert list(table["update"]) == [2, 4, 6, 8, 10, 11]
+    assert set(population.metrics["seed"]) == {3, 4}
+    assert repr(run).startswith("Run(1 seed, 704 steps each in ")
+    assert len(repr(population)) < 200
+    axes = population.plot()
+    assert axes.get_xlabel() == "environment steps"
+    assert len(axes.lines) == 3  # two seeds and their mean
+    assert len(run.plot().lines) == 1
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    ppo_jax.train(CONFIG, eval_episodes=2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"704 of 704 steps, [\d,]+ steps/s, return [\d.]+, 0:00:\d\d elapsed, 0:00:00 left", last
+    )
+    ppo_jax.train(CONFIG, eval_episodes=2, progress=False)
+    assert capsys.readouterr().err == ""

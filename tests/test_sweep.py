@@ -18,6 +18,7 @@ import scipy.stats
 import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.cli import main
+from ppo_jax.population.member import make_member
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.proposals import make_proposals
 from ppo_jax.population.search_space import Choice, LogUniform, Uniform, parse, rows
@@ -464,3 +465,71 @@ def test_a_sweep_killed_ten_times_ends_as_one_that_was_not(tmp_path):
     assert list(killed.members["member"]) == list(range(24))
     pd.testing.assert_frame_equal(killed.members, whole.members, check_dtype=False)
     pd.testing.assert_frame_equal(killed.curves, whole.curves, check_dtype=False)
+
+
+def test_the_best_policy_of_a_sweep_is_kept_and_is_a_run(tmp_path):
+    space = {"learning_rate": RATES, "env_params.gravity": [9.8, 12.0]}
+    path = tmp_path / "run"
+    result = sweep(CONFIG, space, seeds=2, chunk=4, run_dir=path)
+    best = result.members.loc[result.members["eval/return"].idxmax()]
+    record = json.loads((path / "best" / "evaluation.json").read_text())
+    assert record["eval/return"] == pytest.approx(best["eval/return"])
+    assert record["member"] == best["member"]
+    described = json.loads((path / "best" / "config.json").read_text())
+    assert described["seeds"] == best["seed"]
+    assert described["hparams"]["learning_rate"] == best["learning_rate"]
+    assert dict(described["config"]["env_params"])["gravity"] == best["env_params.gravity"]
+    # It is the policy of that member: trained alone it is the same, to rounding.
+    policy = ppo_jax.load(path / "best")
+    config = CONFIG.replace(env_params={"gravity": best["env_params.gravity"]})
+    run = jax.jit(make_trainer(config).run)
+    state, _ = run(jax.random.key(int(best["seed"])), HParams(learning_rate=best["learning_rate"]))
+    for kept, alone, held in zip(
+        *map(jax.tree.leaves, (policy.params, state.learner.params, result.best_policy.params)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(kept, alone, rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(kept, held)
+    assert main(["eval", str(path / "best"), "--episodes", "2"]) == 0
+    # A sweep that goes on knows the best so far, also one that was being replaced.
+    os.rename(path / "best", path / ".best.unfinished")
+    again = sweep(CONFIG, space, seeds=2, chunk=4, run_dir=path)
+    for kept, held in zip(
+        *map(jax.tree.leaves, (again.best_policy.params, policy.params)), strict=True
+    ):
+        np.testing.assert_array_equal(kept, held)
+    assert (path / "best" / "config.json").is_file()
+
+
+def test_a_sweep_shows_progress_within_a_chunk_and_stops_there(monkeypatch):
+    """Pieces of one update: a chunk of many is left after the piece in which Ctrl-C came."""
+    monkeypatch.setattr(compiled_population, "_PIECE_SECONDS", 0.0)
+    (group,) = make_plan(CONFIG, HParams(), rows({"learning_rate": RATES}), seeds=(0, 1))
+    trainer = make_trainer(group.config)
+    member = make_member(trainer, num_updates=6, num_rows=3, num_episodes=2)
+    population = compiled_population.CompiledPopulation(
+        member, trainer.env, num_updates=6, may_shrink=True, say=lambda line: None
+    )
+    pieces = []
+
+    def chunks(stop_after):
+        pieces.clear()
+        return list(
+            population.chunks(
+                group.members,
+                6,
+                is_stopped=lambda: len(pieces) >= stop_after,
+                on_piece=lambda count, piece: pieces.append((count, piece.updates)),
+            )
+        )
+
+    assert chunks(stop_after=3) == []
+    assert pieces == [(6, 1)] * 3
+    (chunk,) = chunks(stop_after=100)
+    assert pieces == [(6, 1)] * 6
+    # The same numbers as in one piece.
+    monkeypatch.setattr(compiled_population, "_PIECE_SECONDS", 1e9)
+    (whole,) = chunks(stop_after=100)
+    assert len(pieces) < 6
+    for x, y in zip(jax.tree.leaves(chunk.outcome), jax.tree.leaves(whole.outcome), strict=True):
+        np.testing.assert_array_equal(x, y)

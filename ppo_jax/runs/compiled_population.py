@@ -9,15 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from ppo_jax.devices import member_sharding
 from ppo_jax.envs import override_params
 from ppo_jax.envs.environment import Environment
 from ppo_jax.hparams import HParams
-from ppo_jax.population.member import Outcome
+from ppo_jax.policy.policy import Policy
+from ppo_jax.population.member import MemberProgram, MemberState, Outcome
 from ppo_jax.population.plan import Member
 
 _MEMORY_SHARE = 0.8  # of a device's memory; the runtime needs the rest
+_PIECE_SECONDS = 1.0
 
 
 class Chunk(NamedTuple):
@@ -25,10 +28,33 @@ class Chunk(NamedTuple):
 
     members: Sequence[Member]
     outcome: Outcome
-    """Results `[S]`, in the order of `members`."""
+    """Results `[S]` in NumPy, in the order of `members`, without the policies."""
+    best: int
+    """Position in `members` of the highest mean return."""
+    best_policy: Policy
     seconds: float
     size: int
     """Members that fit the devices together: the size of the next chunk."""
+
+
+class PieceDone(NamedTuple):
+    """Progress within a chunk."""
+
+    updates: int
+    """Updates of each member in the piece."""
+    seconds: float
+    episode_return: float
+    """Mean return of the members in the current window of updates; NaN if no episode ended."""
+
+
+class _Programs(NamedTuple):
+    """The three parts of the training of a chunk, compiled for one size."""
+
+    start: Any
+    advance: Any
+    finish: Any
+    num_bytes: int
+    """The largest memory of the three on one device."""
 
 
 class CompiledPopulation:
@@ -36,57 +62,118 @@ class CompiledPopulation:
 
     def __init__(
         self,
-        train: Callable[..., Outcome],
+        member: MemberProgram,
         env: Environment,
         *,
+        num_updates: int,
         may_shrink: bool,
         say: Callable[[str], None],
     ) -> None:
-        """Prepares the program; nothing is compiled yet.
+        """Prepares the programs; nothing is compiled yet.
 
         Args:
-          train: `(key, hparams, env_params) -> Outcome` of one member.
+          member: the training of one member.
           env: has the default parameters that members change.
+          num_updates: updates of a member.
           may_shrink: reduce a chunk that does not fit by the compiler's own count. Running out of
             memory leads to a smaller chunk in any case.
           say: takes lines about memory.
         """
         self.compile_seconds = 0.0
         self._env = env
+        self._num_updates = num_updates
         self._may_shrink = may_shrink
         self._say = say
         self._devices = jax.devices()
         sharding = member_sharding(len(self._devices))
+        split, whole = sharding.spec, PartitionSpec()
+
         # Each device runs its own loops. Under `vmap` alone, the evaluation would exchange among
         # all devices, at every step, whether the last episode has ended.
-        sharded = jax.shard_map(
-            jax.vmap(train),
-            mesh=sharding.mesh,
-            in_specs=sharding.spec,
-            out_specs=sharding.spec,
-            check_vma=False,
-        )
-        self._program = jax.jit(sharded, in_shardings=sharding, out_shardings=sharding)
-        self._compiled: dict[int, Any] = {}
+        def sharded(function: Callable[..., Any], in_axes: tuple, in_specs: tuple) -> Any:
+            return jax.shard_map(
+                jax.vmap(function, in_axes=in_axes),
+                mesh=sharding.mesh,
+                in_specs=in_specs,
+                out_specs=split,
+                check_vma=False,
+            )
 
-    def chunks(self, members: Sequence[Member], size: int) -> Iterator[Chunk]:
-        """Trains members, at most `size` of them together, and yields each chunk."""
+        self._start = jax.jit(sharded(member.start, (0, 0, 0), (split, split, split)))
+        self._advance = jax.jit(
+            sharded(member.advance, (0, 0, None, None), (split, split, whole, whole)),
+            donate_argnums=0,
+        )
+        self._finish = jax.jit(sharded(member.finish, (0, 0), (split, split)))
+        self._compiled: dict[int, _Programs] = {}
+
+    def chunks(
+        self,
+        members: Sequence[Member],
+        size: int,
+        *,
+        is_stopped: Callable[[], bool],
+        on_piece: Callable[[int, PieceDone], None],
+    ) -> Iterator[Chunk]:
+        """Trains members, at most `size` of them together, and yields each chunk.
+
+        Args:
+          members: in the order in which they are trained.
+          size: members that are trained together.
+          is_stopped: whether to stop. It is asked after each piece, which takes about a second; a
+            chunk that was stopped is not yielded.
+          on_piece: `(members, piece)`, called after each piece.
+        """
         size = self._rounded_up(size)
-        while members:
+        while members and not is_stopped():
             size = self._fitting_size(members, size)
-            chunk = members[:size]
             try:
-                start = time.perf_counter()
-                outcome = jax.device_get(self._compiled[size](*self._arguments(chunk, size)))
-                seconds = time.perf_counter() - start
-            # The compiler's count is an estimate, and other processes use the device as well.
+                chunk = self._run(members[:size], size, is_stopped, on_piece)
             except jax.errors.JaxRuntimeError as error:
+                # The compiler's count is an estimate, and other processes use the device as well.
                 if "RESOURCE_EXHAUSTED" not in str(error) or size <= len(self._devices):
                     raise
                 size = self._smaller(size, size // 2)
                 continue
-            members = members[len(chunk) :]
-            yield Chunk(chunk, _first(len(chunk), outcome), seconds, size)
+            if chunk is None:
+                return
+            members = members[size:]
+            yield chunk
+
+    def _run(
+        self,
+        members: Sequence[Member],
+        size: int,
+        is_stopped: Callable[[], bool],
+        on_piece: Callable[[int, PieceDone], None],
+    ) -> Chunk | None:
+        """Trains one chunk in pieces of about a second; None if it was stopped."""
+        programs = self._compiled[size]
+        keys, hparams, env_params = self._arguments(members, size)
+        start = time.perf_counter()
+        state = programs.start(keys, hparams, env_params)
+        done, count = 0, 1
+        while done < self._num_updates:
+            piece_started = time.perf_counter()
+            count = min(count, self._num_updates - done)
+            state = programs.advance(state, hparams, np.int32(done), np.int32(count))
+            episode_return = _current_return(state, (done + count - 1) / self._num_updates)
+            seconds = time.perf_counter() - piece_started
+            done += count
+            on_piece(len(members), PieceDone(count, seconds, episode_return))
+            if is_stopped():
+                return None
+            # At most double, so that a single slow or fast piece does not mislead.
+            count = max(1, min(2 * count, int(count * _PIECE_SECONDS / seconds)))
+        outcome = programs.finish(state, keys)
+        policies = outcome.policy
+        outcome = jax.device_get(outcome._replace(policy=None))
+        outcome = jax.tree.map(lambda x: x[: len(members)], outcome)
+        best = int(np.argmax(outcome.returns.mean(axis=1)))
+        # One policy leaves the device; those of all members may be too large for the host.
+        best_policy = jax.tree.map(lambda x: x[best], policies)
+        seconds = time.perf_counter() - start
+        return Chunk(members, outcome, best, jax.device_get(best_policy), seconds, size)
 
     def _fitting_size(self, members: Sequence[Member], size: int) -> int:
         """Compiles a program for `size` members, or for fewer that fit; returns their number."""
@@ -100,15 +187,21 @@ class CompiledPopulation:
             size = self._smaller(size, int(size * limit / num_bytes))
 
     def _compile(self, members: Sequence[Member], size: int) -> int:
-        """Compiles the program for chunks of `size`, once; returns the bytes that it takes."""
+        """Compiles the programs for chunks of `size`, once; returns the bytes that they take."""
         if size not in self._compiled:
-            start = time.perf_counter()
-            lowered = self._program.lower(*self._arguments(members[:size], size))
-            self._compiled[size] = lowered.compile()
-            self.compile_seconds += time.perf_counter() - start
-            megabytes = _num_bytes(self._compiled[size]) / 2**20
+            started = time.perf_counter()
+            keys, hparams, env_params = self._arguments(members[:size], size)
+            start = self._start.lower(keys, hparams, env_params)
+            state = start.out_info
+            number = np.int32(0)
+            advance = self._advance.lower(state, hparams, number, number).compile()
+            parts = (start.compile(), advance, self._finish.lower(state, keys).compile())
+            programs = _Programs(*parts, num_bytes=max(map(_num_bytes, parts)))
+            self._compiled[size] = programs
+            self.compile_seconds += time.perf_counter() - started
+            megabytes = programs.num_bytes / 2**20
             self._say(f"{size} members at once take {megabytes:,.0f} MiB a device")
-        return _num_bytes(self._compiled[size])
+        return self._compiled[size].num_bytes
 
     def _smaller(self, size: int, target: int) -> int:
         """Returns a size of at most `target` that is below `size` where that is possible."""
@@ -143,9 +236,14 @@ class CompiledPopulation:
         return keys, hparams, env_params
 
 
-def _first(count: int, outcome: Outcome) -> Outcome:
-    """Drops the lanes that fill up a chunk."""
-    return jax.tree.map(lambda x: x[:count], outcome)
+def _current_return(state: MemberState, progress: float) -> float:
+    """Returns the mean return over members in the window of updates that contains `progress`."""
+    totals, counts = jax.device_get(
+        (state.curves.totals["episode/return"], state.curves.num_episodes)
+    )
+    row = int(progress * totals.shape[1])
+    returns = totals[:, row][counts[:, row] > 0] / counts[:, row][counts[:, row] > 0]
+    return float(returns.mean()) if returns.size else float("nan")
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
@@ -160,7 +258,8 @@ def _num_bytes(compiled: Any) -> int:
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
-    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    sizes = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return sizes - memory.alias_size_in_bytes  # a donated argument and its output are one buffer
 
 
 def _memory_limit(device: jax.Device) -> float | None:

@@ -26,10 +26,16 @@ class MetricsLog:
         self._pending: Metrics | None = None
         self._updates = 0
 
-    def add(self, metrics: Metrics, *, flush: bool) -> list[dict[str, Any]]:
+    def add(
+        self, metrics: Metrics, *, flush: bool, failed_at: np.ndarray | None = None
+    ) -> list[dict[str, Any]]:
         """Takes the metrics of the next updates and returns the rows that they complete.
 
-        With `flush`, the updates of an unfinished window make a row as well.
+        Args:
+          metrics: `[updates, seeds]`, in NumPy.
+          flush: make a row of the updates of an unfinished window as well.
+          failed_at: `[seeds]`, index of the update at which a seed failed, −1 where none did. A
+            seed has no rows of later windows.
         """
         if self._pending is not None:
             metrics = jax.tree.map(lambda *x: np.concatenate(x), self._pending, metrics)
@@ -38,8 +44,15 @@ class MetricsLog:
         start = 0
         while start < available and (flush or start + self._log_every <= available):
             stop = min(start + self._log_every, available)
+            first = self._updates
             self._updates += stop - start
-            rows += self._rows(_window(metrics, start, stop))
+            for row, seed_failed_at in zip(
+                self._rows(_window(metrics, start, stop)),
+                [-1] * len(self._seeds) if failed_at is None else failed_at,
+                strict=True,
+            ):
+                if not 0 <= seed_failed_at < first:
+                    rows.append(row)
             start = stop
         # Kept as sums and counts: the window may go on in the next piece.
         self._pending = _window(metrics, start, available)

@@ -1,45 +1,76 @@
-"""The progress bar of a training."""
+"""The progress of a training on standard error: a bar in a terminal, lines elsewhere.
+
+Standard output is left to results.
+"""
+
+import datetime
+import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class TrainingProgress:
-    """A progress bar with steps per second, return and time left; silent unless `visible`.
+    """Shows steps done, steps per second, the return, elapsed time and time left.
 
-    Written to standard error, so that standard output holds results alone.
+    In a terminal or a notebook it is a bar. Elsewhere, as in the log of a batch job, it is a line
+    every few seconds. Silent unless `visible`.
     """
 
     def __init__(self, *, visible: bool) -> None:
-        self._progress = Progress(
+        console = Console(stderr=True)
+        has_bar = visible and (console.is_terminal or console.is_jupyter)
+        self._console = console
+        self._prints_lines = visible and not has_bar
+        self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[episode_return]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not visible,
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not has_bar,
         )
-        self._task = self._progress.add_task("compiling", total=None, rate="", episode_return="")
+        self._task = self._bar.add_task("compiling", total=None, status="")
+        self._total = 0
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> "TrainingProgress":
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
     def start(self, total: int) -> None:
         """Shows that compilation is done and `total` environment steps follow."""
-        self._progress.reset(self._task, description="training", total=total)
+        self._total, self._done = total, 0
+        self._started = self._last_line = time.monotonic()
+        self._bar.reset(self._task, description="training", total=total, status="")
 
     def advance(self, timesteps: int, *, steps_per_second: float, episode_return: float) -> None:
         """Shows that more environment steps were done."""
-        self._progress.update(
-            self._task,
-            advance=timesteps,
-            rate=f"{steps_per_second:,.0f} steps/s",
-            episode_return=f"return {episode_return:.1f}",
+        self._done += timesteps
+        now = time.monotonic()
+        elapsed = now - self._started
+        left = elapsed * (self._total - self._done) / max(self._done, 1)
+        status = (
+            f"{self._done:,} of {self._total:,} steps, {steps_per_second:,.0f} steps/s, "
+            f"return {episode_return:.1f}, {_clock(elapsed)} elapsed, {_clock(left)} left"
         )
+        self._bar.update(self._task, completed=self._done, status=status)
+        if self._prints_lines and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            # Whole lines, for logs: rich would wrap them at 80 columns.
+            self._console.print(status, soft_wrap=True, highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    """Returns a duration as text.
+
+    >>> _clock(3725.4)
+    '1:02:05'
+    """
+    return str(datetime.timedelta(seconds=int(seconds)))

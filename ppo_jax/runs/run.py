@@ -1,7 +1,9 @@
 """Training with a progress bar and files: compiled updates in pieces, all else between them."""
 
+import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 from ppo_jax.config import Config
 from ppo_jax.devices import member_sharding
@@ -19,6 +22,7 @@ from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.saving import to_bytes
+from ppo_jax.population.member import guarded_step
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
@@ -33,13 +37,36 @@ _LARGEST_PIECE = 1024  # updates; bounds the buffer of metrics on the device
 _LOGGED_ROWS = 1000  # at most about this many rows per seed, unless log_every is given
 
 
-class Run(NamedTuple):
+class Failure(NamedTuple):
+    """An update that would have made a parameter NaN or infinite."""
+
+    seed: int
+    update: int
+    """Number of the update, from 1."""
+    timesteps: int
+    """Environment steps of the seed up to and including the update."""
+    quantities: tuple[str, ...]
+    """Names of the metrics that were not finite in that update."""
+
+    def __str__(self) -> str:
+        also = f" ({', '.join(self.quantities)} as well)" if self.quantities else ""
+        return (
+            f"seed {self.seed} diverged: update {self.update}, after {self.timesteps:,} steps, "
+            f"would have made parameters NaN or infinite{also}. The policy from before that update "
+            "is kept. Try a lower learning_rate, or max_grad_norm."
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Run:
     """The results of a training. With `num_seeds`, every array has a leading axis of seeds."""
 
     state: TrainState
     policy: Policy
     evaluation: Evaluation | None
-    """None after Ctrl-C."""
+    """None if the training was stopped, by Ctrl-C or because all seeds failed."""
+    metrics: pd.DataFrame
+    """The learning curve: a row per logged update and seed, as in `metrics.jsonl`."""
     seeds: tuple[int, ...]
     timesteps: int
     """Environment steps of each seed."""
@@ -47,6 +74,32 @@ class Run(NamedTuple):
     run_seconds: float
     """Seconds of training alone, without compilation and evaluation."""
     run_dir: Path | None
+    failures: tuple[Failure, ...]
+    """Seeds whose training diverged; each keeps its last finite policy."""
+
+    def __repr__(self) -> str:
+        returns = "not evaluated"
+        if self.evaluation is not None:
+            returns = f"mean return {np.mean(self.evaluation.returns):.1f}"
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return (
+            f"Run({len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}{failed}, "
+            f"{self.timesteps:,} steps each in {self.run_seconds:.1f} s, {returns}, "
+            f"run_dir={None if self.run_dir is None else str(self.run_dir)!r})"
+        )
+
+    def plot(self, axes: Any = None) -> Any:
+        """Plots the return over environment steps, a line per seed and their mean.
+
+        Args:
+          axes: of matplotlib; None makes a new figure.
+
+        Returns:
+          The axes.
+        """
+        from ppo_jax.runs.plots import plot_returns
+
+        return plot_returns(self.metrics, axes)
 
 
 def train(
@@ -66,6 +119,9 @@ def train(
     The numbers are bit-identical to those of `jax.jit(trainer.run)(jax.random.key(seed), hparams)`;
     only the pieces in which updates are dispatched differ. Ctrl-C stops between two pieces and
     keeps the policy so far.
+
+    A seed whose parameters would become NaN or infinite keeps its last finite policy. It is listed
+    in `Run.failures`, with a warning, and the training stops once no seed is left.
 
     Args:
       config: describes the training.
@@ -106,40 +162,61 @@ def train(
             # A policy that cannot be saved is an error now, and not after hours of training.
             to_bytes(trainer.policy(state))
         compiled = time.perf_counter()
-        state, updates = _train(
+        trained = _train(
             state,
             advance,
             config=config,
             log=MetricsLog(seeds, config.batch_size, log_every),
-            num_seeds=len(seeds),
+            seeds=seeds,
             directory=directory,
             bar=bar,
             interrupt=interrupt,
         )
         finished = time.perf_counter()
 
-    policy = trainer.policy(state)
+    for failure in trained.failures:
+        warnings.warn(str(failure), RuntimeWarning, stacklevel=2)
+    policy = trainer.policy(trained.state)
     if directory is not None:
         directory.write_policy(policy)
     evaluation = None
-    if updates == config.num_updates:
+    if trained.updates == config.num_updates:
         evaluation = evaluate_seeds(policy, trainer.env, _evaluation_keys(keys), eval_episodes)
         if directory is not None:
             directory.write_evaluation(summarize(evaluation, seeds, greedy=True))
     return Run(
-        state=state,
+        state=trained.state,
         policy=policy,
         evaluation=evaluation,
+        metrics=pd.DataFrame(trained.rows),
         seeds=seeds,
-        timesteps=updates * config.batch_size,
+        timesteps=trained.updates * config.batch_size,
         compile_seconds=compiled - started,
         run_seconds=finished - compiled,
         run_dir=None if directory is None else directory.path,
+        failures=tuple(trained.failures),
     )
 
 
-Advance = Callable[[TrainState, int], tuple[TrainState, Metrics]]
-"""`(state, count) -> (state, metrics [count, seeds] in NumPy)`: some updates on the device."""
+class _Piece(NamedTuple):
+    """Some updates on the device."""
+
+    state: TrainState
+    failed_at: np.ndarray  # [seeds], index of the first update that failed; −1 where none did
+    metrics: Metrics  # [count, seeds], in NumPy
+
+
+Advance = Callable[[TrainState, np.ndarray, int, int], _Piece]
+"""`(state, failed_at, first, count) -> piece`: runs the updates `first` to `first + count − 1`."""
+
+
+class _Trained(NamedTuple):
+    """A training after its last piece."""
+
+    state: TrainState
+    updates: int
+    rows: list[dict[str, Any]]
+    failures: list[Failure]
 
 
 def _train(
@@ -148,35 +225,59 @@ def _train(
     *,
     config: Config,
     log: MetricsLog,
-    num_seeds: int,
+    seeds: Sequence[int],
     directory: RunDirectory | None,
     bar: TrainingProgress,
     interrupt: Interrupt,
-) -> tuple[TrainState, int]:
-    """Runs the updates of a training in pieces of about a second, until Ctrl-C stops it.
+) -> _Trained:
+    """Runs the updates of a training in pieces of about a second, until something stops it.
 
-    Returns the last state and the number of updates done.
+    It stops after Ctrl-C, and once all seeds have failed.
     """
-    update_timesteps = config.batch_size * num_seeds
+    update_timesteps = config.batch_size * len(seeds)
     bar.start(config.num_updates * update_timesteps)
-    updates, count = 0, 1
-    while updates < config.num_updates and not interrupt.requested:
+    failed_at = np.full(len(seeds), -1, np.int32)
+    rows: list[dict[str, Any]] = []
+    failures: list[Failure] = []
+    updates, count, is_last = 0, 1, False
+    while not is_last:
         count = min(count, config.num_updates - updates)
         piece_started = time.perf_counter()
-        state, metrics = advance(state, count)
+        before = failed_at
+        state, failed_at, metrics = advance(state, failed_at, updates, count)
         seconds = time.perf_counter() - piece_started
+        for i in np.flatnonzero((before < 0) & (failed_at >= 0)).tolist():
+            update = int(failed_at[i]) + 1
+            quantities = _not_finite(metrics, update - 1 - updates, i)
+            timesteps = update * config.batch_size
+            failures.append(Failure(seeds[i], update, timesteps, quantities))
         updates += count
         rate = count * update_timesteps / seconds
-        is_last = updates == config.num_updates or interrupt.requested
-        rows = log.add(metrics, flush=is_last)
+        is_last = (
+            updates == config.num_updates or interrupt.requested or bool((failed_at >= 0).all())
+        )
+        logged = log.add(metrics, failed_at=failed_at, flush=is_last)
+        logged = [{**row, "time/steps_per_second": rate} for row in logged]
+        rows += logged
         if directory is not None:
-            directory.append_metrics({**row, "time/steps_per_second": rate} for row in rows)
+            directory.append_metrics(logged)
         bar.advance(
             count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
         )
         # At most double, so that a single slow or fast piece does not mislead.
         count = max(1, min(2 * count, int(count * _PIECE_SECONDS / seconds), _LARGEST_PIECE))
-    return state, updates
+    return _Trained(state, updates, rows, failures)
+
+
+def _not_finite(metrics: Metrics, row: int, seed_index: int) -> tuple[str, ...]:
+    """Returns the names of the training metrics that were not finite in an update of a seed."""
+    return tuple(
+        sorted(
+            name
+            for name, values in metrics.items()
+            if name.startswith("train/") and not np.isfinite(values[row, seed_index])
+        )
+    )
 
 
 def load(run_dir: str | Path, *, seed: int | None = None, network: Any = None) -> Policy:
@@ -286,37 +387,44 @@ def _compile(
     """
     hparams = jax.tree.map(jnp.float32, hparams)
     capacity = min(config.num_updates, _LARGEST_PIECE)
-    init, step = trainer.init, trainer.step
+    init, step = trainer.init, guarded_step(trainer)
     sharding = None  # of a single seed: the trainer places its state
     if keys.ndim:
-        init, step = jax.vmap(init, in_axes=(0, None)), jax.vmap(step, in_axes=(0, None))
+        init = jax.vmap(init, in_axes=(0, None))
+        step = jax.vmap(step, in_axes=(0, 0, None, None))
         if config.num_devices == 1:
             sharding = member_sharding(math.gcd(len(keys), jax.device_count()))
 
     def advance(
-        state: TrainState, hparams: HParams, count: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        def one_update(
-            i: jax.Array, carry: tuple[TrainState, Metrics]
-        ) -> tuple[TrainState, Metrics]:
-            state, metrics = step(carry[0], hparams)
-            rows = jax.tree.map(lambda rows, row: rows.at[i].set(row), carry[1], metrics)
-            return state, rows
+        state: TrainState,
+        failed_at: jax.Array,
+        hparams: HParams,
+        first: jax.Array,
+        count: jax.Array,
+    ) -> tuple[TrainState, jax.Array, Metrics]:
+        def one_update(i: jax.Array, carry: tuple) -> tuple:
+            state, failed_at, rows = carry
+            state, failed_at, metrics = step(state, failed_at, first + i, hparams)
+            return state, failed_at, jax.tree.map(lambda x, y: x.at[i].set(y), rows, metrics)
 
         # The buffer is as long as the longest piece; only the first `count` rows are read.
-        _, shapes = jax.eval_shape(step, state, hparams)
+        *_, shapes = jax.eval_shape(step, state, failed_at, first, hparams)
         rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
-        return jax.lax.fori_loop(0, count, one_update, (state, rows))
+        return jax.lax.fori_loop(0, count, one_update, (state, failed_at, rows))
 
     # The hyperparameters are arguments of both programs, so that they round alike.
     state = jax.jit(init, out_shardings=sharding)(keys, hparams)
-    placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None))
-    program = placed.lower(state, hparams, np.int32(1)).compile()
+    placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None, None))
+    none_failed = np.full(keys.shape, -1, np.int32)
+    program = placed.lower(state, none_failed, hparams, np.int32(0), np.int32(1)).compile()
 
-    def advance_on_host(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
+    def advance_on_host(state: TrainState, failed_at: np.ndarray, first: int, count: int) -> _Piece:
+        state, failed, metrics = program(
+            state, failed_at.reshape(keys.shape), hparams, np.int32(first), np.int32(count)
+        )
         # The transfer of the metrics waits for the device; there is no other synchronisation.
-        state, metrics = program(state, hparams, np.int32(count))
-        return state, jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
+        rows = jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
+        return _Piece(state, np.asarray(failed).reshape(-1), rows)
 
     return state, advance_on_host
 

@@ -10,6 +10,7 @@ import pandas as pd
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, require_positive_integers
 from ppo_jax.hparams import HParams
+from ppo_jax.policy.policy import Policy
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.proposals import Proposals, make_proposals
 from ppo_jax.population.search_space import Row, Sampler, Space
@@ -34,6 +35,9 @@ class Sweep(NamedTuple):
     run_seconds: float
     is_complete: bool
     """False after Ctrl-C."""
+    best_policy: Policy | None
+    """The policy of the member with the highest final return. With a run directory it is also the
+    run `best` in it."""
 
 
 def sweep(
@@ -135,6 +139,7 @@ def sweep(
         runner.compile_seconds,
         runner.run_seconds,
         is_complete=len(members) == proposals.total * len(seeds),
+        best_policy=store.best_policy,
     )
 
 

@@ -1,15 +1,13 @@
 """The loop of a sweep: plans of groups become compiled populations, and chunks become tables."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from ppo_jax.population.member import train_member
+from ppo_jax.population.member import make_member
 from ppo_jax.population.plan import Group, Member
-from ppo_jax.runs.compiled_population import CompiledPopulation
+from ppo_jax.runs.compiled_population import CompiledPopulation, PieceDone
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.sweep_store import SweepStore
 from ppo_jax.runs.sweep_tables import make_tables
@@ -44,7 +42,7 @@ class SweepRunner:
             interrupted.
           say: takes lines about what will be done.
           bar: shows the progress.
-          is_stopped: whether to stop after the chunk that is running.
+          is_stopped: whether to stop after the piece that is running, which takes about a second.
         """
         self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
         self._say, self._bar, self._is_stopped = say, bar, is_stopped
@@ -86,30 +84,40 @@ class SweepRunner:
             self._chunk_sizes[program] = min(
                 self._chunk or _LARGEST_CHUNK, max(len(group.members), self._smallest_chunk)
             )
-        population, size = self._populations[program], self._chunk_sizes[program]
-        for chunk in population.chunks(waiting, size):
+        batch_size = group.config.batch_size
+
+        def on_piece(num_members: int, piece: PieceDone) -> None:
+            steps = piece.updates * batch_size * num_members
+            rate = steps / piece.seconds
+            self._bar.advance(steps, steps_per_second=rate, episode_return=piece.episode_return)
+
+        chunks = self._populations[program].chunks(
+            waiting, self._chunk_sizes[program], is_stopped=self._is_stopped, on_piece=on_piece
+        )
+        for chunk in chunks:
             self._chunk_sizes[program] = chunk.size
+            # The best policy first: members on disk are not trained again.
+            best = chunk.members[chunk.best]
+            score = float(chunk.outcome.returns[chunk.best].mean())
+            store.offer_policy(chunk.best_policy, score, member=best, config=group.config)
             store.add(make_tables(group.config, chunk.members, chunk.outcome))
             self.run_seconds += chunk.seconds
-            steps = _member_timesteps(group) * len(chunk.members)
-            self._bar.advance(
-                steps,
-                steps_per_second=steps / chunk.seconds,
-                episode_return=float(np.mean(chunk.outcome.returns)),
-            )
-            if self._is_stopped():
-                return
 
     def _make_population(self, group: Group, trainer: Trainer) -> CompiledPopulation:
         num_updates = group.config.num_updates
-        train = functools.partial(
-            train_member,
+        member = make_member(
             trainer,
             num_updates=num_updates,
             num_rows=min(self._num_rows, num_updates),
             num_episodes=self._num_episodes,
         )
-        return CompiledPopulation(train, trainer.env, may_shrink=self._chunk is None, say=self._say)
+        return CompiledPopulation(
+            member,
+            trainer.env,
+            num_updates=num_updates,
+            may_shrink=self._chunk is None,
+            say=self._say,
+        )
 
 
 def make_group_trainer(group: Group) -> Trainer:

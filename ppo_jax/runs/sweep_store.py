@@ -1,22 +1,32 @@
 """Finished members of a sweep, in memory and on disk."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
+from ppo_jax.population.plan import Member
 from ppo_jax.population.search_space import Row
+from ppo_jax.runs.directory import EVALUATION, RunDirectory
 from ppo_jax.runs.report import iqm
 from ppo_jax.runs.sweep_tables import to_cell
 
+if TYPE_CHECKING:
+    from ppo_jax.policy.policy import Policy
+
 _SWEEP = "sweep.json"
 _PARTS = "parts"
+_BEST = "best"
 RESULTS = ("members", "curves")
 
 
@@ -30,6 +40,8 @@ class SweepStore:
 
     path: Path | None
     parts: list[tuple[pd.DataFrame, pd.DataFrame]] = dataclasses.field(default_factory=list)
+    best_policy: "Policy | None" = None
+    best_score: float = -math.inf
 
     @classmethod
     def open(cls, path: str | Path | None, description: dict[str, Any]) -> "SweepStore":
@@ -58,6 +70,7 @@ class SweepStore:
         for file in sorted((path / _PARTS).glob("members-*.parquet")):
             curves = file.with_name(file.name.replace("members-", "curves-"))
             store.parts.append((pd.read_parquet(file), pd.read_parquet(curves)))
+        store._read_best()
         return store
 
     @staticmethod
@@ -100,6 +113,48 @@ class SweepStore:
             first = int(tables[0]["member"].iloc[0])
             for name, table in reversed(list(zip(RESULTS, tables, strict=True))):
                 _write(self.path / _PARTS / f"{name}-{first:06d}.parquet", table.to_parquet)
+
+    def offer_policy(
+        self, policy: "Policy", score: float, *, member: Member, config: Config
+    ) -> None:
+        """Keeps a policy if it is better than the best so far.
+
+        On disk it is a run of its own, in the folder `best`, so that everything that reads runs
+        reads it: `ppo_jax.load(run_dir / "best")`.
+
+        Args:
+          policy: the trained policy.
+          score: its mean return.
+          member: of the sweep.
+          config: of the member's group.
+        """
+        if score <= self.best_score:
+            return
+        self.best_policy, self.best_score = policy, score
+        if self.path is None:
+            return
+        config = config.replace(env_params={**dict(config.env_params), **member.env_params})
+        unfinished, best = _unfinished(self.path / _BEST), self.path / _BEST
+        shutil.rmtree(unfinished, ignore_errors=True)
+        directory = RunDirectory.create(unfinished, overwrite=True)
+        directory.write_config(config, member.hparams, seeds=member.seed)
+        directory.write_policy(policy)
+        directory.write_evaluation({"eval/return": score, "member": member.number})
+        # A folder cannot be replaced in one step, so a killed process may leave both.
+        shutil.rmtree(best, ignore_errors=True)
+        os.replace(unfinished, best)
+
+    def _read_best(self) -> None:
+        """Reads the best policy so far, or what a killed process left of it."""
+        assert self.path is not None
+        best = self.path / _BEST
+        if not best.is_dir() and _unfinished(best).is_dir():
+            os.replace(_unfinished(best), best)
+        if (best / EVALUATION).is_file():
+            directory = RunDirectory.open(best)
+            self.best_score = json.loads((best / EVALUATION).read_text())["eval/return"]
+            with contextlib.suppress(ConfigError):  # a network of the user's own is not in the file
+                self.best_policy = directory.read_policy()
 
     def collect(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Returns all tables in the sweep's order and, with a path, writes them to disk."""
