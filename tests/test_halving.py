@@ -7,6 +7,7 @@ import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.population.halving import make_halving, stopped_trials
+from ppo_jax.population.rounds import training_score
 from ppo_jax.population.search_space import Choice, LogUniform, Uniform
 from tests.quadratic import quadratic, quadratic_that_breaks
 
@@ -54,7 +55,7 @@ def so_far(scores, ages, rounds):
 
 
 def test_the_best_learning_rate_is_found():
-    run = make_halving(quadratic(), RATES, num_rounds=30, updates_per_round=5)
+    run = make_halving(quadratic(), RATES, num_rounds=30, updates_per_round=5, score=training_score)
     result = jax.jit(run)(jax.random.split(jax.random.key(0), 27))
     record = jax.tree.map(np.asarray, result.record)
     oldest = record.ages[-1] >= 27
@@ -70,7 +71,7 @@ def test_the_best_learning_rate_is_found():
 
 
 def test_the_record_tells_every_trial_s_life():
-    run = make_halving(quadratic(), RATES, num_rounds=12, updates_per_round=2)
+    run = make_halving(quadratic(), RATES, num_rounds=12, updates_per_round=2, score=training_score)
     record = jax.tree.map(np.asarray, jax.jit(run)(jax.random.split(jax.random.key(1), 9)).record)
     goes_on, ends = ~record.stopped[:-1], record.stopped[:-1]
     rates = record.hparams.learning_rate
@@ -119,7 +120,11 @@ def test_a_trial_that_stays_equals_the_same_trial_alone_and_a_new_one_starts_fre
 
 def test_a_learner_that_is_no_longer_finite_loses():
     run = make_halving(
-        quadratic_that_breaks(sound_return=-1.0), RATES, num_rounds=2, updates_per_round=1
+        quadratic_that_breaks(sound_return=-1.0),
+        RATES,
+        num_rounds=2,
+        updates_per_round=1,
+        score=training_score,
     )
     record = jax.jit(run)(jax.random.split(jax.random.key(0), 27)).record
     is_nan = np.asarray(record.hparams.learning_rate[0]) > 1.0
@@ -135,7 +140,9 @@ def test_a_learner_that_breaks_between_rungs_is_stopped_at_once():
         x = jnp.where(state.updates_done == 2, jnp.nan, state.learner.params["x"])  # an age of 2
         return state.replace(learner=state.learner.replace(params={"x": x})), metrics
 
-    run = make_halving(whole._replace(step=step), RATES, num_rounds=5, updates_per_round=1)
+    run = make_halving(
+        whole._replace(step=step), RATES, num_rounds=5, updates_per_round=1, score=training_score
+    )
     record = jax.tree.map(np.asarray, jax.jit(run)(jax.random.split(jax.random.key(0), 9)).record)
     assert record.stopped[1:-1][record.ages[1:-1] == 2].all()
     assert record.ages.max() == 2
@@ -158,6 +165,6 @@ def test_numbers_that_make_no_sense_are_refused(changes, message):
 
 
 def test_a_population_is_as_large_as_its_factor():
-    run = make_halving(quadratic(), RATES, num_rounds=1, updates_per_round=1)
+    run = make_halving(quadratic(), RATES, num_rounds=1, updates_per_round=1, score=training_score)
     with pytest.raises(ConfigError, match="as large as factor.*got 2 and 3"):
         run(jax.random.split(jax.random.key(0), 2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, make_trainer
-from ppo_jax.population.rounds import make_round
+from ppo_jax.population.rounds import make_round, training_score
 from ppo_jax.stages.metrics import Metrics
 from tests.quadratic import quadratic
 
@@ -57,5 +57,5 @@ def test_a_round_without_an_episode_has_no_score():
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(6))
     hparams = jax.vmap(lambda rate: trainer.hparams.replace(learning_rate=rate))(jnp.full(6, 0.1))
     states = jax.vmap(trainer.init, in_axes=(0, 0, None))(keys, hparams, None)
-    _, scores, _ = make_round(trainer, 1)(states, hparams)
+    _, scores, _ = make_round(trainer, 1, training_score)(jax.random.key(0), states, hparams)
     assert set(np.asarray(scores)) == {7.0, -np.inf}

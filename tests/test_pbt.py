@@ -7,6 +7,7 @@ import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.population.pbt import exploit, explore, make_pbt
+from ppo_jax.population.rounds import training_score
 from tests.quadratic import quadratic, quadratic_that_breaks
 
 
@@ -33,7 +34,9 @@ def test_values_of_the_replaced_move_up_or_down_and_stay_in_range():
 
 def test_the_best_learning_rate_is_found():
     rates = jnp.geomspace(1e-3, 0.1, 16)  # all of them too small
-    run = make_pbt(quadratic(), ["learning_rate"], num_rounds=60, updates_per_round=20)
+    run = make_pbt(
+        quadratic(), ["learning_rate"], num_rounds=60, updates_per_round=20, score=training_score
+    )
     result = jax.jit(run)(jax.random.split(jax.random.key(0), 16), HParams(learning_rate=rates))
     assert 0.6 < np.median(result.hparams.learning_rate) < 1.5
     assert (result.states.updates_done == 1200).all()
@@ -78,6 +81,7 @@ def test_a_learner_that_is_no_longer_finite_is_no_parent():
         ["learning_rate"],
         num_rounds=2,
         updates_per_round=1,
+        score=training_score,
     )
     rates = HParams(learning_rate=jnp.array([0.1, 0.2, 0.3, 2.0]))
     result = jax.jit(run)(jax.random.split(jax.random.key(0), 4), rates)
@@ -102,9 +106,61 @@ def test_numbers_that_make_no_sense_are_refused(changes, message):
 
 
 def test_a_population_has_a_value_for_every_member():
-    run = make_pbt(quadratic(), ["gamma"], num_rounds=1, updates_per_round=1)
+    run = make_pbt(quadratic(), ["gamma"], num_rounds=1, updates_per_round=1, score=training_score)
     keys = jax.random.split(jax.random.key(0), 4)
     with pytest.raises(ConfigError, match="a value for each of the 4 members; gamma is 0.9"):
         run(keys, HParams(gamma=0.9))
     with pytest.raises(ConfigError, match="0.25 of 2 is none"):
         run(keys[:2], HParams(gamma=jnp.full(2, 0.9)))
+
+
+def balancing_params(params):
+    """A linear policy of CartPole that balances the pole for a whole episode."""
+    weights = jnp.array([0.1, 0.5, 3.0, 1.0])
+    kernel = 100.0 * jnp.stack([-weights, weights], axis=1)
+    actor = {"kernel": kernel, "bias": jnp.zeros(2)}
+    return {"params": {**params["params"], "actor_out": actor}}
+
+
+@pytest.mark.parametrize("is_evaluated", [True, False])
+def test_a_perfect_policy_is_never_replaced_by_a_worse_one(is_evaluated):
+    """In rounds shorter than an episode the better policy ends no episode, and the worse one many.
+
+    Scored by the episodes that ended, the perfect policies would be replaced.
+    """
+    config = Config(
+        num_envs=4,
+        num_steps=16,
+        hidden_sizes=(),
+        total_timesteps=5 * 2 * 64,
+        lr_schedule="constant",
+    )
+    trainer = make_trainer(config)
+
+    def init(key, hparams, env_params):
+        state = trainer.init(key, hparams, env_params)
+        params = jax.tree.map(
+            lambda good, bad: jnp.where(hparams.gamma > 0.95, good, bad),
+            balancing_params(state.learner.params),
+            state.learner.params,
+        )
+        return state.replace(learner=state.learner.replace(params=params))
+
+    score = None if is_evaluated else training_score
+    run = make_pbt(
+        trainer._replace(init=init), ["ent_coef"], num_rounds=5, updates_per_round=2, score=score
+    )
+    gamma = jnp.array([0.9, 0.99] * 4)
+    hparams = HParams(learning_rate=0.0, gamma=gamma, ent_coef=jnp.full(8, 0.01))
+    lineage = jax.jit(run)(jax.random.split(jax.random.key(0), 8), hparams).lineage
+    is_perfect = np.asarray(gamma) > 0.95
+    replaced = False
+    for scores, parents in zip(lineage.scores, lineage.parents, strict=True):
+        if is_evaluated:
+            assert np.asarray(scores)[is_perfect].min() > np.asarray(scores)[~is_perfect].max(
+                initial=0
+            )
+        replaced |= bool((is_perfect & ~is_perfect[parents]).any())
+        is_perfect = is_perfect[np.asarray(parents)]
+    assert replaced != is_evaluated
+    assert is_perfect.all() == is_evaluated

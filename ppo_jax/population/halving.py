@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from ppo_jax.errors import ConfigError, require_positive_integers
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import choose_state
-from ppo_jax.population.rounds import check_hparam_names, for_every_member, make_round
+from ppo_jax.population.rounds import (
+    Score,
+    check_hparam_names,
+    evaluation_score,
+    for_every_member,
+    make_round,
+)
 from ppo_jax.population.search_space import Choice, Distribution, extremes
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
@@ -27,7 +33,7 @@ class Record(NamedTuple):
     trials: jax.Array  # [R, S], number of the trial in a slot, in the order of their draws
     hparams: HParams  # [R, S], used in the round
     ages: jax.Array  # [R, S], rounds that the trial had been trained for after this round
-    scores: jax.Array  # [R, S], mean return of the episodes that ended; −∞ where none did
+    scores: jax.Array  # [R, S]; −∞ where a learner is no longer finite
     stopped: jax.Array  # [R, S], the trial ended there
 
 
@@ -84,6 +90,7 @@ def make_halving(
     num_rounds: int,
     updates_per_round: int,
     factor: int = 3,
+    score: Score | None = None,
 ) -> Callable[..., Halving]:
     """Returns successive halving as a pure function; jit is the caller's.
 
@@ -98,6 +105,8 @@ def make_halving(
       num_rounds: R.
       updates_per_round: updates between two decisions.
       factor: η; at a rung one trial in η goes on.
+      score: scores a trial after a round; None evaluates complete episodes, by
+        `rounds.evaluation_score`.
 
     Returns:
       `(keys [S], hparams=None, env_params=None) -> Halving`; `hparams` are values that are not
@@ -125,7 +134,7 @@ def make_halving(
     if factor < 2:
         raise ConfigError(f"factor must be at least 2; got {factor}.")
     init = jax.vmap(trainer.init, in_axes=(0, 0, None))
-    train = make_round(trainer, updates_per_round)
+    train = make_round(trainer, updates_per_round, score or evaluation_score(trainer))
 
     def draw(key: jax.Array, hparams: HParams, num_slots: int) -> HParams:
         quantiles = jax.random.uniform(key, (len(space), num_slots))
@@ -151,10 +160,10 @@ def make_halving(
         def one_round(carry: tuple, inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:
             states, hparams, trials, age, next_trial, scores, ages = carry
             number, key = inputs
-            init_key, draw_key = jax.random.split(key)
-            states, score, is_finite = train(states, hparams)
+            init_key, draw_key, score_key = jax.random.split(key, 3)
+            states, round_scores, is_finite = train(score_key, states, hparams)
             age = age + 1
-            scores, ages = scores.at[number].set(score), ages.at[number].set(age)
+            scores, ages = scores.at[number].set(round_scores), ages.at[number].set(age)
             stopped = stopped_trials(scores, ages, number, factor=factor) | ~is_finite
             # A trial that replaced another in the last round would never be trained.
             stopped &= number < num_rounds - 1

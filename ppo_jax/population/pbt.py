@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from ppo_jax.errors import ConfigError, require_positive_integers
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.initializers import GAINS
-from ppo_jax.population.rounds import check_hparam_names, for_every_member, make_round
+from ppo_jax.population.rounds import (
+    Score,
+    check_hparam_names,
+    evaluation_score,
+    for_every_member,
+    make_round,
+)
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
@@ -21,7 +27,7 @@ from ppo_jax.types import TrainState
 class Lineage(NamedTuple):
     """History of a population, round by round."""
 
-    scores: jax.Array  # [R, S], mean return of the episodes that ended; −∞ where none did
+    scores: jax.Array  # [R, S]; −∞ where a learner is no longer finite
     hparams: HParams  # [R, S], used in the round
     parents: jax.Array  # [R, S], number of the member whose learner is used in the next round
 
@@ -81,6 +87,7 @@ def make_pbt(
     updates_per_round: int,
     replaced: float = 0.25,
     factor: float = 1.25,
+    score: Score | None = None,
 ) -> Callable[..., Population]:
     """Returns population-based training as a pure function; jit is the caller's.
 
@@ -98,6 +105,8 @@ def make_pbt(
       updates_per_round: updates between two replacements.
       replaced: share of the members that are replaced after a round, at most half.
       factor: by which a value is multiplied or divided.
+      score: scores a member after a round; None evaluates complete episodes, by
+        `rounds.evaluation_score`.
 
     Returns:
       `(keys [S], hparams, env_params=None) -> Population`; environments' parameters are
@@ -120,7 +129,7 @@ def make_pbt(
     if factor <= 1:
         raise ConfigError(f"factor must be above 1; got {factor}.")
     init = jax.vmap(trainer.init, in_axes=(0, 0, None))
-    train = make_round(trainer, updates_per_round)
+    train = make_round(trainer, updates_per_round, score or evaluation_score(trainer))
 
     def run(keys: jax.Array, hparams: HParams, env_params: Any = None) -> Population:
         num_members = keys.shape[0]
@@ -146,10 +155,10 @@ def make_pbt(
         ) -> tuple[tuple[TrainState, HParams], Lineage]:
             states, hparams = carry
             key, is_last = inputs
-            exploit_key, explore_key = jax.random.split(key)
-            states, scores, _ = train(states, hparams)
+            exploit_key, explore_key, score_key = jax.random.split(key, 3)
+            states, scores, _ = train(score_key, states, hparams)
             members = jnp.arange(num_members)
-            # Scores of −∞ sort first, so that members without an episode or with NaNs are replaced.
+            # Scores of −∞ sort first, so that members with NaNs are replaced.
             parents = exploit(exploit_key, scores, num_replaced=num_replaced)
             parents = jnp.where(is_last, members, parents)
             # Environments and keys are not copied: members with the same key would draw the same

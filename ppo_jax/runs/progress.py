@@ -55,7 +55,8 @@ class TrainingProgress:
         self._done += timesteps
         now = time.monotonic()
         elapsed = now - self._started
-        left = elapsed * (self._total - self._done) / max(self._done, 1)
+        # By the current speed: the elapsed time has compilations of later groups in it.
+        left = (self._total - self._done) / max(steps_per_second, 1e-9)
         status = (
             f"{self._done:,} of {self._total:,} steps, {steps_per_second:,.0f} steps/s, "
             f"return {episode_return:.1f}, {_clock(elapsed)} elapsed, {_clock(left)} left"
