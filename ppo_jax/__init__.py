@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ppo_jax.evaluation import Evaluation, evaluate
     from ppo_jax.hparams import HParams, hyperparameter
     from ppo_jax.policy.policy import Policy
+    from ppo_jax.policy.spec import register_action_distribution
     from ppo_jax.presets import preset
     from ppo_jax.runs.run import load, train
     from ppo_jax.runs.sweep import sweep
@@ -49,6 +50,7 @@ _MODULES = {
     "make_train": "trainer",
     "make_trainer": "trainer",
     "preset": "presets",
+    "register_action_distribution": "policy.spec",
     "register_algorithm": "algorithms",
     "sweep": "runs.sweep",
     "train": "runs.run",
@@ -70,6 +72,7 @@ __all__ = [
     "make_train",
     "make_trainer",
     "preset",
+    "register_action_distribution",
     "register_algorithm",
     "sweep",
     "train",

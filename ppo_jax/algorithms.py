@@ -1,5 +1,6 @@
 """The algorithms, from the policy gradient to PPO and beyond: each is a row of one table."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -299,28 +300,50 @@ def get_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def register_algorithm(name: str, algorithm: Algorithm) -> None:
+def register_algorithm(name: str, algorithm: Algorithm, *, overwrite: bool = False) -> None:
     """Makes an algorithm available as `Config(algorithm=name)`.
 
     Args:
       name: a name that is not taken.
       algorithm: often a changed copy of a row: `ALGORITHMS["ppo"]._replace(objective=mine)`.
+      overwrite: replace an algorithm of this name.
 
     Raises:
       ConfigError: the name is taken, or the row names settings or hyperparameters that do not
         exist.
     """
-    require_new_name("algorithm", name, ALGORITHMS)
+    require_new_name("algorithm", name, () if overwrite else ALGORITHMS)
     for setting in algorithm.settings:
         require_known("algorithm setting", setting, ALGORITHM_SETTINGS)
-    if not issubclass(algorithm.hparams_type, HParams):
-        raise ConfigError(
-            f"hparams_type must be HParams or a subclass; got {algorithm.hparams_type!r}."
-        )
-    for hparam in algorithm.hparams:
-        require_known("hyperparameter", hparam, algorithm.hparams_type.names())
-    algorithm.hparams_type(**algorithm.hparams)  # defaults are within their ranges, or an error
+    _check_hparams(algorithm)
     ALGORITHMS[name] = algorithm
+
+
+def _check_hparams(algorithm: Algorithm) -> None:
+    """Checks the hyperparameters that an algorithm lists against its `hparams_type`."""
+    kind = algorithm.hparams_type
+    if not issubclass(kind, HParams):
+        raise ConfigError(f"hparams_type must be HParams or a subclass; got {kind!r}.")
+    for field in dataclasses.fields(kind):
+        if "range" not in field.metadata:
+            raise ConfigError(
+                f"every field of hparams_type must be made by ppo_jax.hyperparameter(low, high); "
+                f"{field.name} of {kind.__name__} is not. Its default belongs in hparams."
+            )
+    unknown = [hparam for hparam in algorithm.hparams if hparam not in kind.names()]
+    if unknown:
+        raise ConfigError(
+            f"every name in hparams must be a field of hparams_type; {kind.__name__} has no "
+            f"{', '.join(unknown)}. Give hparams_type a subclass of HParams that has it, with the "
+            "decorator @dataclasses.dataclass(frozen=True)."
+        )
+    missing = set(kind.names()) - set(HParams.names()) - set(algorithm.hparams)
+    if missing:
+        raise ConfigError(
+            f"every hyperparameter that hparams_type adds needs a default in hparams; "
+            f"{', '.join(sorted(missing))} has none."
+        )
+    kind(**algorithm.hparams)  # defaults are within their ranges, or an error
 
 
 def hparam_names() -> frozenset[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import itertools
 import math
 import os
@@ -299,21 +300,54 @@ class EnvsCommand:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 2 for a setting that breaks a rule."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else list(argv)
     if "--version" in argv:
         print(f"ppo-jax {ppo_jax.__version__}")
         return 0
     try:
+        _import_modules(argv)
         command = tyro.cli(
             _commands(argv),
             prog="ppo-jax",
-            description="Policy-gradient training, compiled end to end with JAX.",
+            description=(
+                "Policy-gradient training, compiled end to end with JAX. --import MODULE imports a "
+                "Python module first, which can register environments, algorithms and other parts."
+            ),
             args=argv or ["--help"],
         )
         return command.run()
     except ConfigError as error:
         _say(f"ppo-jax: error: {error}")
         return 2
+
+
+def _import_modules(argv: list[str]) -> None:
+    """Imports the modules that `--import` names, from the current directory or the environment.
+
+    The words are removed from `argv`. Modules are imported before the command line is parsed,
+    because environments that they register have to be known then.
+    """
+    names: list[str] = []
+    while "--import" in argv:
+        position = argv.index("--import")
+        if position + 1 == len(argv):
+            raise ConfigError(
+                "--import needs the name of a Python module, as in --import my_module."
+            )
+        names.append(argv[position + 1])
+        del argv[position : position + 2]
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition(".")[0] and error.name != name:
+                raise
+            raise ConfigError(
+                f"--import must name a Python module; there is no {name} in {os.getcwd()} or in "
+                "the environment. Leave out the .py."
+            ) from error
 
 
 def _commands(argv: list[str]) -> Any:

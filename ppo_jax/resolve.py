@@ -14,7 +14,7 @@ from ppo_jax.stages.algorithm import Algorithm
 from ppo_jax.stages.optimizers import SCHEDULES, Optimizer, Schedule, make_optimizer
 
 # An algorithm without epochs or minibatches passes its data once, as a whole.
-_UNUSED_SETTINGS = {"num_epochs": 1, "num_minibatches": 1}
+_VALUES_OF_UNUSED_SETTINGS = {"num_epochs": 1, "num_minibatches": 1}
 
 
 class Resolved(NamedTuple):
@@ -52,6 +52,7 @@ def resolve(config: Config) -> Resolved:
     env = make_env(config)
     if algorithm.whole_episodes:
         _require_whole_episodes(config, env)
+    _require_two_samples(config)
     spec = make_spec(config, env, has_critic=algorithm.has_critic)
     if config.normalize_obs:
         initial_obs_stats(env.observation_space)  # or an error
@@ -69,11 +70,11 @@ def complete_config(config: Config) -> Config:
     4
     """
     used = get_algorithm(config.algorithm).settings
-    defaults = {**_UNUSED_SETTINGS, **used}
+    defaults = {**_VALUES_OF_UNUSED_SETTINGS, **used}
     for name in ALGORITHM_SETTINGS:
         given = getattr(config, name)
         # One pass over one batch is what such an algorithm does, so saying so is no error.
-        if name not in used and given not in (None, _UNUSED_SETTINGS.get(name)):
+        if name not in used and given not in (None, _VALUES_OF_UNUSED_SETTINGS.get(name)):
             raise ConfigError(
                 f"a setting must be one that the algorithm uses; {name} is given and "
                 f"{config.algorithm} uses {', '.join(used)}. Leave {name} out."
@@ -131,6 +132,21 @@ def _used_hparams(config: Config, algorithm: Algorithm) -> dict[str, float | Non
     if config.n_step is not None:
         used.pop("gae_lambda", None)
     return used
+
+
+def _require_two_samples(config: Config) -> None:
+    """Checks that advantages are standardised over more than one sample: one would become 0."""
+    assert config.num_minibatches is not None, "the config is complete"
+    samples = {
+        "minibatch": config.batch_size // config.num_minibatches,
+        "batch": config.batch_size,
+    }
+    if samples.get(config.normalize_advantage or "none", 2) < 2:
+        raise ConfigError(
+            f"normalize_advantage needs at least two samples; a {config.normalize_advantage} of "
+            f"{config.num_envs} * {config.num_steps} samples and {config.num_minibatches} "
+            'minibatches has one. Use fewer minibatches, or normalize_advantage="none".'
+        )
 
 
 def _require_whole_episodes(config: Config, env: Environment) -> None:

@@ -24,7 +24,7 @@ from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.metrics import Metrics, make_metrics
 from ppo_jax.stages.rollout import reset
 from ppo_jax.stages.update_rules import adaptive_learning_rate, report_learning_rates
-from ppo_jax.types import Learner, Shard, Statistics, TrainState, strongly_typed
+from ppo_jax.types import Learner, Scalars, Shard, Statistics, TrainState, strongly_typed
 
 
 class Trainer(NamedTuple):
@@ -149,8 +149,8 @@ def _policy(stages: _Stages, state: TrainState) -> Policy:
 def _init(stages: _Stages, key: jax.Array, hparams: HParams | None, env_params: Any) -> TrainState:
     """Returns the state before the first update."""
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
-    hparams = _opaque(complete_hparams(hparams, config))
-    env_params = _opaque(env.params if env_params is None else env_params)
+    hparams = _without_folding(complete_hparams(hparams, config))
+    env_params = _without_folding(env.params if env_params is None else env_params)
     # The last key is the training's: every update splits it again.
     network_key, reset_key, key = jax.random.split(key, 3)
     # New arrays for every state, because a caller may donate one.
@@ -187,7 +187,7 @@ def _step(
     """Returns the state after one update, and its metrics."""
     # Completed in every call, because a caller may pass other values to each step.
     complete = complete_hparams(hparams, stages.resolved.config)
-    complete = _depending_on(complete, state.updates_done)
+    complete = _without_folding_in_loops(complete, state.updates_done)
     if stages.mesh is None:
         return _step_on_one_device(stages, state, complete)
     sharded_step = jax.shard_map(
@@ -238,6 +238,7 @@ def _step_on_one_device(
     # Reports come after the update, whose effect they describe.
     if algorithm.report is not None:
         report = algorithm.report(stages.losses.log_ratio(params, batch), batch)
+        _check_report(config.algorithm, report, scalars)
         scalars |= mean_over(report, axis_name)
     # The explained variance is that of the values before the update.
     if batch.value is not None and batch.targets is not None:
@@ -257,7 +258,23 @@ def _step_on_one_device(
     return state, make_metrics(scalars, ended)
 
 
-def _opaque(tree: Any) -> Any:
+def _check_report(algorithm: str, report: Any, scalars: Scalars) -> None:
+    """Checks that a report has scalars of new names; raised while tracing."""
+    if not isinstance(report, dict):
+        raise ConfigError(
+            f"report must return a dict of scalars; that of {algorithm} returns "
+            f"{type(report).__name__}."
+        )
+    for name, value in report.items():
+        if not name.startswith("train/") or name in scalars or jnp.shape(value) != ():
+            raise ConfigError(
+                'report must return scalars with new names that start with "train/"; that of '
+                f"{algorithm} returns {name!r} of the shape {jnp.shape(value)}"
+                f"{', which exists already' if name in scalars else ''}."
+            )
+
+
+def _without_folding(tree: Any) -> Any:
     """Hides the values of a tree from the compiler, behind an optimisation barrier.
 
     Defaults are constants, which the compiler would fold into the program. Folded constants round
@@ -267,7 +284,7 @@ def _opaque(tree: Any) -> Any:
     return jax.lax.optimization_barrier(strongly_typed(tree))
 
 
-def _depending_on(hparams: HParams, updates_done: jax.Array) -> HParams:
+def _without_folding_in_loops(hparams: HParams, updates_done: jax.Array) -> HParams:
     """Makes hyperparameters depend on the state, so that XLA cannot fold them as constants.
 
     Inside a loop an optimisation barrier is not enough, because XLA removes barriers before its

@@ -138,3 +138,15 @@ def test_returns_of_first_episodes(data):
             assert to_go[t, n] == pytest.approx(discounted[t:length].sum(), abs=1e-4)
         assert not whole[length:, n].any()
         assert not to_go[length:, n].any()
+
+
+@pytest.mark.parametrize("estimate", ["gae", "n_step"])
+def test_an_infinite_advantage_stays_in_its_own_episode(estimate):
+    reward = jnp.array([1.0, 1.0, jnp.inf])[:, None]
+    zero, done = jnp.zeros((3, 1)), jnp.array([[False], [True], [False]])
+    arguments = (reward, zero, zero, done, jnp.zeros_like(done))
+    if estimate == "gae":
+        found = advantages.gae(*arguments, gamma=0.5, gae_lambda=1.0)
+    else:
+        found = advantages.n_step(*arguments, gamma=0.5, steps=3)
+    np.testing.assert_array_equal(found[:, 0], [1.5, 1.0, np.inf])

@@ -56,6 +56,10 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
             {"separate_grad_norms": True, "shared_torso": True},
             "separate_grad_norms needs.*got ppo and shared_torso=True",
         ),
+        (
+            {"num_envs": 2, "num_steps": 2, "num_minibatches": 4},
+            r"at least two samples; a minibatch of 2 \* 2 samples and 4 minibatches has one",
+        ),
         ({"optimizer": "adm"}, "unknown optimizer 'adm'. Did you mean adam"),
         ({"optimizer_kwargs": {"epz": 1.0}}, "unknown argument of optax.adam 'epz'"),
         ({"env_params": {"gravty": 1.0}}, "unknown parameter of CartPole-v1 'gravty'.*gravity"),
@@ -71,7 +75,10 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
         ),
         ({"env": "FrozenLake-misc", "normalize_obs": True}, "needs floating-point observations"),
         ({"actor_keys": ("position",)}, "need observations that are dicts"),
-        ({"action_distribution": "beta"}, "must be left out where actions are integers"),
+        (
+            {"action_distribution": "beta"},
+            "action_distribution must be left out where actions are integers.*got beta",
+        ),
         (
             {"env": "Pendulum-v1", "action_distribution": "beta", "state_dependent_std": True},
             "state_dependent_std must be off",

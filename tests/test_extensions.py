@@ -5,16 +5,28 @@ import subprocess
 import sys
 from typing import Any
 
+import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ppo_jax
-from ppo_jax import Config, ConfigError, HParams, envs, make_env, make_trainer
+from ppo_jax import (
+    Config,
+    ConfigError,
+    HParams,
+    envs,
+    make_env,
+    make_trainer,
+    register_action_distribution,
+)
 from ppo_jax.algorithms import ALGORITHMS, register_algorithm
+from ppo_jax.cli import main
 from ppo_jax.envs import wrappers
-from ppo_jax.policy.distributions import BOX_HEADS, register_action_distribution
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.policy.distributions import BOX_HEADS
 from ppo_jax.population.halving import make_halving
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.search_space import Uniform
@@ -106,7 +118,7 @@ def test_a_run_of_a_registered_algorithm_is_read_again(offset, tmp_path):
         ),
         (
             lambda: register_algorithm("x", ALGORITHMS["ppo"]._replace(hparams={"margin": 1.0})),
-            "unknown hyperparameter 'margin'",
+            "must be a field of hparams_type; HParams has no margin. Give hparams_type a subclass",
         ),
         (
             lambda: register_algorithm("x", ALGORITHMS["ppo"]._replace(hparams={"gamma": 2.0})),
@@ -134,6 +146,197 @@ def test_what_cannot_be_registered_is_refused(register, message):
     with pytest.raises(ConfigError, match=message):
         register()
     assert "x" not in ALGORITHMS
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainHParams(HParams):
+    offset: float = 0.3
+
+
+class UndecoratedHParams(HParams):
+    offset: Any = ppo_jax.hyperparameter()
+
+
+def ppo_with(**changes):
+    return lambda: register_algorithm("x", ALGORITHMS["ppo"]._replace(**changes))
+
+
+def row_with(**changes):
+    """Trains one update of PPO with a changed row."""
+
+    def train(monkeypatch):
+        monkeypatch.setitem(ALGORITHMS, "x", ALGORITHMS["ppo"]._replace(**changes))
+        trainer = make_trainer(Config(algorithm="x", **SMALL))
+        jax.eval_shape(lambda key: trainer.step(trainer.init(key)), jax.random.key(0))
+
+    return train
+
+
+OFFSET = {**ALGORITHMS["ppo"].hparams, "offset": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (
+            ppo_with(hparams_type=OffsetHParams),
+            "every hyperparameter that hparams_type adds needs a default in hparams; offset has",
+        ),
+        (
+            ppo_with(hparams=OFFSET, hparams_type=UndecoratedHParams),
+            "UndecoratedHParams has no offset.*with the decorator @dataclasses.dataclass",
+        ),
+        (ppo_with(hparams=OFFSET), "HParams has no offset. Give hparams_type a subclass"),
+        (
+            ppo_with(hparams=OFFSET, hparams_type=PlainHParams),
+            "must be made by ppo_jax.hyperparameter.*offset of PlainHParams is not",
+        ),
+        (lambda: envs.register("x", make_env(Config())), "a factory must be a function"),
+    ],
+)
+def test_a_mistake_in_a_registration_is_explained(mistake, message):
+    with pytest.raises(ConfigError, match=message):
+        mistake()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (
+            row_with(objective=lambda terms, hparams: terms.advantages.mean()),
+            r"one number per sample.*that of x returns \(\) for \(4,\)",
+        ),
+        (
+            row_with(objective=lambda terms, hparams: terms.advantages[:, None]),
+            r"that of x returns \(4, 1\) for \(4,\)",
+        ),
+        (row_with(report=lambda log_ratio, batch: None), "report must return a dict of scalars"),
+        (
+            row_with(report=lambda log_ratio, batch: {"train/entropy": log_ratio.mean()}),
+            "returns 'train/entropy' of the shape .*, which exists already",
+        ),
+        (
+            row_with(report=lambda log_ratio, batch: {"largest": log_ratio.max()}),
+            "names that start with \"train/\"; that of x returns 'largest'",
+        ),
+        (
+            row_with(report=lambda log_ratio, batch: {"train/log_ratio": log_ratio}),
+            r"returns 'train/log_ratio' of the shape \(8, 2\)",
+        ),
+        (
+            row_with(estimate=lambda config, trajectory, values, hparams: None),
+            "estimate must return Estimates.*that of x returns NoneType",
+        ),
+    ],
+)
+def test_a_part_that_returns_something_else_is_named(mistake, message, monkeypatch):
+    with pytest.raises(ConfigError, match=message):
+        mistake(monkeypatch)
+
+
+def own_env(**changes):
+    def reset(key, params):
+        return jnp.zeros(3), jnp.int32(0)
+
+    def step(key, state, action, params):
+        return Step(jnp.zeros(3), state + 1, jnp.float32(1), jnp.array(False), state > 5)
+
+    env = Environment("own", reset, step, (), Box((3,)), Discrete(2))
+    return env._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (own_env(observation_space=Box((4,))), r"reset of own returns float32\[3\].*float32\[4\]"),
+        (own_env(observation_space=Box((3,), "int32")), "reset of own returns float32.*int32"),
+        (own_env(reset=lambda key, params: jnp.zeros(3)), r"reset must return \(obs, state\)"),
+        (
+            own_env(step=lambda key, state, action, params: (jnp.zeros(3), state, 1.0, False)),
+            "step must return a Step.*own returns tuple",
+        ),
+        (
+            own_env(
+                step=lambda key, state, action, params: Step(
+                    jnp.zeros(3), state, jnp.zeros(1), jnp.array(False), jnp.array(False)
+                )
+            ),
+            r"reward must be a scalar; own has the shape \(1,\)",
+        ),
+        (
+            own_env(
+                step=lambda key, state, action, params: Step(
+                    jnp.zeros(3), state + 0.5, jnp.float32(0), jnp.array(False), jnp.array(False)
+                )
+            ),
+            r"step must return a state of the shapes.*float32\[\] and int32\[\]",
+        ),
+    ],
+)
+def test_an_environment_that_is_not_what_it_describes_is_refused(env, message):
+    envs.register("own", lambda: env, overwrite=True)
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(Config(env="own", **SMALL))
+
+
+def test_a_sound_environment_of_one_s_own_trains_and_its_parameters_must_be_a_dataclass():
+    envs.register("own", own_env, overwrite=True)
+    jax.eval_shape(make_trainer(Config(env="own", **SMALL)).run, jax.random.key(0))
+    with pytest.raises(ConfigError, match="need parameters that are a dataclass; those of own"):
+        make_env(Config(env="own", env_params={"slip": 0.1}))
+
+
+def test_a_wrapper_that_returns_nothing_is_named():
+    wrappers.register("nothing", lambda env, argument: None, overwrite=True)
+    with pytest.raises(ConfigError, match="nothing returns NoneType"):
+        make_env(Config(wrappers={"nothing": 1}))
+
+
+def head_with(**changes):
+    def make(space):
+        return BOX_HEADS["gaussian"](space)._replace(**changes)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"parametrize": lambda outputs, log_std: outputs.reshape(-1, 7)},
+            "must handle 3 outputs of width num_outputs = 1.*mine fails: cannot reshape",
+        ),
+        (
+            {"distribution": lambda params: distrax.Normal(params.mean, jnp.exp(params.log_std))},
+            r"log_prob of a head must have the shape \(3,\) for 3 actions.*gives \(3, 1\)",
+        ),
+    ],
+)
+def test_a_head_of_wrong_shapes_is_refused(changes, message):
+    register_action_distribution("mine", head_with(**changes), overwrite=True)
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(Config(env="Pendulum-v1", action_distribution="mine"))
+
+
+def test_parts_are_registered_from_the_command_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_parts.py").write_text(
+        "from ppo_jax import envs\n"
+        "from tests.test_extensions import own_env\n"
+        "envs.register('mine-from-a-module', own_env, overwrite=True)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    small = ["--num-envs", "2", "--num-steps", "8", "--total-timesteps", "32", "--quiet"]
+    run = ["--run-dir", "run", "--eval-episodes", "2", "--hidden-sizes", "4"]
+    arguments = ["train", "mine-from-a-module", *small, *run]
+    assert main(["--import", "my_parts", *arguments]) == 0
+    assert main(["eval", "run", "--episodes", "2", "--import", "my_parts"]) == 0
+    assert main(["--import", "my_part", "envs"]) == 2
+    assert "--import must name a Python module; there is no my_part" in capsys.readouterr().err
+    assert main([*arguments, "--import"]) == 2
+    # What is not registered is named when a run is read; a file never imports a module.
+    monkeypatch.delitem(envs._registered, "mine-from-a-module")
+    assert main(["eval", "run"]) == 2
+    assert "run names 'mine-from-a-module'. Import the module" in capsys.readouterr().err
 
 
 def test_an_unknown_action_distribution_is_said_before_anything_is_traced():

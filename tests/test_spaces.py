@@ -322,7 +322,10 @@ class Failing(nn.Module):
         ("resnet", "unknown network 'resnet'. Known: cnn, impala_cnn"),
         (TwoOutputs(), r"features \[B, F\]; TwoOutputs maps .* Return one floating-point array"),
         (Flat(), r"Flat maps a batch of 3 of .*shape=\(9,\).* Return one"),
-        (BatchNorm(), "with parameters alone; BatchNorm has batch_stats, params.*LayerNorm"),
+        (
+            BatchNorm(),
+            "no other collections; BatchNorm has batch_stats, params.*LayerNorm",
+        ),
         (Failing(), "Failing fails for a batch of 3"),
         (nn.tanh, "must be a flax.linen module .* got <.*tanh"),
     ],
@@ -373,5 +376,5 @@ def test_spaces_that_do_not_fit_are_told_so(spaces, message):
 
 def test_a_policy_with_a_module_asks_for_it_when_loaded(tmp_path):
     save_policy(collected("own-module").policy, tmp_path / "policy")
-    with pytest.raises(ConfigError, match=r"a module: Doubled; it must be passed as network=…"):
+    with pytest.raises(ConfigError, match=r"it names a module: Doubled. Pass that module"):
         load_policy(tmp_path / "policy")

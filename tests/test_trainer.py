@@ -370,6 +370,17 @@ def test_adams_eps_is_1e5_unless_given():
     np.testing.assert_allclose(first_step(given), first_step(optax.adam(0.1)), rtol=1e-6)
 
 
+def test_rmsprop_starts_as_in_stable_baselines3():
+    """Its RMSpropTFLike: a squared average that starts from 1, and eps inside of the root."""
+    gradients = [jnp.array([0.3, -2.0]), jnp.array([0.1, 1.0])]
+    tx = make_optimizer(Config(optimizer="rmsprop"))(0.1, HParams())
+    state, average = tx.init(gradients[0]), np.ones(2)
+    for gradient in gradients:
+        updates, state = tx.update(gradient, state, gradient)
+        average = 0.99 * average + 0.01 * np.square(gradient)
+        np.testing.assert_allclose(updates, -0.1 * gradient / np.sqrt(average + 1e-5), rtol=1e-5)
+
+
 def test_a_gradient_s_norm_is_clipped_before_its_entries():
     gradient = jnp.array([30.0, -40.0])
     for config, hparams, expected in (

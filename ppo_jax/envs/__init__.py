@@ -83,17 +83,24 @@ def check_name(name: str) -> None:
     require_known("environment", name, names())
 
 
-def register(name: str, factory: Callable[..., Any]) -> None:
+def register(name: str, factory: Callable[..., Any], *, overwrite: bool = False) -> None:
     """Makes `factory(**env_kwargs)` available under `name`.
 
     Args:
       name: a name that is not taken.
       factory: returns an `Environment`, or any object with the interface of gymnax 1.x or brax.
+      overwrite: replace a factory that was registered under this name.
 
     Raises:
-      ConfigError: the name is taken.
+      ConfigError: the name is taken, or the factory cannot be called.
     """
-    require_new_name("environment", name, names())
+    taken = set(names()) - set(_registered) if overwrite else names()
+    require_new_name("environment", name, taken)
+    if not callable(factory):
+        raise ConfigError(
+            f"a factory must be a function that returns an environment; got "
+            f"{type(factory).__name__}. Write lambda: env."
+        )
     _registered[name] = factory
 
 
@@ -141,6 +148,7 @@ def make_env(config: "Config") -> "Environment":
 
 def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
     from ppo_jax.envs import brax_adapter, gymnax_adapter, wrappers
+    from ppo_jax.envs.checks import check_env
     from ppo_jax.envs.environment import Environment
 
     if name in GYMNAX_NAMES:
@@ -152,10 +160,13 @@ def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
         return wrappers.apply(gymnax_adapter.make(base, **kwargs), inside)._replace(name=name)
     env = _registered[name](**kwargs)
     if isinstance(env, Environment):
+        check_env(env)
         return env
     # Told by the interface instead of the type, so that neither suite has to be imported.
     if hasattr(env, "default_params"):
-        return gymnax_adapter.adapt(name, env)
+        adapted = gymnax_adapter.adapt(name, env)
+        check_env(adapted)
+        return adapted
     if hasattr(env, "action_size"):
         return brax_adapter.adapt(name, env)
     raise ConfigError(
@@ -169,7 +180,12 @@ def override_params(name: str, params: Any, changes: dict[str, Any]) -> Any:
     """Returns a dataclass with some fields changed; an unknown field is a `ConfigError`."""
     if not changes:
         return params
-    known = [f.name for f in dataclasses.fields(params)] if dataclasses.is_dataclass(params) else []
+    if not dataclasses.is_dataclass(params) or isinstance(params, type):
+        raise ConfigError(
+            f"env_params need parameters that are a dataclass; those of {name} are "
+            f"{type(params).__name__}. Make them a flax.struct.PyTreeNode, or leave env_params out."
+        )
+    known = [f.name for f in dataclasses.fields(params)]
     for field in changes:
         require_known(f"parameter of {name}", field, known)
     return dataclasses.replace(params, **changes)

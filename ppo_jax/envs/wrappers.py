@@ -274,13 +274,18 @@ WRAPPERS: dict[str, Callable[..., Environment]] = {
 """Functions `(env, argument) -> env` by name; the last two take True."""
 
 
-def register(name: str, wrapper: Callable[..., Environment]) -> None:
+def register(name: str, wrapper: Callable[..., Environment], *, overwrite: bool = False) -> None:
     """Makes `wrapper(env, argument) -> env` available in `Config.wrappers` under `name`.
+
+    Args:
+      name: a name that is not taken.
+      wrapper: returns the changed environment.
+      overwrite: replace a wrapper of this name.
 
     Raises:
       ConfigError: the name is taken.
     """
-    require_new_name("wrapper", name, WRAPPERS)
+    require_new_name("wrapper", name, () if overwrite else WRAPPERS)
     WRAPPERS[name] = wrapper
 
 
@@ -293,4 +298,9 @@ def apply(env: Environment, wrappers: Iterable[tuple[str, Value]]) -> Environmen
     for name, argument in wrappers:
         require_known("wrapper", name, WRAPPERS)
         env = WRAPPERS[name](env, argument)
+        if not isinstance(env, Environment):
+            raise ConfigError(
+                f"a wrapper must return an Environment; {name} returns {type(env).__name__}. "
+                "Return env._replace(…)."
+            )
     return env

@@ -22,8 +22,8 @@ class RunningStats(NamedTuple):
 def initial(shape: tuple[int, ...]) -> RunningStats:
     """Returns the statistics of an empty stream, by which `normalize` changes nothing.
 
-    >>> normalize(initial(()), jnp.array(3.0)).item()
-    3.0
+    >>> normalize(initial(()), jnp.array(300.0)).item()
+    300.0
     """
     return RunningStats(jnp.zeros(()), jnp.zeros(shape), jnp.ones(shape))
 
@@ -64,10 +64,15 @@ def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> Ru
 
 
 def normalize(stats: RunningStats, x: jax.Array) -> jax.Array:
-    """Returns (x − mean) / standard deviation, clipped to ±10, for x `[..., *shape]`."""
+    """Returns (x − mean) / standard deviation, clipped to ±10, for x `[..., *shape]`.
+
+    Without samples x is returned as it is: its scale is not known, so that a clip would be
+    arbitrary.
+    """
     axes = tuple(range(x.ndim - stats.mean.ndim))
     mean, var = (jnp.expand_dims(value, axes) for value in (stats.mean, stats.var))
-    return jnp.clip((x - mean) * jax.lax.rsqrt(var + _EPS), -_CLIP, _CLIP)
+    normalized = jnp.clip((x - mean) * jax.lax.rsqrt(var + _EPS), -_CLIP, _CLIP)
+    return jnp.where(stats.num_samples > 0, normalized, x)
 
 
 def scale(stats: RunningStats, x: jax.Array) -> jax.Array:

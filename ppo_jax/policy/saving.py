@@ -38,7 +38,8 @@ def network_from_name(name: str, network: Any) -> Any:
         return name
     if network is None:
         raise ConfigError(
-            f"a file does not hold a network that is {name}; it must be passed as network=…"
+            f"a file does not hold the code of a network; it names {name}. Pass that module in "
+            "Python, as network=…."
         )
     return network
 

@@ -5,7 +5,7 @@ Everything here is checked before anything is traced.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from ppo_jax.config import Config, PolicySettings
 from ppo_jax.envs import spaces
+from ppo_jax.envs.checks import example
 from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.spaces import Box, Dict, Discrete, Leaf, MultiDiscrete, Space
-from ppo_jax.errors import ConfigError
+from ppo_jax.errors import ConfigError, require_new_name
 from ppo_jax.ops import running_stats
 from ppo_jax.ops.running_stats import RunningStats
 from ppo_jax.policy import networks, recurrent
-from ppo_jax.policy.distributions import Head, make_head
+from ppo_jax.policy.distributions import BOX_HEADS, Head, checked_head, make_head
 from ppo_jax.policy.initializers import draw
 from ppo_jax.policy.networks import ActorCritic, View
 from ppo_jax.policy.recurrent import RecurrentLayer
@@ -154,6 +155,26 @@ def network_of(spec: PolicySpec) -> ActorCritic:
     )
 
 
+def register_action_distribution(
+    name: str, make: Callable[[Box], Head], *, overwrite: bool = False
+) -> None:
+    """Makes a head for continuous actions available as `Config(action_distribution=name)`.
+
+    Args:
+      name: a name that is not taken.
+      make: returns the head for a space of continuous actions, or raises a `ConfigError`.
+      overwrite: replace a head of this name.
+
+    Raises:
+      ConfigError: the name is taken.
+    """
+    require_new_name("action distribution", name, () if overwrite else BOX_HEADS)
+    BOX_HEADS[name] = lambda space: checked_head(name, make(space), space)
+    # Both are cached by spec, which has the name of the distribution and not the head.
+    head_of.cache_clear()
+    network_of.cache_clear()
+
+
 def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
     if not isinstance(spec.network, str):
         _check_module(spec, view.space)
@@ -243,15 +264,6 @@ def _check_shapes(network: nn.Module, space: Space, name: str) -> Any:
             "Leave out layers that keep statistics, such as BatchNorm; LayerNorm will do."
         )
     return result
-
-
-def example(space: Space, batch_shape: tuple[int, ...]) -> Any:
-    """Returns shapes and dtypes of a batch of values of a space."""
-    if isinstance(space, Dict):
-        return {name: example(entry, batch_shape) for name, entry in space.spaces}
-    if isinstance(space, spaces.Tuple):
-        return tuple(example(entry, batch_shape) for entry in space.spaces)
-    return jax.ShapeDtypeStruct((*batch_shape, *spaces.shape_of(space)), spaces.dtype_of(space))
 
 
 def initial_obs_stats(space: Space) -> ObsStats:

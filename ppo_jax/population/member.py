@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     returns: jax.Array
     """Returns of the final greedy evaluation, `[num_episodes]`."""
     failed_at: jax.Array
-    """As in `MemberState`."""
+    """[], the update that would have made a parameter NaN or infinite; −1 where none did."""
     policy: Policy
 
 

@@ -84,16 +84,31 @@ class RunDirectory:
           network: the module that was `Config.network`, unless that was the name of one of ours.
 
         Raises:
-          ConfigError: the module is needed and not given, or the algorithm is not registered.
+          ConfigError: the module is needed and not given, or the environment or the algorithm is
+            not registered.
         """
         from ppo_jax.algorithms import get_algorithm
         from ppo_jax.policy.saving import network_from_name
 
         record = json.loads((self.path / CONFIG).read_text())
         fields = dict(record["config"])
+        self._require_registered(fields)
         fields["network"] = network_from_name(fields["network"], network)
         config = Config(**fields)
         return config, get_algorithm(config.algorithm).hparams_type(**record["hparams"])
+
+    def _require_registered(self, fields: Mapping[str, Any]) -> None:
+        """Checks that the parts that a run names are known: a file never imports a module."""
+        from ppo_jax import envs
+        from ppo_jax.algorithms import ALGORITHMS
+
+        for kind, known in {"env": envs.names(), "algorithm": ALGORITHMS}.items():
+            if fields[kind] not in known:
+                raise ConfigError(
+                    f"the {kind} of a run must be registered before the run is read; {self.path} "
+                    f"names {fields[kind]!r}. Import the module that registers it, or pass "
+                    "--import MODULE to the command."
+                )
 
     def read_seeds(self) -> int | list[int]:
         """Reads the seed of the run, or the list of its seeds."""

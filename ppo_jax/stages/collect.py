@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ppo_jax.config import Config
 from ppo_jax.envs.environment import Environment
+from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives, running_stats
 from ppo_jax.ops.advantages import discounted_returns
@@ -18,6 +19,7 @@ from ppo_jax.stages.rollout import reset, rollout
 from ppo_jax.types import (
     Batch,
     EpisodeStats,
+    Estimates,
     RolloutState,
     Shard,
     Statistics,
@@ -99,6 +101,11 @@ def collect(
     )
     state = state.replace(discounted_return=discounted_return)
     estimates = algorithm.estimate(config, trajectory._replace(reward=reward), values, hparams)
+    if not isinstance(estimates, Estimates):
+        raise ConfigError(
+            f"estimate must return Estimates(advantages, targets, mask); that of "
+            f"{config.algorithm} returns {type(estimates).__name__}."
+        )
     advantages = estimates.advantages
     # With "minibatch" the update rule normalises instead.
     if config.normalize_advantage == "batch":

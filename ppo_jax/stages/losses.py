@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives
 from ppo_jax.ops.collective import mean_over
@@ -116,7 +117,13 @@ class Losses:
             kl=self._kl(distribution, batch) if needs_kl else None,
         )
         # Objectives are maximised, optimisers minimise.
-        loss = -self.objective(terms, hparams)
+        objective = self.objective(terms, hparams)
+        if jnp.shape(objective) != log_ratio.shape:
+            raise ConfigError(
+                "an objective must return one number per sample, of the shape of its terms; that "
+                f"of {self.config.algorithm} returns {jnp.shape(objective)} for {log_ratio.shape}."
+            )
+        loss = -objective
         if self.per_episode:
             loss *= self._mean_episode_length(batch, loss.dtype)
         samples = {

@@ -65,7 +65,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lion": {},
     "nadam": {"eps": 1e-5},
     "radam": {"eps": 1e-5},
-    "rmsprop": {"decay": 0.99, "eps": 1e-5},  # A2C's, from the same source
+    # A2C's, from the same source. Its accumulator starts at 1 in TensorFlow and Stable-Baselines3;
+    # from optax's 0 the first updates would be 37 times as large.
+    "rmsprop": {"decay": 0.99, "eps": 1e-5, "initial_scale": 1.0},
     "sgd": {},
 }
 """Names of optax optimisers, and the arguments in which our defaults differ from optax's."""

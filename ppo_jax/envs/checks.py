@@ -1,0 +1,75 @@
+"""Checks of an environment against its description, by shapes alone: nothing is computed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import Dict, Space, Tuple, dtype_of, shape_of
+from ppo_jax.errors import ConfigError
+
+
+def example(space: Space, batch_shape: tuple[int, ...]) -> Any:
+    """Returns shapes and dtypes of a batch of values of a space."""
+    if isinstance(space, Dict):
+        return {name: example(entry, batch_shape) for name, entry in space.spaces}
+    if isinstance(space, Tuple):
+        return tuple(example(entry, batch_shape) for entry in space.spaces)
+    return jax.ShapeDtypeStruct((*batch_shape, *shape_of(space)), dtype_of(space))
+
+
+def check_env(env: Environment) -> None:
+    """Raises a `ConfigError` if `reset` or `step` do not return what the environment describes."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    obs, state = _returned(env, "reset", 2, env.reset, key, env.params)
+    _check_obs(env, "reset", obs)
+    action = example(env.action_space, ())
+    step = jax.eval_shape(env.step, key, state, action, env.params)
+    if not isinstance(step, Step):
+        raise ConfigError(
+            f"step must return a Step(obs, state, reward, terminated, truncated); {env.name} "
+            f"returns {type(step).__name__}. Import it from ppo_jax.envs.environment."
+        )
+    _check_obs(env, "step", step.obs)
+    if _described(step.state) != _described(state):
+        raise ConfigError(
+            f"step must return a state of the shapes and dtypes that reset returns; {env.name} "
+            f"has {_described(step.state)} and {_described(state)}. Cast the fields that differ."
+        )
+    for name in ("reward", "terminated", "truncated"):
+        shape = jnp.shape(getattr(step, name))
+        if shape != ():
+            raise ConfigError(
+                f"{name} must be a scalar; {env.name} has the shape {shape}. An environment "
+                "describes a single one: jax.vmap adds the axis of environments."
+            )
+
+
+def _returned(env: Environment, name: str, count: int, function: Any, *args: Any) -> Any:
+    result = jax.eval_shape(function, *args)
+    if not isinstance(result, tuple) or len(result) != count:
+        raise ConfigError(
+            f"{name} must return (obs, state); {env.name} returns {type(result).__name__}."
+        )
+    return result
+
+
+def _check_obs(env: Environment, name: str, obs: Any) -> None:
+    expected = example(env.observation_space, ())
+    if _described(obs) != _described(expected):
+        raise ConfigError(
+            f"observations must be as observation_space describes them; {name} of {env.name} "
+            f"returns {_described(obs)}, and the space is {_described(expected)}. Change the "
+            "space, or the observation."
+        )
+
+
+def _described(tree: Any) -> Any:
+    """Returns a tree of shapes and dtypes as text that can be compared and shown."""
+
+    def describe(x: Any) -> str:
+        return f"{jnp.result_type(x).name}{list(map(int, jnp.shape(x)))}"
+
+    described = jax.tree.map(describe, tree)
+    return described if jax.tree.leaves(described) else None
