@@ -11,8 +11,11 @@ BIN := $(VENV)/bin
 # Stamps are written last, so that an interrupted installation is repeated.
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
-# One worker per core, because compiling, which is most of the suite, uses one core.
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# One worker per core, because compiling, which is most of the suite, uses one core; and 2.5 GiB of
+# memory for each.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
+	fit=$$(awk '/MemAvailable/ {print int($$2 / 2621440)}' /proc/meminfo 2>/dev/null); \
+	fit=$${fit:-$$cores}; fit=$$((fit < 1 ? 1 : fit)); echo $$((fit < cores ? fit : cores)))
 
 .PHONY: help install train test test-slow lint types guard check lock clean
 

@@ -80,7 +80,8 @@ class TrainCommand:
     seed: int = 0
     """Random seed."""
     seeds: int | None = None
-    """Train this many seeds at once, starting from --seed."""
+    """Train this many seeds together, starting from --seed. A seed that is trained with others
+    rounds differently than alone, and so may take another path: compare seeds of the same run."""
     run_dir: Path | None = None
     """Directory of the run; runs/ENV_ALGORITHM_SEED_TIME by default."""
     overwrite: bool = False

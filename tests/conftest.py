@@ -1,6 +1,7 @@
 """Settings of the test session: quick compilations, strict ranks, a cache of compiled programs."""
 
 import functools
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 cache = Path(__file__).parent.parent / ".cache" / "jax"
@@ -19,3 +21,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 optimized_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
 """Compiles with all optimisations, as users do: for long runs, and for tests of bit-identity."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_compiled_programs():
+    """Drops the compiled programs of a module: all of a session would take 4 GB a worker."""
+    yield
+    jax.clear_caches()
+    gc.collect()

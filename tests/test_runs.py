@@ -1,3 +1,4 @@
+import datetime
 import json
 import re
 import signal
@@ -313,3 +314,15 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
     )
     ppo_jax.train(CONFIG, eval_episodes=2, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_records_what_it_was_resolved_to_and_made_with(run):
+    record = json.loads((run.run_dir / "config.json").read_text())
+    assert record["config"]["num_epochs"] is None  # as it was asked for
+    assert record["resolved"]["num_epochs"] == 4
+    assert record["resolved"]["normalize_advantage"] == "minibatch"
+    made_with = record["made_with"]
+    assert made_with["versions"]["jax"] == jax.__version__
+    assert made_with["versions"]["ppo-jax"] == ppo_jax.__version__
+    assert made_with["platform"] == "cpu"
+    assert datetime.datetime.fromisoformat(made_with["time"]).tzinfo is not None

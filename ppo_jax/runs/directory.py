@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppo_jax.config import Config
+from ppo_jax.config import ALGORITHM_SETTINGS, Config
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 
@@ -66,14 +66,27 @@ class RunDirectory:
         return cls(path)
 
     def write_config(self, config: Config, hparams: HParams, *, seeds: int | Iterable[int]) -> None:
-        """Writes the settings that start the same run again."""
-        from ppo_jax.policy.saving import network_name
+        """Writes the settings that start the same run again, and what it was made with.
 
-        fields = {**vars(config), "network": network_name(config.network)}
+        `config` has the settings as they were asked for, `resolved` the algorithm's settings with
+        its defaults, and `made_with` versions, device, commit and time.
+
+        Args:
+          config: as it was asked for.
+          hparams: complete hyperparameters.
+          seeds: the seed, or the seeds of a run with an axis of seeds.
+        """
+        from ppo_jax.policy.saving import network_name
+        from ppo_jax.resolve import complete_config
+        from ppo_jax.runs import provenance
+
+        complete = complete_config(config)
         record = {
-            "config": fields,
+            "config": {**vars(config), "network": network_name(config.network)},
+            "resolved": {name: getattr(complete, name) for name in ALGORITHM_SETTINGS},
             "hparams": hparams.given(),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
+            "made_with": provenance.describe(),
         }
         _write_json(self.path / CONFIG, record)
 
