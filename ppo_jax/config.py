@@ -190,6 +190,11 @@ got 4 * 128 and 3. Try 2 or 4.
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.env, str):
+            raise ConfigError(
+                f"env must be the name of an environment; got {type(self.env).__name__}. "
+                "Register it by ppo_jax.envs.register(name, factory), and use the name."
+            )
         for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
             pairs = _pairs(name, getattr(self, name))
             self._set(name, tuple(sorted(pairs)))  # equal contents make equal configs

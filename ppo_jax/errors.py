@@ -64,6 +64,19 @@ def require_positive_integer(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
 
 
+def require_seed(value: Any) -> None:
+    """Raises a `ConfigError` unless `value` is a whole number that a random key takes.
+
+    >>> require_seed(-1)
+    Traceback (most recent call last):
+    ...
+    ppo_jax.errors.ConfigError: a seed must be a whole number from 0 to 4294967295; got -1.
+    """
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or not 0 <= value < 2**32:
+        raise ConfigError(f"a seed must be a whole number from 0 to {2**32 - 1}; got {value!r}.")
+
+
 def require_positive_integers(values: dict[str, Any]) -> None:
     """Applies `require_positive_integer` to each entry that is not None."""
     for name, value in values.items():

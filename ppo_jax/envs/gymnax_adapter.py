@@ -42,6 +42,11 @@ def adapt(name: str, env: Any) -> Environment:
     Raises:
       ConfigError: a space that no policy can handle.
     """
+    if not hasattr(env, "is_truncated"):
+        raise ConfigError(
+            f"an environment must have the interface of gymnax 1.x, which tells truncation from "
+            f"termination by is_truncated(state, params); {name} has an older one."
+        )
     params = env.default_params
     observation_space = _space(name, env.observation_space(params))
     # gymnax declares them as float32, four times as large.

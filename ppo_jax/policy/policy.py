@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ppo_jax.envs import spaces
 from ppo_jax.errors import ConfigError
 from ppo_jax.ops import running_stats
-from ppo_jax.policy import networks
 from ppo_jax.policy.spec import (
     ObsStats,
     PolicySpec,
@@ -51,7 +51,7 @@ class Policy(struct.PyTreeNode):
           key: random key for sampled actions; None takes the most likely ones.
         """
         head = head_of(self.spec)
-        batch_shape = networks.batch_shape_of(self.spec.observation_space, obs)
+        obs, batch_shape = self._checked(obs)
         ndim = len(batch_shape)
         obs, recurrent_state = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[ndim:]), (obs, recurrent_state)
@@ -65,6 +65,21 @@ class Policy(struct.PyTreeNode):
         return jax.tree.map(
             lambda x: x.reshape(*batch_shape, *x.shape[1:]), (head.to_env(action), recurrent_state)
         )
+
+    def _checked(self, obs: Any) -> tuple[Any, tuple[int, ...]]:
+        """Returns an observation as arrays, and its batch shape, or a `ConfigError`."""
+        space = self.spec.observation_space
+        if not isinstance(space, (spaces.Dict, spaces.Tuple)):
+            obs = jnp.asarray(obs)  # a list of numbers is one observation, not a tree of scalars
+        expected = [spaces.shape_of(leaf) for leaf in spaces.leaves(space)]
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(obs)]
+        batch_shape = shapes[0][: len(shapes[0]) - len(expected[0])] if shapes else ()
+        if shapes != [(*batch_shape, *shape) for shape in expected]:
+            raise ConfigError(
+                f"obs must have the shapes of the observation space, {expected}, behind the same "
+                f"batch axes; got {shapes}."
+            )
+        return obs, batch_shape
 
     def initial_recurrent_state(self, batch_shape: tuple[int, ...] = ()) -> Any:
         """Returns the recurrent state at the start of an episode; None without a memory."""

@@ -71,10 +71,16 @@ def load_policy(path: Path, network: nn.Module | None = None) -> Policy:
       network: the module that was `Config.network`, unless that was the name of one of ours.
 
     Raises:
-      ConfigError: the module is needed and not given.
+      ConfigError: the module is needed and not given, or the file is damaged.
     """
-    record = serialization.msgpack_restore(path.read_bytes())
-    spec = _spec_from_plain(json.loads(record["spec"]), network)
+    try:
+        record = serialization.msgpack_restore(path.read_bytes())
+        plain = json.loads(record["spec"])
+    except Exception as error:  # msgpack and its extensions raise whatever the bytes lead to
+        raise ConfigError(
+            f"{path} must hold a policy; it is damaged or something else: {error}."
+        ) from error
+    spec = _spec_from_plain(plain, network)
     obs_stats = None
     if record["obs_stats"] is not None:
         stats = {int(i): RunningStats(**x) for i, x in record["obs_stats"].items()}

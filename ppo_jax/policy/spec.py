@@ -247,22 +247,27 @@ _BATCH = 3  # a size that no space and no layer is likely to have
 def _check_shapes(network: nn.Module, space: Space, name: str) -> Any:
     """Returns the shape of the network's output for a batch, or raises a `ConfigError`."""
     obs = example(space, (_BATCH,))
-    try:
-        # Shapes alone: nothing is computed or compiled.
-        result, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), obs)
-    except ConfigError:
-        raise
-    # A user's module can fail in any way; the original error stays attached.
-    except Exception as error:
-        raise ConfigError(
-            f"{_CONTRACT}; {name} fails for a batch of {_BATCH} of {space}: {error}"
-        ) from error
+
+    def shapes_of(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return jax.eval_shape(function, *args)  # nothing is computed or compiled
+        except ConfigError:
+            raise
+        # A user's module can fail in any way; the original error stays attached.
+        except Exception as error:
+            raise ConfigError(
+                f"{_CONTRACT}; {name} fails for a batch of {_BATCH} of {space}: {error}"
+            ) from error
+
+    result, variables = shapes_of(network.init_with_output, jax.random.key(0), obs)
     if set(variables) - {"params"}:
         raise ConfigError(
             f"{_CONTRACT}, with parameters and no other collections; {name} has "
             f"{', '.join(sorted(variables))}. "
             "Leave out layers that keep statistics, such as BatchNorm; LayerNorm will do."
         )
+    # Training applies the network without random keys, which layers such as Dropout need.
+    shapes_of(network.apply, variables, obs)
     return result
 
 

@@ -161,7 +161,12 @@ def read(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise ConfigError(f"file must name a YAML file; there is none at {path}.")
-    found = yaml.safe_load(path.read_text())
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = "" if where is None else f" at line {where.line + 1}"
+        raise ConfigError(f"file must hold YAML; {path} is malformed{line}.") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must map settings to values; it holds {found!r}.")
     return found
@@ -183,7 +188,8 @@ def parse(entry: Any) -> list[Any] | Distribution:
         return [_read(x) for x in entry] if isinstance(entry, list) else [entry]
     text = entry
     name, bracket, inside = text.partition("(")
-    if bracket and name in ("uniform", "loguniform", "choice") and inside.endswith(")"):
+    if bracket and inside.endswith(")"):
+        require_known("distribution", name, ("uniform", "loguniform", "choice"))
         values = [_scalar(word) for word in inside[:-1].split(",")]
         if name == "choice":
             return Choice(tuple(values))

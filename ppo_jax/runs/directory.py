@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppo_jax.config import ALGORITHM_SETTINGS, Config
-from ppo_jax.errors import ConfigError
+from ppo_jax.errors import ConfigError, require_known
 from ppo_jax.hparams import HParams
 
 if TYPE_CHECKING:
@@ -51,7 +51,13 @@ class RunDirectory:
         """Makes the directory; with `overwrite`, removes the files of a run and no others."""
         cls.check(path, overwrite=overwrite)
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir must be a directory that can be made; {path} cannot: {error.strerror}. "
+                "Choose another."
+            ) from error
         # Only files that a run writes: a user may keep notes in the directory.
         for name in _FILES:
             (path / name).unlink(missing_ok=True)
@@ -61,6 +67,11 @@ class RunDirectory:
     def open(cls, path: str | Path) -> "RunDirectory":
         """Returns an existing run; a `ConfigError` if there is none."""
         path = Path(path)
+        if (path / "sweep.json").is_file():
+            raise ConfigError(
+                f"{path} is a sweep and not a run. Its best policy is the run {path / 'best'}; "
+                f"ppo-jax report {path} compares its configurations."
+            )
         if not (path / CONFIG).is_file():
             raise ConfigError(f"a run's directory must hold {CONFIG}; {path} does not.")
         return cls(path)
@@ -103,12 +114,27 @@ class RunDirectory:
         from ppo_jax.algorithms import get_algorithm
         from ppo_jax.policy.saving import network_from_name
 
-        record = json.loads((self.path / CONFIG).read_text())
-        fields = dict(record["config"])
+        try:
+            record = self._read_record()
+            fields = dict(record["config"])
+            values = dict(record["hparams"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.path / CONFIG} must hold the settings of a run; it lacks {error}."
+            ) from error
+        known = [field.name for field in dataclasses.fields(Config)]
+        for name in fields:
+            require_known(f"setting in {self.path / CONFIG}", name, known)
         self._require_registered(fields)
         fields["network"] = network_from_name(fields["network"], network)
-        config = Config(**fields)
-        return config, get_algorithm(config.algorithm).hparams_type(**record["hparams"])
+        try:
+            config = Config(**fields)
+            kind = get_algorithm(config.algorithm).hparams_type
+            for name in values:
+                require_known("hyperparameter", name, kind.names())
+            return config, kind(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path / CONFIG} breaks a rule: {error}") from error
 
     def _require_registered(self, fields: Mapping[str, Any]) -> None:
         """Checks that the parts that a run names are known: a file never imports a module."""
@@ -125,7 +151,15 @@ class RunDirectory:
 
     def read_seeds(self) -> int | list[int]:
         """Reads the seed of the run, or the list of its seeds."""
-        return json.loads((self.path / CONFIG).read_text())["seeds"]
+        return self._read_record()["seeds"]
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / CONFIG).read_text())
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.path / CONFIG} must hold JSON; it is damaged: {error}."
+            ) from error
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows to the file of metrics."""

@@ -17,7 +17,7 @@ from ppo_jax.config import Config
 from ppo_jax.devices import member_sharding
 from ppo_jax.envs import make_env
 from ppo_jax.envs.environment import Environment
-from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
@@ -142,6 +142,7 @@ def train(
     require_positive_integers(
         {"num_seeds": num_seeds, "eval_episodes": eval_episodes, "log_every": log_every}
     )
+    require_seed(seed)
     hparams = complete_hparams(hparams, config)
     trainer = make_trainer(config)
     # `num_seeds=1` keeps an axis of seeds; None has none.
@@ -330,6 +331,14 @@ def evaluate_run(
     seeds = directory.read_seeds()
     policy = directory.read_policy(network)
     env = make_env(config)
+    require_seed(seed)
+    for name in ("observation_space", "action_space"):
+        ours, theirs = getattr(policy.spec, name), getattr(env, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"a policy must be evaluated in an environment with its spaces; that of {run_dir} "
+                f"has the {name} {ours}, and {env.name} has {theirs}."
+            )
     key = jax.random.key(seed)
     keys = key if isinstance(seeds, int) else jax.random.split(key, len(seeds))
     evaluation = evaluate_seeds(policy, env, _evaluation_keys(keys), num_episodes, greedy=greedy)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ppo_jax.config import Config
-from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.population.plan import make_plan
@@ -92,6 +92,8 @@ def sweep(
     )
     hparams = HParams() if hparams is None else hparams
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    for seed in seeds:
+        require_seed(seed)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
     proposals = make_proposals(space, num_draws=num_draws, sampler=sampler, batch=batch)

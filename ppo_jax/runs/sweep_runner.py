@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from ppo_jax.envs import override_params
 from ppo_jax.population.member import make_member
 from ppo_jax.population.plan import Group, Member
 from ppo_jax.runs.compiled_population import CompiledPopulation, PieceDone
@@ -129,7 +130,10 @@ def make_group_trainer(group: Group) -> Trainer:
     limits = [m.env_params[name] for m in group.members if name in m.env_params]
     if limits:
         config = config.replace(env_params={**dict(config.env_params), name: max(limits)})
-    return make_trainer(config)
+    trainer = make_trainer(config)
+    for member in group.members:  # a misspelt parameter is an error before anything is written
+        override_params(trainer.env.name, trainer.env.params, member.env_params)
+    return trainer
 
 
 def _member_timesteps(group: Group) -> int:
