@@ -409,22 +409,29 @@ def _print_evaluation(result: dict[str, Any]) -> None:
 
 
 def _print_report(run_dir: Path) -> None:
+    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
     from ppo_jax.runs import report as reports
+    from ppo_jax.runs.sweep_plots import write_plots
 
     members, curves = reports.load_tables(run_dir)
     report = reports.make_report(members, curves)
     shown = report.configurations.drop(columns="configuration").head(20)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a table in a file is not cut at 80 columns
     for title, frame in {
         "configurations, the best first (interquartile mean and 95 % interval)": shown,
         "sensitivity of the return to each setting": report.sensitivity,
     }.items():
         table = Table(*frame.columns, title=title, box=None)
         for row in frame.itertuples(index=False):
-            table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+            cells = (
+                "" if pd.isna(x) else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row
+            )
+            table.add_row(*cells)
         if len(frame):
             console.print(table)
     if report.improvement is not None:
@@ -433,8 +440,15 @@ def _print_report(run_dir: Path) -> None:
                 *report.improvement
             )
         )
-    written = reports.write_plots(members, curves, report, run_dir)
-    console.print(f"tables and plots ({', '.join(path.name for path in written)}): {run_dir}")
+    elif len(report.configurations) > 1:
+        console.print(
+            "a probability that the best improves on the second needs at least "
+            f"{reports.MIN_SEEDS} seeds of each"
+        )
+    written = write_plots(members, curves, report, run_dir)
+    console.print(
+        f"tables and plots ({', '.join(path.name for path in written)}): {run_dir}", soft_wrap=True
+    )
 
 
 def _preset_summary(name: str) -> str:

@@ -24,6 +24,7 @@ from ppo_jax.population.proposals import make_proposals
 from ppo_jax.population.search_space import Choice, LogUniform, Uniform, parse, rows
 from ppo_jax.runs import compiled_population
 from ppo_jax.runs import report as reports
+from ppo_jax.runs.sweep_plots import write_plots
 from ppo_jax.runs.sweep_store import SweepStore
 
 CONFIG = Config(num_envs=2, num_steps=16, hidden_sizes=(8,), total_timesteps=6 * 32)
@@ -217,14 +218,14 @@ def test_values_of_every_kind_are_swept(tmp_path):
     assert list(result.members["hidden_sizes"].astype(str)) == ["4x4", "4x4", "4"]
     members, curves = reports.load_tables(tmp_path / "run")
     report = reports.make_report(members, curves)
-    assert reports.write_plots(members, curves, report, tmp_path)
+    assert write_plots(members, curves, report, tmp_path)
 
 
 def test_a_report_of_a_sweep_without_episodes_is_drawn(tmp_path):
     members, curves = make_tables()
     curves["episode/return"] = np.nan
     report = reports.make_report(members, curves)
-    assert reports.write_plots(members, curves, report, tmp_path)
+    assert write_plots(members, curves, report, tmp_path)
 
 
 DRAWN = {"learning_rate": LogUniform(1e-5, 1e-1), "ent_coef": Choice((0.0, 0.01, 0.1))}
@@ -377,18 +378,87 @@ def test_a_report_finds_the_best_and_says_how_sure_it_is(tmp_path):
     first = report.sensitivity.iloc[0]
     assert (first["name"], first["best"], first["worst"]) == ("learning_rate", "0.01", "0.001")
     assert report.sensitivity.iloc[1]["difference"] == 0
-    written = reports.write_plots(members, curves, report, tmp_path)
+    written = write_plots(members, curves, report, tmp_path)
     assert {path.suffix for path in written} == {".png", ".svg"}
     assert all(path.stat().st_size > 5_000 for path in written)
 
 
-def test_the_bootstrap_s_interval_is_scipy_s():
+def test_the_interval_is_the_percentiles_of_resampled_seeds():
     x = np.random.default_rng(3).normal(size=20)
     ours = reports.interval(x)
-    theirs = scipy.stats.bootstrap(
-        (x,), reports.iqm, method="percentile", n_resamples=5000, rng=np.random.default_rng(1)
-    ).confidence_interval
-    np.testing.assert_allclose(ours[1:], theirs, atol=0.06)
+    picked = np.random.default_rng(1).integers(20, size=(5000, 20))
+    middle = np.sort(x[picked], axis=1)[:, 5:15].mean(axis=1)
+    np.testing.assert_allclose(ours[1:], np.percentile(middle, [2.5, 97.5]), atol=0.06)
+    assert np.isnan(reports.interval(x[:1])[1:]).all()
+
+
+def table_of(values, seeds, score):
+    """Members and curves of configurations with given values; `score(row, seed)` is the return."""
+    members, curves = [], []
+    for configuration, row in enumerate(values):
+        for seed in range(seeds):
+            number = configuration * seeds + seed
+            label = {"member": number, "configuration": configuration, "seed": seed, **row}
+            value = score(row, seed)
+            members.append({**label, "timesteps": 6, "eval/return": value, "failed_at": None})
+            curves += [
+                {**label, "update": u, "timesteps": 500_000 * u, "episode/return": value * u}
+                for u in (1, 2, 3)
+            ]
+    return pd.DataFrame(members), pd.DataFrame(curves)
+
+
+DRAWS = np.random.default_rng(0)
+SPACES = {
+    "nothing": [{}],
+    "one-list": [{"gamma": g} for g in (0.9, 0.95, 0.99)],
+    "one-drawn": [{"learning_rate": r} for r in 10.0 ** DRAWS.uniform(-4, -1, 16)],
+    "words": [{"algorithm": a} for a in ("ppo", "spo", "dpo")],
+    "two-lists": [{"gamma": g, "num_steps": n} for g in (0.9, 0.99) for n in (16, 32, 64)],
+    "two-drawn": [
+        {"learning_rate": r, "ent_coef": e}
+        for r, e in zip(10.0 ** DRAWS.uniform(-4, -1, 16), DRAWS.uniform(0, 0.1, 16), strict=True)
+    ],
+    "four": [
+        {"learning_rate": r, "ent_coef": e, "activation": a, "layer_norm": bool(i % 2)}
+        for i, (r, e, a) in enumerate(
+            zip(
+                10.0 ** DRAWS.uniform(-4, -1, 16),
+                DRAWS.uniform(0, 0.1, 16),
+                ["tanh", "relu"] * 8,
+                strict=True,
+            )
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("seeds", [1, 6])
+@pytest.mark.parametrize("space", SPACES)
+def test_every_kind_of_space_is_reported_and_drawn(space, seeds, tmp_path):
+    values = SPACES[space]
+
+    def score(row, seed):
+        return 100.0 * row.get("learning_rate", 0.1) + row.get("gamma", 0.0) + 0.01 * seed
+
+    members, curves = table_of(values, seeds, score)
+    report = reports.make_report(members, curves)
+    assert len(report.sensitivity) == len(values[0])
+    # One seed proves nothing; from five on there is a probability.
+    assert (report.improvement is not None) == (seeds == 6 and len(values) > 1)
+    if "learning_rate" in values[0]:
+        first = report.sensitivity.iloc[0]
+        assert first["name"] == "learning_rate"
+        assert first["rank_correlation"] == pytest.approx(1.0)
+        assert (report.sensitivity["effect"] <= 1.0 + 1e-9).all()
+    written = write_plots(members, curves, report, tmp_path)
+    assert all(path.stat().st_size > 4_000 for path in written)
+
+
+def test_too_few_draws_tell_nothing():
+    members, curves = table_of(SPACES["two-drawn"][:6], 2, lambda row, seed: row["ent_coef"])
+    report = reports.make_report(members, curves)
+    assert report.sensitivity["effect"].isna().all()
 
 
 def test_the_probability_of_improvement_is_that_of_mann_and_whitney():

@@ -1,4 +1,4 @@
-"""Report of a sweep: configurations with intervals, sensitivities, and plots.
+"""Report of a sweep: configurations with intervals, and sensitivities.
 
 Statistics are those of Agarwal et al. 2021 (arXiv:2108.13264): interquartile means over seeds with
 bootstrap intervals, performance profiles, and probabilities of improvement.
@@ -6,7 +6,7 @@ bootstrap intervals, performance profiles, and probabilities of improvement.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,12 +14,12 @@ import scipy.stats
 
 from ppo_jax.errors import ConfigError
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 _RESAMPLES = 2000
+MIN_SEEDS = 5
+"""Seeds of each configuration below which no probability of improvement is given."""
+_MIN_DRAWS = 10  # for a rank correlation
+_LISTED_VALUES = 8  # a column of more different numbers is taken for drawn
 _FIXED = ("member", "configuration", "seed", "timesteps", "update", "failed_at")
-_SHOWN = 5  # configurations in a plot of curves
 
 
 class Interval(NamedTuple):
@@ -47,10 +47,14 @@ def interval(x: np.ndarray, statistic: Callable[..., Any] = iqm) -> Interval:
     x = np.asarray(x, float)
     if len(x) < 2:
         return Interval(float(statistic(x)), np.nan, np.nan)
-    # A fixed seed, so that the same sweep gives the same report.
-    picked = np.random.default_rng(0).integers(len(x), size=(_RESAMPLES, len(x)))
-    low, high = np.percentile(statistic(x[picked], axis=1), [2.5, 97.5])
-    return Interval(float(statistic(x)), float(low), float(high))
+    bounds = scipy.stats.bootstrap(
+        (x,),
+        statistic,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),  # fixed, so that the same sweep gives the same report
+    ).confidence_interval
+    return Interval(float(statistic(x)), float(bounds.low), float(bounds.high))
 
 
 def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> Interval:
@@ -75,9 +79,13 @@ class Report(NamedTuple):
     """One row per configuration, the best first: its values, `iqm`, `low`, `high`, `mean`, `area`
     (mean return over the whole training), `seeds`, `failed`."""
     sensitivity: pd.DataFrame
-    """One row per varied name: the mean of `iqm` at its best and its worst value."""
+    """One row per varied name, the most influential first. `effect` is between 0 and 1. For listed
+    values it is the difference of the mean `iqm` at the best and at the worst value, as a share of
+    the range of all configurations. For drawn numbers it is the absolute rank correlation with
+    `iqm`, which sees rising and falling effects only; NaN if there are too few draws."""
     improvement: Interval | None
-    """Probability that the best configuration improves on the second; None if there is only one."""
+    """Probability that the best configuration improves on the second; None if there is only one, or
+    if one of them has fewer than `MIN_SEEDS` seeds."""
 
 
 def load_tables(run_dir: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -128,134 +136,48 @@ def make_report(members: pd.DataFrame, curves: pd.DataFrame) -> Report:
             members.loc[members["configuration"] == c, "eval/return"].to_numpy()
             for c in table["configuration"][:2]
         )
-        improvement = probability_of_improvement(best, second)
+        if min(len(best), len(second)) >= MIN_SEEDS:
+            improvement = probability_of_improvement(best, second)
     return Report(table, _sensitivity(table, names), improvement)
 
 
+def drawn_names(table: pd.DataFrame, names: list[str]) -> set[str]:
+    """Returns those of the varied names whose values were drawn from a range, not from a list.
+
+    Drawn numbers hardly ever repeat; those of a list do, unless it is the only one or a long one.
+    """
+    several = sum(table[name].nunique() > 1 for name in names) > 1
+    return {
+        name
+        for name in names
+        if pd.api.types.is_float_dtype(table[name])
+        and (table[name].nunique() > _LISTED_VALUES or (several and table[name].is_unique))
+    }
+
+
 def _sensitivity(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    whole_range = table["iqm"].max() - table["iqm"].min()
+    drawn = drawn_names(table, names)
     rows = []
     for name in names:
-        column = table[name]
-        # Random draws hardly ever repeat, so that quarters of their range are compared.
-        is_drawn = pd.api.types.is_float_dtype(column) and column.nunique() > 8
-        values = column.map(lambda x: f"{x:.6g}" if isinstance(x, float) else str(x))
-        groups = pd.qcut(column, 4, duplicates="drop").astype(str) if is_drawn else values
-        means = table.groupby(groups)["iqm"].mean()
-        rows.append(
-            {
-                "name": name,
+        row: dict[str, Any] = {"name": name}
+        if name in drawn:
+            correlation = scipy.stats.spearmanr(table[name], table["iqm"]).statistic
+            known = len(table) >= _MIN_DRAWS
+            row |= {"effect": abs(correlation) if known else np.nan}
+            row |= {"rank_correlation": correlation if known else np.nan}
+        else:
+            values = table[name].map(lambda x: f"{x:.6g}" if isinstance(x, float) else str(x))
+            means = table.groupby(values)["iqm"].mean()
+            difference = means.max() - means.min()
+            row |= {
+                "effect": difference / whole_range if whole_range > 0 else 0.0,
                 "best": means.idxmax(),
                 "iqm_at_best": means.max(),
                 "worst": means.idxmin(),
                 "iqm_at_worst": means.min(),
-                "difference": means.max() - means.min(),
+                "difference": difference,
             }
-        )
-    table = pd.DataFrame(rows)
-    return table.sort_values("difference", ascending=False, ignore_index=True) if rows else table
-
-
-def write_plots(
-    members: pd.DataFrame, curves: pd.DataFrame, report: Report, folder: Path
-) -> list[Path]:
-    """Plots learning curves, the space, and performance profiles, each as PNG and SVG.
-
-    Args:
-      members: table of the sweep's members.
-      curves: table of their curves.
-      report: statistics of both.
-      folder: existing directory for the files.
-
-    Returns:
-      The paths of the files.
-    """
-    # Figure instead of pyplot: no window, no global state, and it works in any thread.
-    from matplotlib.figure import Figure  # no window, no global state
-
-    plots: dict[str, Callable[[Axes], None]] = {
-        "curves": lambda axes: _draw_curves(axes, curves, report),
-        "space": lambda axes: _draw_space(axes, report, varied(members)),
-        "profiles": lambda axes: _draw_profiles(axes, members, report),
-    }
-    written = []
-    for name, draw in plots.items():
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        draw(figure.add_subplot())
-        for kind in ("png", "svg"):
-            written.append(folder / f"{name}.{kind}")
-            figure.savefig(written[-1], dpi=150)
-    return written
-
-
-def _label(row: pd.Series, names: list[str]) -> str:
-    return ", ".join(f"{name}={_shown(row[name])}" for name in names) or "as configured"
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _names_of(report: Report) -> list[str]:
-    return list(report.sensitivity["name"]) if len(report.sensitivity) else []
-
-
-def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
-    for _, row in report.configurations.head(_SHOWN).iterrows():
-        rows = curves[curves["configuration"] == row["configuration"]]
-        table = rows.pivot_table(index="timesteps", columns="seed", values="episode/return")
-        # No episode ended in any update.
-        if table.empty:  # no episode ended
-            continue
-        estimates = [interval(values[~np.isnan(values)]) for values in table.to_numpy()]
-        estimate, low, high = np.array(estimates).T
-        (line,) = axes.plot(table.index, estimate, label=_label(row, _names_of(report)))
-        axes.fill_between(table.index, low, high, color=line.get_color(), alpha=0.2, lw=0)
-    axes.set(xlabel="environment steps", ylabel="return: interquartile mean, 95 % interval")
-    if axes.lines:
-        axes.legend(fontsize="small")
-
-
-def _draw_space(axes: "Axes", report: Report, names: list[str]) -> None:
-    """Draws a heat map of two names, parallel coordinates of more, or bars of one."""
-    table = report.configurations
-    if len(names) == 2 and not table.duplicated(names).any():
-        grid = table.pivot_table(index=names[0], columns=names[1], values="iqm", sort=True)
-        image = axes.imshow(grid.to_numpy(), aspect="auto", origin="lower")
-        middle = np.nanmean(image.get_clim())
-        for (i, j), value in np.ndenumerate(grid.to_numpy()):
-            color = "black" if value > middle else "white"
-            axes.text(j, i, f"{value:.4g}", ha="center", va="center", color=color)
-        axes.set(xlabel=names[1], ylabel=names[0])
-        axes.set_xticks(range(grid.shape[1]), [_shown(x) for x in grid.columns])
-        axes.set_yticks(range(grid.shape[0]), [_shown(x) for x in grid.index])
-        axes.figure.colorbar(image, label="return (interquartile mean)")
-        return
-    if len(names) < 2:
-        labels = [_label(row, names) for _, row in table.iterrows()]
-        error = np.abs(table[["low", "high"]].to_numpy().T - table["iqm"].to_numpy())
-        axes.barh(labels, table["iqm"], xerr=np.nan_to_num(error))
-        axes.set(xlabel="return: interquartile mean, 95 % interval")
-        return
-    scores = table["iqm"].rank(pct=True)
-    ranks = pd.DataFrame(
-        {
-            name: table[name].astype("category").cat.codes.rank(method="dense", pct=True)
-            for name in names
-        }
-    ).assign(iqm=scores)
-    from matplotlib import colormaps
-
-    for index, row in ranks[::-1].iterrows():
-        axes.plot(range(len(row)), row, color=colormaps["viridis"](scores[index]), alpha=0.7)
-    axes.set_xticks(range(len(names) + 1), [*names, "return"])
-    axes.set(ylabel="rank of the value, lowest to highest")
-
-
-def _draw_profiles(axes: "Axes", members: pd.DataFrame, report: Report) -> None:
-    thresholds = np.linspace(members["eval/return"].min(), members["eval/return"].max(), 101)
-    for _, row in report.configurations.head(_SHOWN).iterrows():
-        returns = members.loc[members["configuration"] == row["configuration"], "eval/return"]
-        share = (returns.to_numpy()[:, None] > thresholds).mean(axis=0)
-        axes.plot(thresholds, share, label=_label(row, _names_of(report)))
-    axes.set(xlabel="return τ", ylabel="share of seeds above τ", ylim=(-0.02, 1.02))
-    axes.legend(fontsize="small")
+        rows.append(row)
+    result = pd.DataFrame(rows)
+    return result.sort_values("effect", ascending=False, ignore_index=True) if rows else result
