@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 import secrets
 import sys
 import warnings
@@ -18,7 +19,7 @@ import tyro
 import ppo_jax
 from ppo_jax import envs, presets
 from ppo_jax.config import Config, Network
-from ppo_jax.errors import ConfigError, require_positive_integer
+from ppo_jax.errors import ConfigError, require_positive_integer, unknown_name
 from ppo_jax.hparams import HParams
 from ppo_jax.runs.directory import RunDirectory
 
@@ -92,6 +93,8 @@ class TrainCommand:
     """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
     quiet: bool = False
     """Show no progress."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """YAML with a mapping of settings to values, applied to the preset; flags override it."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
@@ -158,7 +161,7 @@ _SpaceFlags: Any = dataclasses.make_dataclass(
 )
 _SpaceFlags.__doc__ = """The settings of `train`. Values with commas, uniform(LOW,HIGH),
 loguniform(LOW,HIGH) and choice(VALUES) are varied. hidden_sizes are written 64x64,128x128.
-Parameters of the environment, env_params.NAME, can be varied in a --file."""
+Parameters of the environment, env_params.NAME, can be varied in a --config file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +175,7 @@ class SweepCommand:
     space: tyro.conf.OmitArgPrefixes[_SpaceFlags]
     env: tyro.conf.Positional[str] = "CartPole-v1"
     """Name of the environment (`ppo-jax envs` lists them)."""
-    file: Path | None = None
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """YAML with a mapping of settings to a value, a list or a distribution; flags override it."""
     seeds: int = 8
     """Number of seeds of every configuration."""
@@ -196,9 +199,9 @@ class SweepCommand:
         envs.check_name(self.env)
         from ppo_jax.population import search_space
 
-        given = {} if self.file is None else search_space.read(self.file)
+        given = {} if self.config_file is None else search_space.read(self.config_file)
         if "env" in given:
-            raise ConfigError("env is the command's own argument; a file must not hold it.")
+            raise ConfigError("env is the command's own argument; the file must not hold it.")
         given |= {name: text for name, text in vars(self.space).items() if text is not None}
         space = {name: search_space.parse(entry) for name, entry in given.items()}
         fixed = {name: v[0] for name, v in space.items() if isinstance(v, list) and len(v) == 1}
@@ -307,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         _import_modules(argv)
+        argv = _spell_out(argv)
         command = tyro.cli(
             _commands(argv),
             prog="ppo-jax",
@@ -353,11 +357,17 @@ def _import_modules(argv: list[str]) -> None:
 
 def _commands(argv: list[str]) -> Any:
     """Returns the union of all commands, with the preset that `argv` names as `train`'s default."""
-    # Read before parsing, because the preset decides the defaults that `--help` shows.
+    # Read before parsing, because preset and file decide the defaults that `--help` shows.
     words = [part for word in argv for part in word.split("=", 1)]
-    env = next((word for word in words if word in envs.names()), "CartPole-v1")
-    named = dict(itertools.pairwise(words)).get("--algorithm", "ppo")
-    config, hparams = presets.preset(env, named)
+    named = dict(itertools.pairwise(words))
+    has_file = "train" in argv and "--config" in named
+    given = _read_settings(Path(named["--config"])) if has_file else {}
+    env = given.pop("env", "CartPole-v1")
+    env = next((word for word in words if word in envs.names()), env)
+    algorithm = given.pop("algorithm", "ppo")
+    values = {name: given.pop(name) for name in vars(HParams()) if name in given}
+    config, hparams = presets.preset(env, named.get("--algorithm", algorithm), **given)
+    hparams = hparams.replace(**values)
     default = TrainCommand(
         config=_ConfigFlags(**vars(config)), hparams=_HParamFlags(**vars(hparams))
     )
@@ -369,6 +379,40 @@ def _commands(argv: list[str]) -> Any:
         | Annotated[ReportCommand, subcommand("report")]
         | Annotated[EnvsCommand, subcommand("envs")]
     )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Reads the settings of a training from a file. The values are those of a sweep's file."""
+    from ppo_jax.population import search_space
+
+    settings = search_space.read(path)
+    known = [*vars(Config()), *vars(HParams())]
+    for name, value in settings.items():
+        if name not in known:
+            raise unknown_name("setting", name, known)
+        if isinstance(value, str):
+            entry = search_space.parse(value)
+            if not isinstance(entry, list) or len(entry) != 1:
+                raise ConfigError(
+                    f"a training takes a single value of every setting; {path} gives {name} as "
+                    f"{value}. Sweep it, or choose one value."
+                )
+            settings[name] = entry[0]
+    return settings
+
+
+def _spell_out(argv: list[str]) -> list[str]:
+    """Returns `argv` as tyro reads it: 1e6 as 1000000, and for `train` 64x64 as two words."""
+    words: list[str] = []
+    for word in argv:
+        flag, equals, value = word.rpartition("=")
+        if re.fullmatch(r"\d+(\.\d+)?[eE]\d+", value) and float(value).is_integer():
+            words.append(f"{flag}{equals}{int(float(value))}")
+        elif "train" in argv and re.fullmatch(r"\d+(x\d+)+", word):
+            words += word.split("x")
+        else:
+            words.append(word)
+    return words
 
 
 def _enable_compilation_cache() -> None:

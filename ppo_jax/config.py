@@ -199,6 +199,10 @@ got 4 * 128 and 3. Try 2 or 4.
             pairs = _pairs(name, getattr(self, name))
             self._set(name, tuple(sorted(pairs)))  # equal contents make equal configs
         self._set("wrappers", _pairs("wrappers", self.wrappers))  # their order matters
+        # 1e6 is how step counts are often written, in Python and in files.
+        total: Any = self.total_timesteps
+        if isinstance(total, float) and total.is_integer():
+            self._set("total_timesteps", int(total))
         for name in ("total_timesteps", "num_envs", "num_steps", "num_devices"):
             require_positive_integer(name, getattr(self, name))
         names = ("num_epochs", "num_minibatches", "n_step", "cg_iterations", "line_search_steps")

@@ -37,6 +37,40 @@ def test_a_diverged_training_is_an_error(tmp_path, capsys):
     assert f"run: {path}" in out
 
 
+def test_a_file_of_settings_is_between_the_preset_and_the_flags(tmp_path):
+    file, path = tmp_path / "settings.yaml", tmp_path / "run"
+    file.write_text(
+        "env: CartPole-v1\ntotal_timesteps: 1e3\nnum_steps: 32\nlearning_rate: 1e-3\n"
+        "hidden_sizes: [16, 8]\nseparate_grad_norms: true\n"
+    )
+    arguments = ["--config", str(file), *SMALL, "--hidden-sizes", "8x8", "--run-dir", str(path)]
+    assert main(["train", *arguments, "--total-timesteps=1.28e2"]) == 0
+    record = json.loads((path / "config.json").read_text())
+    config, hparams = record["config"], record["hparams"]
+    assert config["env"] == "CartPole-v1"
+    assert config["total_timesteps"] == 128  # of two that are given, the flag
+    assert (config["num_steps"], config["hidden_sizes"]) == (16, [8, 8])
+    assert config["separate_grad_norms"] is True  # of the file only
+    assert hparams["learning_rate"] == 1e-3
+    assert hparams["value_clip_eps"] == 0.2  # of the preset only
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1e-3", "unknown setting 'learning_rat'. Did you mean learning_rate"),
+        ("learning_rate: 1e-3,1e-2", "a single value of every setting"),
+        ("gamma: 2.0", "gamma"),
+        ("- 1", "must map settings to values"),
+    ],
+)
+def test_a_file_of_settings_is_checked(text, message, tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    assert main(["train", "CartPole-v1", "--config", str(file)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_run_directories_of_the_same_second_differ():
     names = {_new_run_dir("brax:hopper", "ppo_seed3").name for _ in range(20)}
     assert len(names) == 20

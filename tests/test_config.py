@@ -13,6 +13,12 @@ from ppo_jax.config import ALGORITHM_SETTINGS
 from ppo_jax.resolve import complete_hparams
 
 
+def test_step_counts_can_be_written_as_powers_of_ten():
+    assert Config(total_timesteps=1e6) == Config(total_timesteps=1_000_000)
+    with pytest.raises(ConfigError, match="positive integer; got 1000000.5"):
+        Config(total_timesteps=1e6 + 0.5)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -89,9 +89,9 @@ def test_a_damaged_run_is_said_to_be_so(damage, message, run_dir, tmp_path):
             ["sweep", "CartPole-v1", "--learning-rate", "lognormal(1e-4,1e-2)", "--draws", "2"],
             "unknown distribution 'lognormal'. Did you mean loguniform",
         ),
-        (["sweep", "CartPole-v1", "--file", "bad.yaml"], "bad.yaml is malformed at line 2"),
+        (["sweep", "CartPole-v1", "--config", "bad.yaml"], "bad.yaml is malformed at line 2"),
         (
-            ["sweep", "CartPole-v1", "--file", "misspelt.yaml", "--run-dir", "sweep"],
+            ["sweep", "CartPole-v1", "--config", "misspelt.yaml", "--run-dir", "sweep"],
             "unknown parameter of CartPole-v1 'gravty'. Did you mean gravity",
         ),
         (["eval", "a-sweep"], "a-sweep is a sweep and not a run. Its best policy is the run"),

@@ -473,7 +473,7 @@ def test_the_commands(tmp_path, capsys):
     file = tmp_path / "space.yaml"
     file.write_text("env_params.gravity: [9.8, 12.0]\nlearning_rate: loguniform(1e-4,1e-2)\n")
     run_dir = tmp_path / "run"
-    arguments = ["sweep", "CartPole-v1", "--file", str(file), "--seeds", "2", "--draws", "2"]
+    arguments = ["sweep", "CartPole-v1", "--config", str(file), "--seeds", "2", "--draws", "2"]
     arguments += ["--num-envs", "2", "--num-steps", "16", "--hidden-sizes", "8x8"]
     arguments += ["--total-timesteps", "64", "--eval-episodes", "2", "--run-dir", str(run_dir)]
     assert main(arguments) == 0

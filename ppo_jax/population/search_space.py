@@ -160,13 +160,13 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise ConfigError(f"file must name a YAML file; there is none at {path}.")
+        raise ConfigError(f"the settings must be in a YAML file; there is none at {path}.")
     try:
         found = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = "" if where is None else f" at line {where.line + 1}"
-        raise ConfigError(f"file must hold YAML; {path} is malformed{line}.") from error
+        raise ConfigError(f"the settings must be in YAML; {path} is malformed{line}.") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must map settings to values; it holds {found!r}.")
     return found
