@@ -360,7 +360,7 @@ def _commands(argv: list[str]) -> Any:
     # Read before parsing, because preset and file decide the defaults that `--help` shows.
     words = [part for word in argv for part in word.split("=", 1)]
     named = dict(itertools.pairwise(words))
-    has_file = "train" in argv and "--config" in named
+    has_file = argv[:1] == ["train"] and "--config" in named
     given = _read_settings(Path(named["--config"])) if has_file else {}
     env = given.pop("env", "CartPole-v1")
     env = next((word for word in words if word in envs.names()), env)
@@ -408,7 +408,7 @@ def _spell_out(argv: list[str]) -> list[str]:
         flag, equals, value = word.rpartition("=")
         if re.fullmatch(r"\d+(\.\d+)?[eE]\d+", value) and float(value).is_integer():
             words.append(f"{flag}{equals}{int(float(value))}")
-        elif "train" in argv and re.fullmatch(r"\d+(x\d+)+", word):
+        elif argv[0] == "train" and re.fullmatch(r"\d+(x\d+)+", word):
             words += word.split("x")
         else:
             words.append(word)

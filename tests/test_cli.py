@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ppo_jax.cli import _new_run_dir, main
+from ppo_jax.cli import _new_run_dir, _spell_out, main
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--hidden-sizes", "8", "--eval-episodes", "3"]
 
@@ -69,6 +69,15 @@ def test_a_file_of_settings_is_checked(text, message, tmp_path, capsys):
     file.write_text(text)
     assert main(["train", "CartPole-v1", "--config", str(file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_sweep_is_no_training_for_a_directory_named_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text("learning_rate: 1e-3,1e-2")
+    words = ["--hidden-sizes", "8x8,16x16", "--config", "space.yaml", "--run-dir", "train"]
+    assert main(["sweep", "CartPole-v1", *words, "--seeds", "0"]) == 2
+    assert "seeds must be one or more" in capsys.readouterr().err
+    assert _spell_out(["sweep", "--hidden-sizes", "8x8", *words[4:]])[2] == "8x8"
 
 
 def test_run_directories_of_the_same_second_differ():

@@ -131,7 +131,7 @@ def test_overwriting_replaces_a_runs_files_and_no_others(tmp_path):
 
 
 def test_spaces_of_numpy_integers_are_saved(tmp_path):
-    """As gymnax's FlattenObservationWrapper has them, and as a user's own environment may."""
+    """The shapes of gymnax's FlattenObservationWrapper hold NumPy integers."""
 
     class Flat(type(gymnax.make("CartPole-v1")[0])):
         def observation_space(self, params):
