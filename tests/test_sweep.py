@@ -573,7 +573,7 @@ def test_the_best_policy_of_a_sweep_is_kept_and_is_a_run(tmp_path):
 
 def test_a_sweep_shows_progress_within_a_chunk_and_stops_there(monkeypatch):
     """Pieces of one update: a chunk of many is left after the piece in which Ctrl-C came."""
-    monkeypatch.setattr(compiled_population, "_PIECE_SECONDS", 0.0)
+    monkeypatch.setattr("ppo_jax.runs.pieces._SECONDS", 0.0)
     (group,) = make_plan(CONFIG, HParams(), rows({"learning_rate": RATES}), seeds=(0, 1))
     trainer = make_trainer(group.config)
     member = make_member(trainer, num_updates=6, num_rows=3, num_episodes=2)
@@ -598,7 +598,7 @@ def test_a_sweep_shows_progress_within_a_chunk_and_stops_there(monkeypatch):
     (chunk,) = chunks(stop_after=100)
     assert pieces == [(6, 1)] * 6
     # The same numbers as in one piece.
-    monkeypatch.setattr(compiled_population, "_PIECE_SECONDS", 1e9)
+    monkeypatch.setattr("ppo_jax.runs.pieces._SECONDS", 1e9)
     (whole,) = chunks(stop_after=100)
     assert len(pieces) < 6
     for x, y in zip(jax.tree.leaves(chunk.outcome), jax.tree.leaves(whole.outcome), strict=True):

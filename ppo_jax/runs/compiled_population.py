@@ -18,9 +18,9 @@ from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.population.member import MemberProgram, MemberState, Outcome
 from ppo_jax.population.plan import Member
+from ppo_jax.runs.pieces import next_size
 
 _MEMORY_SHARE = 0.8  # of a device's memory; the runtime needs the rest
-_PIECE_SECONDS = 1.0
 
 
 class Chunk(NamedTuple):
@@ -163,8 +163,7 @@ class CompiledPopulation:
             on_piece(len(members), PieceDone(count, seconds, episode_return))
             if is_stopped():
                 return None
-            # At most double, so that a single slow or fast piece does not mislead.
-            count = max(1, min(2 * count, int(count * _PIECE_SECONDS / seconds)))
+            count = next_size(count, seconds)
         outcome = programs.finish(state, keys)
         policies = outcome.policy
         outcome = jax.device_get(outcome._replace(policy=None))

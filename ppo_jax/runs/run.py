@@ -27,12 +27,12 @@ from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog, average
+from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer, make_trainer
 from ppo_jax.types import TrainState
 
-_PIECE_SECONDS = 1.0
 _LARGEST_PIECE = 1024  # updates; bounds the buffer of metrics on the device
 _LOGGED_ROWS = 1000  # at most about this many rows per seed, unless log_every is given
 
@@ -265,8 +265,7 @@ def _train(
         bar.advance(
             count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
         )
-        # At most double, so that a single slow or fast piece does not mislead.
-        count = max(1, min(2 * count, int(count * _PIECE_SECONDS / seconds), _LARGEST_PIECE))
+        count = min(next_size(count, seconds), _LARGEST_PIECE)
     return _Trained(state, updates, rows, failures)
 
 
