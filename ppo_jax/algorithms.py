@@ -1,18 +1,17 @@
 """The algorithms, from the policy gradient to PPO and beyond: each is a row of one table."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ppo_jax.config import ALGORITHM_SETTINGS, Config
+from ppo_jax.defaults import ALGORITHM_DEFAULTS
 from ppo_jax.errors import ConfigError, require_known, require_new_name
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import advantages, objectives
 from ppo_jax.ops.importance import effective_sample_size, trajectory_log_weights
-from ppo_jax.policy.initializers import GAINS
 from ppo_jax.stages.algorithm import Algorithm
 from ppo_jax.stages.update_rules import (
     adaptive_penalty,
@@ -139,33 +138,6 @@ def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Scalars:
     }
 
 
-# Shared defaults. Those of PPO are the ones of ppo.py in CleanRL, where many results start from.
-_EPOCHS = {"num_epochs": 4, "num_minibatches": 4}
-_ADVANTAGES = {"normalize_advantage": "minibatch", "value_target": "gae"}
-_ACTOR_CRITIC: dict[str, float | None] = {
-    "learning_rate": 2.5e-4,
-    "gamma": 0.99,
-    "gae_lambda": 0.95,
-    "value_clip_eps": None,
-    "ent_coef": 0.01,
-    "vf_coef": 0.5,
-    "max_grad_norm": 0.5,
-}
-_PROXIMAL: dict[str, float | None] = {**_ACTOR_CRITIC, "target_kl": None}
-_REINFORCE: dict[str, float | None] = {
-    "learning_rate": 1e-3,
-    "gamma": 1.0,
-    "ent_coef": 0.0,
-    "max_grad_norm": None,
-}
-COMMON_HPARAMS: Mapping[str, float | None] = {
-    "max_grad_value": None,
-    "reward_scale": None,
-    "reward_clip": None,
-    **GAINS,
-}
-"""Hyperparameters that every algorithm uses, with their defaults."""
-
 _PPO = "Schulman et al. 2017, arXiv:1707.06347"
 _WILLIAMS = "Williams 1992, Machine Learning 8"
 
@@ -173,30 +145,25 @@ ALGORITHMS: dict[str, Algorithm] = {
     "reinforce": Algorithm(
         title="Policy gradient with the whole trajectory's return",
         source=f"{_WILLIAMS}, section 5",
-        settings={"normalize_advantage": "none"},
-        hparams=_REINFORCE,
+        **ALGORITHM_DEFAULTS["reinforce"]._asdict(),
         estimate=_whole_return,
         objective=_policy_gradient,
         update_rule=gradient_rule,
-        has_critic=False,
         whole_episodes=True,
     ),
     "reinforce_to_go": Algorithm(
         title="Policy gradient with the reward to go",
         source="Sutton et al. 2000, NIPS 12, theorem 1",
-        settings={"normalize_advantage": "none"},
-        hparams=_REINFORCE,
+        **ALGORITHM_DEFAULTS["reinforce_to_go"]._asdict(),
         estimate=_reward_to_go,
         objective=_policy_gradient,
         update_rule=gradient_rule,
-        has_critic=False,
         whole_episodes=True,
     ),
     "reinforce_baseline": Algorithm(
         title="Policy gradient with the return minus a learned baseline",
         source=f"{_WILLIAMS}, section 4",
-        settings={**_EPOCHS, "normalize_advantage": "none"},
-        hparams={**_REINFORCE, "critic_learning_rate": 1e-3, "value_clip_eps": None},
+        **ALGORITHM_DEFAULTS["reinforce_baseline"]._asdict(),
         estimate=_return_minus_baseline,
         objective=_policy_gradient,
         update_rule=gradient_rule,
@@ -205,8 +172,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "actor_critic": Algorithm(
         title="Advantage actor-critic (A2C): TD error, n-step or GAE; one pass over the data",
         source="Mnih et al. 2016, arXiv:1602.01783, section 4, synchronous",
-        settings={"normalize_advantage": "none", "value_target": "gae", "n_step": None},
-        hparams={**_ACTOR_CRITIC, "learning_rate": 7e-4, "gae_lambda": 0.0},
+        **ALGORITHM_DEFAULTS["actor_critic"]._asdict(),
         estimate=_advantage,
         objective=_policy_gradient,
         update_rule=minibatch_rule,
@@ -214,8 +180,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "off_policy_pg": Algorithm(
         title="Importance-sampled policy gradient: several epochs, unclipped",
         source="Schulman et al. 2015, arXiv:1502.05477, equation 14 without its constraint",
-        settings={**_EPOCHS, **_ADVANTAGES},
-        hparams=_PROXIMAL,
+        **ALGORITHM_DEFAULTS["off_policy_pg"]._asdict(),
         estimate=_advantage,
         objective=_surrogate,
         update_rule=minibatch_rule,
@@ -224,23 +189,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "trpo": Algorithm(
         title="Trust region policy optimisation",
         source="Schulman et al. 2015, arXiv:1502.05477, section 6 and appendix C",
-        settings={
-            **_EPOCHS,
-            **_ADVANTAGES,
-            "normalize_advantage": "batch",
-            "cg_iterations": 10,
-            "line_search_steps": 10,
-        },
-        hparams={
-            "gamma": 0.99,
-            "gae_lambda": 0.95,
-            "max_kl": 0.01,
-            "cg_damping": 0.1,
-            "critic_learning_rate": 1e-3,
-            "value_clip_eps": None,
-            "ent_coef": 0.0,
-            "max_grad_norm": None,
-        },
+        **ALGORITHM_DEFAULTS["trpo"]._asdict(),
         estimate=_advantage,
         objective=_surrogate,
         update_rule=trust_region_rule,
@@ -248,8 +197,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo_penalty": Algorithm(
         title="Proximal policy optimisation with a fixed KL penalty",
         source=f"{_PPO}, section 4",
-        settings={**_EPOCHS, **_ADVANTAGES},
-        hparams={**_PROXIMAL, "kl_coef": 1.0},
+        **ALGORITHM_DEFAULTS["ppo_penalty"]._asdict(),
         estimate=_advantage,
         objective=_kl_penalized,
         update_rule=minibatch_rule,
@@ -257,8 +205,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo_adaptive": Algorithm(
         title="Proximal policy optimisation with an adaptive KL penalty",
         source=f"{_PPO}, section 4",
-        settings={**_EPOCHS, **_ADVANTAGES},
-        hparams={**_PROXIMAL, "kl_coef": 1.0, "d_targ": 0.01},
+        **ALGORITHM_DEFAULTS["ppo_adaptive"]._asdict(),
         estimate=_advantage,
         objective=_kl_penalized,
         update_rule=adaptive_penalty(minibatch_rule),
@@ -266,8 +213,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo": Algorithm(
         title="Proximal policy optimisation with the clipped surrogate",
         source=f"{_PPO}, section 3",
-        settings={**_EPOCHS, **_ADVANTAGES},
-        hparams={**_PROXIMAL, "clip_eps": 0.2, "dual_clip": None},
+        **ALGORITHM_DEFAULTS["ppo"]._asdict(),
         estimate=_advantage,
         objective=_clipped_surrogate,
         update_rule=minibatch_rule,
@@ -275,8 +221,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "spo": Algorithm(
         title="Simple policy optimisation: a squared penalty on the ratio",
         source="Xie et al. 2025, arXiv:2401.16025",
-        settings={**_EPOCHS, **_ADVANTAGES},
-        hparams={**_PROXIMAL, "clip_eps": 0.2},
+        **ALGORITHM_DEFAULTS["spo"]._asdict(),
         estimate=_advantage,
         objective=_simple_policy,
         update_rule=minibatch_rule,
@@ -284,8 +229,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "dpo": Algorithm(
         title="Discovered policy optimisation: a learned drift, in closed form",
         source="Lu et al. 2022, arXiv:2210.05639, section 5",
-        settings={**_EPOCHS, **_ADVANTAGES},
-        hparams={**_PROXIMAL, "dpo_alpha": 2.0, "dpo_beta": 0.6},
+        **ALGORITHM_DEFAULTS["dpo"]._asdict(),
         estimate=_advantage,
         objective=_discovered_policy,
         update_rule=minibatch_rule,

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib
 import itertools
 import math
+import operator
 import os
 import re
 import secrets
@@ -17,55 +19,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import ppo_jax
-from ppo_jax import envs, presets
-from ppo_jax.config import Config, Network
+from ppo_jax import envs, flags, presets
+from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, require_positive_integer, unknown_name
 from ppo_jax.hparams import HParams
 from ppo_jax.runs.directory import RunDirectory
-
-ActionDistribution = Literal["gaussian", "tanh_gaussian", "beta"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ConfigFlags(Config):
-    """Settings that change shapes or control flow: a new set of values compiles a new program."""
-
-    env: tyro.conf.Positional[str] = "CartPole-v1"
-    """Name of the environment (`ppo-jax envs` lists them)."""
-    network: Network = "mlp"
-    """Layers that images pass before the hidden layers: none ("mlp"), convolutions or a residual
-    network. In Python also a module of your own."""
-    action_distribution: ActionDistribution | None = None
-    """Distribution of continuous actions. None: gaussian, clipped by the environment."""
-
-    def __post_init__(self) -> None:
-        """Checks nothing: `config` does, outside the parser, which would hide the message."""
-
-    @property
-    def config(self) -> Config:
-        """The settings as a checked `Config`."""
-        return Config(**vars(self))
-
-
-# The command line takes scalars for the fields that may be arrays or tracers in Python.
-_Scalars: Any = dataclasses.make_dataclass(
-    "_Scalars",
-    [(field.name, float | None, None) for field in dataclasses.fields(HParams)],
-    bases=(HParams,),
-    frozen=True,
-)
-
-
-class _HParamFlags(_Scalars):
-    """Hyperparameters, which are traced. None leaves a value to the algorithm."""
-
-    def __post_init__(self) -> None:
-        """Checks nothing: `hparams` does."""
-
-    @property
-    def hparams(self) -> HParams:
-        """The values as checked `HParams`."""
-        return HParams(**vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +34,8 @@ class TrainCommand:
     defaults; flags override either.
     """
 
-    config: tyro.conf.OmitArgPrefixes[_ConfigFlags]
-    hparams: tyro.conf.OmitArgPrefixes[_HParamFlags]
+    config: tyro.conf.OmitArgPrefixes[Any]
+    hparams: tyro.conf.OmitArgPrefixes[Any]
     seed: int = 0
     """Random seed."""
     seeds: int | None = None
@@ -98,7 +56,8 @@ class TrainCommand:
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
-        config, hparams = self.config.config, self.hparams.hparams
+        config = self.config.config
+        hparams = flags.hparams_type(config.algorithm)(**vars(self.hparams))
         envs.check_name(config.env)
         # Said before the run instead of rounding silently.
         timesteps = config.num_updates * config.batch_size
@@ -148,22 +107,6 @@ class TrainCommand:
         return 1 if result.failures else 0
 
 
-_SpaceFlags: Any = dataclasses.make_dataclass(
-    "_SpaceFlags",
-    [
-        (field.name, Annotated[str | None, tyro.conf.arg(metavar="VALUES")], None)
-        for kind in (Config, HParams)
-        for field in dataclasses.fields(kind)
-        if field.name == "hidden_sizes" or not str(field.type).startswith("tuple")
-        if field.name != "env"
-    ],
-    frozen=True,
-)
-_SpaceFlags.__doc__ = """The settings of `train`. Values with commas, uniform(LOW,HIGH),
-loguniform(LOW,HIGH) and choice(VALUES) are varied. hidden_sizes are written 64x64,128x128.
-Parameters of the environment, env_params.NAME, can be varied in a --config file."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SweepCommand:
     """Train every combination of some settings with many seeds, compiled together.
@@ -172,7 +115,7 @@ class SweepCommand:
     interrupted is continued from its directory.
     """
 
-    space: tyro.conf.OmitArgPrefixes[_SpaceFlags]
+    space: tyro.conf.OmitArgPrefixes[Any]
     env: tyro.conf.Positional[str] = "CartPole-v1"
     """Name of the environment (`ppo-jax envs` lists them)."""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
@@ -207,12 +150,13 @@ class SweepCommand:
         fixed = {name: v[0] for name, v in space.items() if isinstance(v, list) and len(v) == 1}
         varied = {name: entry for name, entry in space.items() if name not in fixed}
         settings = {name: fixed.pop(name) for name in vars(Config()) if name in fixed}
-        values = {name: fixed.pop(name) for name in vars(HParams()) if name in fixed}
+        values = {name: fixed.pop(name) for name in flags.hparam_names() if name in fixed}
         if "algorithm" in varied:  # a preset belongs to a single algorithm
             config, hparams = Config(env=self.env, **settings), HParams()
         else:
             algorithm = settings.pop("algorithm", "ppo")
             config, hparams = presets.preset(self.env, algorithm, **settings)
+            hparams = flags.hparams_type(algorithm)(**hparams.given())
         hparams = hparams.replace(**values)
         # The remaining names with a single value are parameters of the environment.
         varied |= {name: [value] for name, value in fixed.items()}
@@ -324,6 +268,11 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         _say(f"ppo-jax: error: {error}")
         return 2
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has seen enough. Python would write to the pipe once
+        # more when it exits, unless standard output goes elsewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _import_modules(argv: list[str]) -> None:
@@ -356,29 +305,48 @@ def _import_modules(argv: list[str]) -> None:
 
 
 def _commands(argv: list[str]) -> Any:
-    """Returns the union of all commands, with the preset that `argv` names as `train`'s default."""
-    # Read before parsing, because preset and file decide the defaults that `--help` shows.
+    """Returns the union of all commands, with the options that `argv` gives `train` and `sweep`."""
+    # Read before parsing: the preset and the file decide the defaults that `--help` shows.
     words = [part for word in argv for part in word.split("=", 1)]
     named = dict(itertools.pairwise(words))
-    has_file = argv[:1] == ["train"] and "--config" in named
-    given = _read_settings(Path(named["--config"])) if has_file else {}
+    is_train = argv[:1] == ["train"]
+    given = _read_settings(Path(named["--config"])) if is_train and "--config" in named else {}
     env = given.pop("env", "CartPole-v1")
     env = next((word for word in words if word in envs.names()), env)
-    algorithm = given.pop("algorithm", "ppo")
-    values = {name: given.pop(name) for name in vars(HParams()) if name in given}
-    config, hparams = presets.preset(env, named.get("--algorithm", algorithm), **given)
-    hparams = hparams.replace(**values)
-    default = TrainCommand(
-        config=_ConfigFlags(**vars(config)), hparams=_HParamFlags(**vars(hparams))
+    algorithm = named.get("--algorithm", given.pop("algorithm", "ppo"))
+    # A sweep may name several algorithms, and is told of a misspelt one when its space is read.
+    has_several = not is_train and algorithm not in flags.algorithms()
+    algorithm = "ppo" if has_several else algorithm
+    kind = flags.hparams_type(algorithm)
+    values = {name: given.pop(name) for name in flags.hparam_names() if name in given}
+    config, preset_hparams = presets.preset(env, algorithm, **given)
+    hparams = kind(**preset_hparams.given()).replace(**values)
+    train = _with_options(
+        TrainCommand,
+        config=flags.config_flags(config, hparams),
+        hparams=flags.hparams_flags(config, hparams),
     )
+    space = flags.space_flags(config, hparams, has_several_algorithms=has_several)
+    sweep = _with_options(SweepCommand, space=space)
     subcommand = tyro.conf.subcommand
-    return (
-        Annotated[TrainCommand, subcommand("train", default=default)]
-        | Annotated[EvalCommand, subcommand("eval")]
-        | Annotated[SweepCommand, subcommand("sweep")]
-        | Annotated[ReportCommand, subcommand("report")]
-        | Annotated[EnvsCommand, subcommand("envs")]
-    )
+    commands: list[Any] = [
+        Annotated[type(train), subcommand("train", default=train)],
+        Annotated[EvalCommand, subcommand("eval")],
+        Annotated[SweepCommand, subcommand("sweep", default=sweep)],
+        Annotated[ReportCommand, subcommand("report")],
+        Annotated[EnvsCommand, subcommand("envs")],
+    ]
+    return functools.reduce(operator.or_, commands)
+
+
+def _with_options(command: type, **groups: Any) -> Any:
+    """Returns a command with groups of options, each of its own type, without a prefix."""
+    fields = [
+        (name, Annotated[type(group), tyro.conf.OmitArgPrefixes], group)
+        for name, group in groups.items()
+    ]
+    made = dataclasses.make_dataclass(command.__name__, fields, bases=(command,), frozen=True)
+    return made(**groups)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -386,7 +354,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     from ppo_jax.population import search_space
 
     settings = search_space.read(path)
-    known = [*vars(Config()), *vars(HParams())]
+    known = [*vars(Config()), *flags.hparam_names()]
     for name, value in settings.items():
         if name not in known:
             raise unknown_name("setting", name, known)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ppo_jax.algorithms import COMMON_HPARAMS, get_algorithm
+from ppo_jax.algorithms import get_algorithm
 from ppo_jax.config import ALGORITHM_SETTINGS, Config
+from ppo_jax.defaults import used_hparams
 from ppo_jax.envs import make_env
 from ppo_jax.envs.environment import Environment
 from ppo_jax.errors import ConfigError
@@ -100,7 +101,7 @@ def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config
     0.99
     """
     algorithm = get_algorithm(config.algorithm)
-    used = _used_hparams(config, algorithm)
+    used = used_hparams(config, algorithm)
     given = hparams.given() if isinstance(hparams, HParams) else dict(hparams or {})
     if given.get("hidden_gain") is not None and "hidden_gain" not in used:
         network = config.network
@@ -118,20 +119,6 @@ def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config
     # None never overrides a default; infinity switches off a bound that is on by default.
     values = {**used, **{name: value for name, value in given.items() if value is not None}}
     return algorithm.hparams_type(**values)
-
-
-def _used_hparams(config: Config, algorithm: Algorithm) -> dict[str, float | None]:
-    """Returns the hyperparameters that a training uses, with their defaults."""
-    used = {**algorithm.hparams, **COMMON_HPARAMS, **SCHEDULES[config.lr_schedule].hparams}
-    if not algorithm.has_critic:
-        del used["critic_gain"]
-    # A user's module, and a network without hidden layers, have no gain that we could set.
-    is_ours = isinstance(config.network, str)
-    if not is_ours or (config.network == "mlp" and config.hidden_sizes == ()):
-        del used["hidden_gain"]
-    if config.n_step is not None:
-        used.pop("gae_lambda", None)
-    return used
 
 
 def _require_two_samples(config: Config) -> None:

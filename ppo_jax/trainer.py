@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ppo_jax.config import Config
+from ppo_jax.defaults import GAINS
 from ppo_jax.devices import STATE_SPECS, make_env_mesh, make_shard, place
 from ppo_jax.envs.environment import Environment
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives, running_stats
 from ppo_jax.ops.collective import mean_over
-from ppo_jax.policy.initializers import GAINS
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, initial_obs_stats, initial_recurrent_state
 from ppo_jax.resolve import Resolved, complete_hparams, resolve

@@ -1,8 +1,10 @@
 """Settings of the test session: quick compilations, strict ranks, a cache of compiled programs."""
 
+import ctypes
 import functools
 import gc
 import os
+import sys
 from pathlib import Path
 
 # Most of a session is spent on compiling, which takes half the time without optimisations. The flag
@@ -29,3 +31,6 @@ def _release_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":
+        # The allocator keeps what was released, in small pieces, unless it is told to return it.
+        ctypes.CDLL(None).malloc_trim(0)

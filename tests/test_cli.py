@@ -1,8 +1,17 @@
+import dataclasses
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
+from ppo_jax import Config, HParams
+from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.cli import _new_run_dir, _spell_out, main
+from ppo_jax.defaults import OPTIMIZERS
+from ppo_jax.envs.wrappers import WRAPPERS
+from ppo_jax.stages.optimizers import SCHEDULES
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--hidden-sizes", "8", "--eval-episodes", "3"]
 
@@ -128,16 +137,108 @@ def test_an_unknown_flag_names_the_nearest(capsys):
     assert "--num-envs" in capsys.readouterr().err
 
 
-def test_every_setting_is_an_explained_flag(capsys):
-    import dataclasses
-
-    from ppo_jax import Config, HParams
-
+def help_of(arguments, capsys):
+    """The text of a command's help without its frame, by option."""
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    out = capsys.readouterr().out
+        main([*arguments, "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    options = re.sub(r", --no-[\w-]+", "", words).split(" --")
+    return {option.split()[0]: option for option in options[1:]}
+
+
+def test_every_setting_is_an_explained_option(capsys):
+    options = help_of(["train"], capsys)
     for cls in (Config, HParams):
         for field in dataclasses.fields(cls):
             if field.name != "env":
-                flag = f"--{field.name.replace('_', '-')}"
-                assert f"{flag} " in out or f"{flag}, --no-" in out, flag
+                assert len(options[field.name.replace("_", "-")]) > 40, field.name
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_shows_the_resolved_defaults_of_the_preset(command, capsys):
+    options = help_of([command, "CartPole-v1"], capsys)
+    assert "(default: 8)" in options["num-envs"]  # of the preset
+    assert "(default: 0.001)" in options["learning-rate"]
+    assert "(default: 4)" in options["num-minibatches"]  # of the algorithm
+    assert "(default: 0.95)" in options["gae-lambda"]
+    assert "(not used by ppo)" in options["max-kl"]
+    assert "(not used with lr_schedule linear)" in options["desired-kl"]
+    options = help_of([command, "Pendulum-v1", "--algorithm=trpo"], capsys)
+    assert "(default: 32)" in options["num-envs"]
+    assert "(not used by trpo)" in options["learning-rate"]
+    assert "(default: 0.01)" in options["max-kl"]
+
+
+def test_help_shows_the_resolved_defaults_of_a_file(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("algorithm: trpo\nmax_kl: 0.02\nlr_schedule: kl_adaptive\n")
+    options = help_of(["train", "CartPole-v1", "--config", str(file)], capsys)
+    assert "(default: 0.02)" in options["max-kl"]
+    assert "(default: 0.01)" in options["desired-kl"]
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_shows_the_choices(command, capsys):
+    options = {name: text.replace(", ", ",") for name, text in help_of([command], capsys).items()}
+    for name, choices in {
+        "algorithm": ALGORITHMS,
+        "optimizer": OPTIMIZERS,
+        "lr-schedule": SCHEDULES,
+        "network": ["mlp", "cnn", "impala_cnn"],
+        "memory": ["gru", "lstm", "mingru"],
+    }.items():
+        assert all(choice in options[name] for choice in choices), name
+    if command == "train":
+        assert all(name in options["wrappers"] for name in WRAPPERS)
+
+
+def test_a_sweep_of_algorithms_leaves_defaults_to_them(capsys):
+    options = help_of(["sweep", "CartPole-v1", "--algorithm", "ppo,trpo"], capsys)
+    assert "(default: the algorithm's)" in options["max-kl"]
+    assert "(default: 8)" in options["num-envs"]
+
+
+def test_an_imported_algorithm_brings_its_options(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rolled_back.py").write_text(ROLLED_BACK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    command = ["--import", "rolled_back", "train", "CartPole-v1", "--algorithm", "rolled_back"]
+    try:
+        options = help_of(command, capsys)
+        assert "Slope of the objective" in options["rollback"]
+        assert "(default: 0.3)" in options["rollback"]
+        assert ",rolled_back}" in options["algorithm"]
+        assert main([*command, "--rollback", "2"]) == 2
+        assert "rollback must be in [0, 1]; got 2.0." in capsys.readouterr().err
+        assert main(["train", "CartPole-v1", "--algorithm", "rolled"]) == 2
+        assert "Did you mean rolled_back" in capsys.readouterr().err
+    finally:
+        ALGORITHMS.pop("rolled_back")
+
+
+def test_a_closed_pipe_is_no_traceback():
+    command = f"{sys.executable} -m ppo_jax train --help | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("usage:")
+    assert result.stderr == ""
+
+
+ROLLED_BACK = '''
+import dataclasses
+from typing import Any
+
+from ppo_jax import HParams, hyperparameter
+from ppo_jax.algorithms import ALGORITHMS, register_algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class RollbackHParams(HParams):
+    rollback: Any = hyperparameter(high=1.0)
+    """Slope of the objective outside of the clip range."""
+
+
+ppo = ALGORITHMS["ppo"]
+hparams = {**ppo.hparams, "rollback": 0.3}
+row = ppo._replace(hparams=hparams, hparams_type=RollbackHParams)
+register_algorithm("rolled_back", row)
+'''

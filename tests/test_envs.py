@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, envs, make_trainer
-from ppo_jax.envs import gymnax_adapter
+from ppo_jax.envs import gymnax_adapter, wrappers
 from ppo_jax.envs.deferred import deferred
 from ppo_jax.envs.spaces import Box, Discrete
 from tests.probes import PROBES, probe_name
@@ -25,6 +25,8 @@ def test_the_list_of_names_is_gymnaxs():
     import gymnax
 
     assert set(envs.GYMNAX_NAMES) == set(gymnax.registered_envs)
+    # Other tests of the process may have registered more.
+    assert tuple(wrappers.WRAPPERS)[: len(envs.WRAPPER_NAMES)] == envs.WRAPPER_NAMES
 
 
 def test_no_plotting_library_is_imported_until_something_is_drawn():

@@ -14,7 +14,7 @@ LAYERS = [
     ["lazy"],
     ["ops", "errors"],
     ["config", "hparams"],
-    ["presets", "types"],
+    ["defaults", "presets", "types"],
     ["envs"],
     ["policy"],
     ["stages"],
@@ -24,6 +24,7 @@ LAYERS = [
     ["trainer"],
     ["population"],
     ["runs"],
+    ["flags"],
     ["cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from urllib.error import URLError
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import ppo_jax
 from ppo_jax import Config, ConfigError, envs, make_trainer
 from ppo_jax.cli import main
+from ppo_jax.runs import device_memory
 from ppo_jax.runs.run import evaluate_run
 
 CONFIG = Config(num_envs=2, num_steps=8, hidden_sizes=(4,), total_timesteps=32)
@@ -147,3 +149,30 @@ def test_a_policy_takes_lists_and_refuses_other_shapes(run_dir):
     for wrong in (jnp.zeros(3), jnp.zeros((4, 5)), 1.0):
         with pytest.raises(ConfigError, match=r"the observation space, \[\(4,\)\].*got \["):
             policy(wrong)
+
+
+def test_a_training_that_does_not_fit_the_memory_is_refused_before_it_allocates(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(device_memory, "limit", lambda device: 2**20)
+    config = CONFIG.replace(num_envs=1024, total_timesteps=8 * 1024)
+    with pytest.raises(ConfigError) as error:
+        ppo_jax.train(config, run_dir=tmp_path / "run", progress=False)
+    message = str(error.value)
+    assert message.startswith("a training must fit the memory of its device; 1024 environments")
+    assert "MiB of 1. About" in message
+    assert list((tmp_path / "run").iterdir()) == []
+    # The suggestion fits.
+    fitting = int(message.split("About ")[1].split()[0])
+    assert fitting % 8 == 0
+    smaller = config.replace(num_envs=fitting)
+    assert ppo_jax.train(smaller, progress=False, eval_episodes=2).timesteps > 0
+
+
+def test_an_environment_whose_files_cannot_be_had_is_one_sentence():
+    def factory():
+        raise URLError("Name or service not known")
+
+    envs.register("needs_a_download", factory, overwrite=True)
+    with pytest.raises(ConfigError, match="needs_a_download reads or downloads some when it is"):
+        envs.make("needs_a_download")

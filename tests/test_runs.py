@@ -125,6 +125,9 @@ def test_overwriting_replaces_a_runs_files_and_no_others(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.jsonl").write_text("old")
     directory = RunDirectory.create(tmp_path, overwrite=True)
+    # A training that cannot start replaces nothing.
+    assert (tmp_path / "metrics.jsonl").read_text() == "old"
+    directory.write_config(ppo_jax.Config(), ppo_jax.HParams(), seeds=0)
     directory.append_metrics([{"a": np.float32(1.5), "b": float("nan")}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1.5, "b": null}\n'
     assert (tmp_path / "notes.txt").read_text() == "mine"

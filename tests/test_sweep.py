@@ -22,7 +22,7 @@ from ppo_jax.population.member import make_member
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.proposals import make_proposals
 from ppo_jax.population.search_space import Choice, LogUniform, Uniform, parse, rows
-from ppo_jax.runs import compiled_population
+from ppo_jax.runs import compiled_population, device_memory
 from ppo_jax.runs import report as reports
 from ppo_jax.runs.sweep_plots import write_plots
 from ppo_jax.runs.sweep_store import SweepStore
@@ -332,7 +332,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 def test_what_does_not_fit_runs_in_smaller_chunks(monkeypatch):
     said = []
     limit = iter([1.0])
-    monkeypatch.setattr(compiled_population, "_memory_limit", lambda device: next(limit, None))
+    monkeypatch.setattr(device_memory, "limit", lambda device: next(limit, None))
     result = sweep(CONFIG, {"learning_rate": RATES}, seeds=2, say=said.append)
     assert any("going on with 1 members at once" in line for line in said)
     assert len(result.members) == 6

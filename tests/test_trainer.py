@@ -11,7 +11,7 @@ import pytest
 
 from ppo_jax import Config, HParams, make_train, make_trainer
 from ppo_jax.algorithms import ALGORITHMS
-from ppo_jax.policy.initializers import GAINS
+from ppo_jax.defaults import GAINS
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.stages.collect import _evaluated_together, _values
 from ppo_jax.stages.optimizers import SCHEDULES, clip_actor_and_critic, make_optimizer

@@ -1,8 +1,8 @@
 """Environments by name: `make`, `make_env`, `register`, `names`.
 
-The names of each suite are listed here, because importing a suite takes seconds, too long for
-a list of environments or for the report of a misspelt name. A test compares the lists with the
-suites' registries.
+The names of suites and wrappers are listed here, because importing a suite takes seconds, too
+long for a list of environments or for the report of a misspelt name. A test compares the lists
+with the registries.
 """
 
 import dataclasses
@@ -66,6 +66,18 @@ BRAX_NAMES = (
 VARIANTS = {"CartPole-v1-positions": ("CartPole-v1", (("observe_only", "0,2"),))}
 """Environments of gymnax in wrappers, by name: tasks that need a memory."""
 
+WRAPPER_NAMES = (
+    "time_limit",
+    "sticky_actions",
+    "action_repeat",
+    "frame_stack",
+    "observe_only",
+    "scale_reward",
+    "flatten_observation",
+    "previous_action_reward",
+)
+"""Wrappers of any environment; their functions are in `wrappers.WRAPPERS`."""
+
 _registered: dict[str, Callable[..., Any]] = {}
 
 
@@ -116,6 +128,13 @@ def make(name: str, **kwargs: Any) -> "Environment":
         return _build(name, kwargs)
     except ConfigError:
         raise
+    # MNISTBandit of gymnax fetches its images; errors of urllib are OSErrors.
+    except OSError as error:
+        raise ConfigError(
+            f"an environment must find the files that it needs; {name} reads or downloads some "
+            f"when it is made, and that failed: {error}. Connect to the internet, or see where its "
+            "suite looks for them."
+        ) from error
     # Without arguments the fault is not the user's, and must not be disguised.
     except (TypeError, ValueError) as error:
         if not kwargs:

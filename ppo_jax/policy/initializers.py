@@ -9,14 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GAINS: Mapping[str, Any] = {
-    "hidden_gain": np.sqrt(2.0),
-    # A small gain makes the first policy nearly uniform, or centred: Andrychowicz et al. 2021
-    # (arXiv:2006.05990), section 3.2.
-    "actor_gain": 0.01,
-    "critic_gain": 1.0,
-}
-"""Gains of the orthogonal initialisation by hyperparameter, with their defaults."""
+from ppo_jax.defaults import GAINS
 
 _ITERATIONS = 40
 
@@ -64,7 +57,7 @@ def orthogonal(gain: str | None = None) -> Callable[..., "_PendingMatrix"]:
     arXiv:2310.17813, condition 1).
 
     Args:
-      gain: a key of `GAINS`; None is a gain of 1.
+      gain: a key of `defaults.GAINS`; None is a gain of 1.
     """
 
     def initialize(
@@ -83,7 +76,7 @@ def draw(key: jax.Array, params: Any, gains: Mapping[str, Any] | None = None) ->
     Args:
       key: random key.
       params: parameters as flax made them.
-      gains: gains by name; names that are missing keep their default in `GAINS`.
+      gains: gains by name; names that are missing keep their default in `defaults.GAINS`.
     """
     gains = {**GAINS, **(gains or {})}
     leaves, treedef = jax.tree.flatten(params, is_leaf=_is_pending)

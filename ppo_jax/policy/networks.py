@@ -160,7 +160,7 @@ class OutputLayer(nn.Module):
 
     size: int
     gain: str
-    """A key of `initializers.GAINS`."""
+    """A key of `defaults.GAINS`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

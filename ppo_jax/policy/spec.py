@@ -86,7 +86,7 @@ def init_params(
       key: random key.
       obs: observations `[N, ...]`, for their shapes alone.
       gains: gains of the orthogonal initialisation by name; names that are missing keep their
-        default in `initializers.GAINS`.
+        default in `defaults.GAINS`.
     """
     network = network_of(spec)
     # flax draws biases, embeddings and recurrent input weights; `draw` the orthogonal matrices.

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.defaults import GAINS
 from ppo_jax.errors import ConfigError, require_positive_integers
 from ppo_jax.hparams import HParams
-from ppo_jax.policy.initializers import GAINS
 from ppo_jax.population.rounds import (
     Score,
     check_hparam_names,

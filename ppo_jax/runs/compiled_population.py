@@ -1,7 +1,6 @@
 """Members that share a program: compiled once, and run in chunks that fit the devices' memory."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +17,8 @@ from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.population.member import MemberProgram, MemberState, Outcome
 from ppo_jax.population.plan import Member
+from ppo_jax.runs import device_memory
 from ppo_jax.runs.pieces import next_size
-
-_MEMORY_SHARE = 0.8  # of a device's memory; the runtime needs the rest
 
 
 class Chunk(NamedTuple):
@@ -131,7 +129,7 @@ class CompiledPopulation:
                 chunk = self._run(members[:size], size, is_stopped, on_piece)
             except jax.errors.JaxRuntimeError as error:
                 # The compiler's count is an estimate, and other processes use the device as well.
-                if "RESOURCE_EXHAUSTED" not in str(error) or size <= len(self._devices):
+                if not device_memory.is_exhausted(error) or size <= len(self._devices):
                     raise
                 size = self._smaller(size, size // 2)
                 continue
@@ -178,7 +176,7 @@ class CompiledPopulation:
         """Compiles a program for `size` members, or for fewer that fit; returns their number."""
         while True:
             num_bytes = self._compile(members, size)
-            limit = _memory_limit(self._devices[0])
+            limit = device_memory.limit(self._devices[0])
             if limit is None or num_bytes <= limit:
                 return size
             if not self._may_shrink or size <= len(self._devices):
@@ -195,7 +193,7 @@ class CompiledPopulation:
             number = np.int32(0)
             advance = self._advance.lower(state, hparams, number, number).compile()
             parts = (start.compile(), advance, self._finish.lower(state, keys).compile())
-            programs = _Programs(*parts, num_bytes=max(map(_num_bytes, parts)))
+            programs = _Programs(*parts, num_bytes=max(map(device_memory.num_bytes, parts)))
             self._compiled[size] = programs
             self.compile_seconds += time.perf_counter() - started
             megabytes = programs.num_bytes / 2**20
@@ -250,23 +248,3 @@ def _stacked(trees: Sequence[Any]) -> Any:
         return np.stack([np.asarray(leaf, jnp.result_type(leaf)) for leaf in leaves])
 
     return jax.tree.map(stack, *trees)
-
-
-def _num_bytes(compiled: Any) -> int:
-    """Returns the memory that a program takes on a device; 0 where the compiler does not tell."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return 0
-    sizes = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return sizes - memory.alias_size_in_bytes  # a donated argument and its output are one buffer
-
-
-def _memory_limit(device: jax.Device) -> float | None:
-    """Returns the bytes that a program may take; None where they are unknown."""
-    stats = device.memory_stats()
-    if stats is not None and "bytes_limit" in stats:
-        return _MEMORY_SHARE * stats["bytes_limit"]
-    if device.platform == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return _MEMORY_SHARE * total / len(jax.devices())
-    return None

@@ -48,7 +48,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool) -> "RunDirectory":
-        """Makes the directory; with `overwrite`, removes the files of a run and no others."""
+        """Makes the directory. A run that `overwrite` replaces stays until `write_config`."""
         cls.check(path, overwrite=overwrite)
         path = Path(path)
         try:
@@ -58,9 +58,6 @@ class RunDirectory:
                 f"run_dir must be a directory that can be made; {path} cannot: {error.strerror}. "
                 "Choose another."
             ) from error
-        # Only files that a run writes: a user may keep notes in the directory.
-        for name in _FILES:
-            (path / name).unlink(missing_ok=True)
         return cls(path)
 
     @classmethod
@@ -79,6 +76,8 @@ class RunDirectory:
     def write_config(self, config: Config, hparams: HParams, *, seeds: int | Iterable[int]) -> None:
         """Writes the settings that start the same run again, and what it was made with.
 
+        It starts a run: files of an earlier one are removed.
+
         `config` has the settings as they were asked for, `resolved` the algorithm's settings with
         its defaults, and `made_with` versions, device, commit and time.
 
@@ -91,6 +90,9 @@ class RunDirectory:
         from ppo_jax.resolve import complete_config
         from ppo_jax.runs import provenance
 
+        # Only files that a run writes: a user may keep notes in the directory.
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
         complete = complete_config(config)
         record = {
             "config": {**vars(config), "network": network_name(config.network)},

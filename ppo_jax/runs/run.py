@@ -24,6 +24,7 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.saving import to_bytes
 from ppo_jax.population.member import guarded_step
 from ppo_jax.resolve import complete_hparams
+from ppo_jax.runs import device_memory
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog, average
@@ -137,7 +138,8 @@ def train(
       progress: show a progress bar on standard error.
 
     Raises:
-      ConfigError: a setting breaks a rule, or `run_dir` holds files; before anything is traced.
+      ConfigError: a setting breaks a rule, or `run_dir` holds files; before anything is traced. Or
+        the training does not fit the device's memory; before anything is allocated.
     """
     require_positive_integers(
         {"num_seeds": num_seeds, "eval_episodes": eval_episodes, "log_every": log_every}
@@ -150,7 +152,6 @@ def train(
     directory = None
     if run_dir is not None:
         directory = RunDirectory.create(run_dir, overwrite=overwrite)
-        directory.write_config(config, hparams, seeds=seed if num_seeds is None else seeds)
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))
     if num_seeds is None:
         keys = keys[0]
@@ -160,6 +161,7 @@ def train(
         started = time.perf_counter()
         state, advance = _compile(trainer, config, keys, hparams)
         if directory is not None:
+            directory.write_config(config, hparams, seeds=seed if num_seeds is None else seeds)
             # A policy that cannot be saved is an error now, and not after hours of training.
             to_bytes(trainer.policy(state))
         compiled = time.perf_counter()
@@ -421,10 +423,19 @@ def _compile(
         return jax.lax.fori_loop(0, count, one_update, (state, failed_at, rows))
 
     # The hyperparameters are arguments of both programs, so that they round alike.
-    state = jax.jit(init, out_shardings=sharding)(keys, hparams)
+    start = jax.jit(init, out_shardings=sharding).lower(keys, hparams).compile()
     placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None, None))
+    state_shapes = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=where, weak_type=x.weak_type
+        ),
+        start.out_info,
+        start.output_shardings,
+    )
     none_failed = np.full(keys.shape, -1, np.int32)
-    program = placed.lower(state, none_failed, hparams, np.int32(0), np.int32(1)).compile()
+    program = placed.lower(state_shapes, none_failed, hparams, np.int32(0), np.int32(1)).compile()
+    # Nothing has been allocated so far.
+    _require_memory(max(map(device_memory.num_bytes, (start, program))), config)
 
     def advance_on_host(state: TrainState, failed_at: np.ndarray, first: int, count: int) -> _Piece:
         state, failed, metrics = program(
@@ -434,7 +445,22 @@ def _compile(
         rows = jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
         return _Piece(state, np.asarray(failed).reshape(-1), rows)
 
-    return state, advance_on_host
+    return start(keys, hparams), advance_on_host
+
+
+def _require_memory(num_bytes: int, config: Config) -> None:
+    """Checks that a training fits its devices, by the compiler's own count."""
+    limit = device_memory.limit(jax.devices()[0])
+    if limit is None or num_bytes <= limit:
+        return
+    # In proportion, which is a little too few: networks do not grow with the environments.
+    share = int(config.num_envs * limit / num_bytes)
+    fitting = max(share - share % (config.num_devices * 8), config.num_devices)
+    raise ConfigError(
+        f"a training must fit the memory of its device; {config.num_envs} environments with "
+        f"{config.num_steps} steps need {num_bytes / 2**20:,.0f} MiB of {limit / 2**20:,.0f}. "
+        f"About {fitting} environments fit: lower num_envs, or num_steps."
+    )
 
 
 def _evaluation_keys(keys: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Optimisers by name, with a traced learning rate, and the schedules that anneal it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from ppo_jax.config import Config
+from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.errors import require_known
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.networks import merge_params, split_params
@@ -25,8 +26,6 @@ class Schedule(NamedTuple):
     adapt: Callable[[jax.Array, jax.Array, HParams], jax.Array] | None = None
     """`(second factor, KL of the update, hparams) -> second factor` of a schedule that adapts to
     how far an update moved the policy; the factor starts from 1. None: it does not adapt."""
-    hparams: Mapping[str, float] = {}
-    """The hyperparameters that it uses, with their defaults."""
 
 
 def adapt_lr_factor(factor: jax.Array, kl: jax.Array, *, desired_kl: Scalar) -> jax.Array:
@@ -49,28 +48,9 @@ SCHEDULES: dict[str, Schedule] = {
         adapt=lambda factor, kl, hparams: adapt_lr_factor(
             factor, kl, desired_kl=hparams.desired_kl
         ),
-        hparams={"desired_kl": 0.01},
     ),
 }
 """Schedules by name; the keys are the choices of `Config.lr_schedule`."""
-
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adabelief": {},
-    "adagrad": {},
-    # Adam's eps of 1e-5, not optax's 1e-8, is PPO's since OpenAI Baselines: Huang et al. 2022,
-    # "The 37 implementation details of PPO", detail 3.
-    "adam": {"eps": 1e-5},
-    "adamax": {},
-    "adamw": {"eps": 1e-5},
-    "lion": {},
-    "nadam": {"eps": 1e-5},
-    "radam": {"eps": 1e-5},
-    # A2C's, from the same source. Its accumulator starts at 1 in TensorFlow and Stable-Baselines3;
-    # from optax's 0 the first updates would be 37 times as large.
-    "rmsprop": {"decay": 0.99, "eps": 1e-5, "initial_scale": 1.0},
-    "sgd": {},
-}
-"""Names of optax optimisers, and the arguments in which our defaults differ from optax's."""
 
 Optimizer = Callable[[Any, HParams], optax.GradientTransformation]
 """`(learning_rate, hparams) -> transformation`; both arguments may be traced."""

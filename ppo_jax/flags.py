@@ -1,0 +1,181 @@
+"""Settings as options of the command line, with their choices and the defaults they resolve to.
+
+The classes are made for each command line, because its environment, its algorithm and the parts
+that it imports decide what an option does when it is left out.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from ppo_jax import envs
+from ppo_jax.config import ALGORITHM_SETTINGS, Config, Network
+from ppo_jax.defaults import ALGORITHM_DEFAULTS, OPTIMIZERS, SCHEDULE_HPARAMS, used_hparams
+from ppo_jax.errors import require_known
+from ppo_jax.hparams import HParams
+
+ActionDistribution = Literal["gaussian", "tanh_gaussian", "beta"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigFlags(Config):
+    """Settings that change shapes or control flow: a new set of values compiles a new program."""
+
+    env: tyro.conf.Positional[str] = "CartPole-v1"
+    """Name of the environment (`ppo-jax envs` lists them)."""
+    network: Network = "mlp"
+    """Layers that images pass before the hidden layers: none ("mlp"), convolutions or a residual
+    network. In Python also a module of your own."""
+    action_distribution: ActionDistribution | None = None
+    """Distribution of continuous actions. None: gaussian, clipped by the environment."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: `config` does, outside the parser, which would hide the message."""
+
+    @property
+    def config(self) -> Config:
+        """The settings as a checked `Config`."""
+        return Config(**vars(self))
+
+
+def algorithms() -> Mapping[str, Any]:
+    """Returns the algorithms by name, those that a module registered included.
+
+    The values have `settings`, `hparams` and `has_critic`.
+    """
+    # Only a module that is imported already can have registered more, and it has loaded the table.
+    loaded = sys.modules.get("ppo_jax.algorithms")
+    return ALGORITHM_DEFAULTS if loaded is None else loaded.ALGORITHMS
+
+
+def hparams_type(algorithm: str) -> type[HParams]:
+    """Returns the type of an algorithm's hyperparameters; an unknown name is a `ConfigError`."""
+    require_known("algorithm", algorithm, algorithms())
+    return getattr(algorithms()[algorithm], "hparams_type", HParams)
+
+
+def hparam_names() -> tuple[str, ...]:
+    """Returns the names of the hyperparameters of all algorithms."""
+    return tuple(dict.fromkeys(name for a in algorithms() for name in hparams_type(a).names()))
+
+
+def config_flags(config: Config, hparams: HParams) -> Any:
+    """Returns the options of a training's `Config`, which is their default."""
+    hints = _resolved_defaults(config, hparams)
+    metavars = {
+        "algorithm": _braced(algorithms()),
+        "optimizer": _braced(OPTIMIZERS),
+        "wrappers": f"[{_braced(_wrapper_names())} VALUE ...]",
+        "env_kwargs": "[NAME VALUE ...]",
+        "env_params": "[NAME VALUE ...]",
+        "optimizer_kwargs": "[NAME VALUE ...]",
+    }
+    types = get_type_hints(ConfigFlags, include_extras=True)
+    fields = []
+    for name in (*ALGORITHM_SETTINGS, *metavars):
+        shown = tyro.conf.arg(metavar=metavars.get(name), help_behavior_hint=hints.get(name))
+        fields.append((name, Annotated[types[name], shown], getattr(config, name)))
+    return _subclass(ConfigFlags, fields)(**vars(config))
+
+
+def hparams_flags(config: Config, hparams: HParams) -> Any:
+    """Returns the options of a training's hyperparameters, which are their default."""
+    hints = _resolved_defaults(config, hparams)
+    # The command line takes scalars for the fields that may be arrays or tracers in Python.
+    fields = [
+        (name, Annotated[float | None, tyro.conf.arg(help_behavior_hint=hints[name])], value)
+        for name, value in vars(hparams).items()
+    ]
+    flags = _subclass(type(hparams), fields)
+    flags.__doc__ = "Hyperparameters, which are traced: a new value compiles nothing."
+    # Checked by the command, outside the parser, which would hide the message.
+    flags.__post_init__ = lambda self: None
+    return flags(**vars(hparams))
+
+
+def space_flags(config: Config, hparams: HParams, *, has_several_algorithms: bool) -> Any:
+    """Returns the options that take several values of each setting.
+
+    Args:
+      config: of the sweep, for settings that it does not vary.
+      hparams: of the sweep, likewise.
+      has_several_algorithms: no single algorithm decides the defaults.
+    """
+    hints = _resolved_defaults(config, hparams)
+    if has_several_algorithms:
+        hints = {
+            name: hint
+            for name, hint in hints.items()
+            if name in vars(config) and name not in ALGORITHM_SETTINGS
+        }
+    types = get_type_hints(ConfigFlags)
+    names = [
+        name
+        for name, kind in types.items()
+        if name != "env" and (name == "hidden_sizes" or not str(kind).startswith("tuple"))
+    ]
+    choices = {"algorithm": algorithms(), "optimizer": OPTIMIZERS}
+    fields = []
+    for name in (*names, *hparam_names()):
+        words = choices.get(name) or _literals(types.get(name))
+        shown = tyro.conf.arg(
+            metavar="VALUES",
+            help=f"Of {', '.join(words)}." if words else None,
+            help_behavior_hint=hints.get(name, "(default: the algorithm's)"),
+        )
+        fields.append((name, Annotated[str | None, shown], None))
+    flags = dataclasses.make_dataclass("SpaceFlags", fields, frozen=True, kw_only=True)
+    flags.__doc__ = """The settings of `train`, which explains them. Values with commas,
+    uniform(LOW,HIGH), loguniform(LOW,HIGH) and choice(VALUES) are varied. hidden_sizes are written
+    64x64,128x128. Parameters of the environment, env_params.NAME, can be varied in a --config
+    file."""
+    return flags()
+
+
+def _resolved_defaults(config: Config, hparams: HParams) -> dict[str, str]:
+    """Returns what each setting is when its option is left out, in the words of the help."""
+    row = algorithms()[config.algorithm]
+    used = {**row.settings, **used_hparams(config, row)}
+    given = {**vars(config), **hparams.given()}
+    schedule_hparams = set().union(*SCHEDULE_HPARAMS.values())
+    hints = {}
+    for name in (*vars(config), *hparams.names()):
+        belongs_to_some = name in ALGORITHM_SETTINGS or name not in vars(config)
+        if given.get(name) is not None or name in used or not belongs_to_some:
+            value = used.get(name) if given.get(name) is None else given[name]
+            hints[name] = f"(default: {_shown(value)})"
+        elif name in schedule_hparams:
+            hints[name] = f"(not used with lr_schedule {config.lr_schedule})"
+        else:
+            hints[name] = f"(not used by {config.algorithm})"
+    return hints
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _wrapper_names() -> Iterable[str]:
+    loaded = sys.modules.get("ppo_jax.envs.wrappers")
+    return envs.WRAPPER_NAMES if loaded is None else loaded.WRAPPERS
+
+
+def _braced(names: Iterable[str]) -> str:
+    return "{" + ",".join(names) + "}"
+
+
+def _literals(kind: Any) -> tuple[str, ...]:
+    """Returns the words of a Literal, or of one in a union with None."""
+    parts = (kind, *get_args(kind))
+    return tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+
+
+def _subclass(kind: type, fields: Iterable[tuple[str, Any, Any]]) -> Any:
+    return dataclasses.make_dataclass(
+        kind.__name__, list(fields), bases=(kind,), frozen=True, kw_only=True
+    )

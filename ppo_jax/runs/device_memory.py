@@ -1,0 +1,33 @@
+"""Memory that a compiled program takes, by the compiler's own count, and that a device has."""
+
+import os
+from typing import Any
+
+import jax
+
+_SHARE = 0.8  # of a device's memory; the runtime needs the rest
+
+
+def num_bytes(compiled: Any) -> int:
+    """Returns the memory that a program takes on a device; 0 where the compiler does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    sizes = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return sizes - memory.alias_size_in_bytes  # a donated argument and its output are one buffer
+
+
+def limit(device: jax.Device) -> float | None:
+    """Returns the bytes that a program may take; None where they are unknown."""
+    stats = device.memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return _SHARE * stats["bytes_limit"]
+    if device.platform == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return _SHARE * total / len(jax.devices())
+    return None
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Returns whether a runtime error says that a device has no memory left."""
+    return "RESOURCE_EXHAUSTED" in str(error)
