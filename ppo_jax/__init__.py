@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ppo_jax.policy.spec import register_action_distribution
     from ppo_jax.presets import preset
     from ppo_jax.runs.run import load, train
+    from ppo_jax.runs.search import search
     from ppo_jax.runs.sweep import sweep
     from ppo_jax.stages.algorithm import Algorithm
     from ppo_jax.stages.metrics import Metrics
@@ -52,6 +53,7 @@ _MODULES = {
     "preset": "presets",
     "register_action_distribution": "policy.spec",
     "register_algorithm": "algorithms",
+    "search": "runs.search",
     "sweep": "runs.sweep",
     "train": "runs.run",
 }
@@ -74,6 +76,7 @@ __all__ = [
     "preset",
     "register_action_distribution",
     "register_algorithm",
+    "search",
     "sweep",
     "train",
 ]

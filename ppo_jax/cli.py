@@ -112,7 +112,8 @@ class SweepCommand:
     """Train every combination of some settings with many seeds, compiled together.
 
     Starts from the preset, as `train` does, unless the algorithm is varied. A sweep that was
-    interrupted is continued from its directory.
+    interrupted is continued from its directory. With --search, one population searches
+    hyperparameters while it trains.
     """
 
     space: tyro.conf.OmitArgPrefixes[Any]
@@ -120,8 +121,8 @@ class SweepCommand:
     """Name of the environment (`ppo-jax envs` lists them)."""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """YAML with a mapping of settings to a value, a list or a distribution; flags override it."""
-    seeds: int = 8
-    """Number of seeds of every configuration."""
+    seeds: int | None = None
+    """Number of seeds of every configuration; 8 by default."""
     draws: int | None = None
     """Number of draws of the distributions."""
     sampler: Literal["random", "sobol", "tpe"] = "random"
@@ -136,9 +137,24 @@ class SweepCommand:
     """Show no progress."""
     eval_episodes: int = 64
     """Number of episodes of each member's final evaluation."""
+    search: Literal["halving", "pbt"] | None = None
+    """Search: successive halving stops the worst trials and draws new ones; population-based
+    training (pbt) replaces the worst members by perturbed copies of the best."""
+    members: int | None = None
+    """With --search: number of members that train together; 16 by default."""
+    rounds: int | None = None
+    """With --search: number of rounds, after each of which members are compared; 10 by default."""
+    factor: float | None = None
+    """With --search: of halving, one trial in this many goes on (3 by default); of pbt, values are
+    multiplied or divided by it (1.25 by default)."""
+    replaced: float | None = None
+    """With --search pbt: share of the members that are replaced after a round; 0.25 by default."""
+    seed: int | None = None
+    """With --search: random seed; 0 by default."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
+        self._require_fitting_options()
         envs.check_name(self.env)
         from ppo_jax.population import search_space
 
@@ -160,25 +176,36 @@ class SweepCommand:
         hparams = hparams.replace(**values)
         # The remaining names with a single value are parameters of the environment.
         varied |= {name: [value] for name, value in fixed.items()}
-        run_dir = self.run_dir or _new_run_dir(self.env, "sweep")
+        run_dir = self.run_dir or _new_run_dir(self.env, self.search or "sweep")
         _enable_compilation_cache()
         _make_cpu_devices(_num_cores())
-        from ppo_jax.runs.sweep import sweep
+        common: dict[str, Any] = {
+            "hparams": hparams,
+            "run_dir": run_dir,
+            "eval_episodes": self.eval_episodes,
+            "say": _say,
+            "progress": not self.quiet,
+        }
+        if self.search is None:
+            from ppo_jax.runs.sweep import sweep
 
-        result = sweep(
-            config,
-            varied,
-            seeds=self.seeds,
-            hparams=hparams,
-            num_draws=self.draws,
-            sampler=self.sampler,
-            batch=self.batch,
-            run_dir=run_dir,
-            chunk=self.chunk,
-            eval_episodes=self.eval_episodes,
-            say=_say,
-            progress=not self.quiet,
-        )
+            result = sweep(
+                config,
+                varied,
+                seeds=8 if self.seeds is None else self.seeds,
+                num_draws=self.draws,
+                sampler=self.sampler,
+                batch=self.batch,
+                chunk=self.chunk,
+                **common,
+            )
+        else:
+            from ppo_jax.runs.search import search
+
+            given = {"num_members": self.members, "num_rounds": self.rounds, "seed": self.seed}
+            given = {name: value for name, value in given.items() if value is not None}
+            options = {"factor": self.factor, "replaced": self.replaced, **given}
+            result = search(config, varied, method=self.search, **options, **common)
         print(
             f"trained {len(result.members)} members in {result.run_seconds:.1f} s, compiled in "
             f"{result.compile_seconds:.1f} s"
@@ -188,6 +215,21 @@ class SweepCommand:
             return 130
         _print_report(run_dir)
         return 0
+
+    def _require_fitting_options(self) -> None:
+        """Checks that options of a search come with one, and those of a sweep without."""
+        of_search = ("members", "rounds", "factor", "replaced", "seed")
+        of_sweep = ("seeds", "draws", "batch", "chunk")
+        for name in of_search if self.search is None else of_sweep:
+            if getattr(self, name) is not None:
+                rule = "needs" if self.search is None else "does not go with"
+                raise ConfigError(
+                    f"--{name} {rule} --search; got {getattr(self, name)}. Leave it out."
+                )
+        if self.search is not None and self.sampler != "random":
+            raise ConfigError(
+                f"--sampler does not go with --search; got {self.sampler}. Leave it out."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,31 +463,40 @@ def _print_evaluation(result: dict[str, Any]) -> None:
 
 
 def _print_report(run_dir: Path) -> None:
-    import pandas as pd
     from rich.console import Console
-    from rich.table import Table
 
     from ppo_jax.runs import report as reports
-    from ppo_jax.runs.sweep_plots import write_plots
+    from ppo_jax.runs import search_plots, sweep_plots
 
     members, curves = reports.load_tables(run_dir)
-    report = reports.make_report(members, curves)
-    shown = report.configurations.drop(columns="configuration").head(20)
+    # A search has rounds, and no repetitions from which a sweep's statistics could be computed.
+    is_search = "round" in members
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a table in a file is not cut at 80 columns
-    for title, frame in {
-        "configurations, the best first (interquartile mean and 95 % interval)": shown,
-        "sensitivity of the return to each setting": report.sensitivity,
-    }.items():
-        table = Table(*frame.columns, title=title, box=None)
-        for row in frame.itertuples(index=False):
-            cells = (
-                "" if pd.isna(x) else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row
-            )
-            table.add_row(*cells)
-        if len(frame):
-            console.print(table)
+    if is_search:
+        best = search_plots.best_first(members).drop(columns=["configuration", "seed"])
+        title = "members, the best first"
+        if members["eval/return"].isna().any():
+            title += "; those without an evaluation were stopped"
+        _print_table(console, best.head(20), title)
+        written = search_plots.write_plots(members, curves, run_dir)
+    else:
+        report = reports.make_report(members, curves)
+        _print_statistics(console, report)
+        written = sweep_plots.write_plots(members, curves, report, run_dir)
+    console.print(
+        f"tables and plots ({', '.join(path.name for path in written)}): {run_dir}", soft_wrap=True
+    )
+
+
+def _print_statistics(console: Any, report: Any) -> None:
+    from ppo_jax.runs.report import MIN_SEEDS
+
+    shown = report.configurations.drop(columns="configuration").head(20)
+    title = "configurations, the best first (interquartile mean and 95 % interval)"
+    _print_table(console, shown, title)
+    _print_table(console, report.sensitivity, "sensitivity of the return to each setting")
     if report.improvement is not None:
         console.print(
             "probability that the best improves on the second: {:.2f} ({:.2f} to {:.2f})".format(
@@ -455,12 +506,20 @@ def _print_report(run_dir: Path) -> None:
     elif len(report.configurations) > 1:
         console.print(
             "a probability that the best improves on the second needs at least "
-            f"{reports.MIN_SEEDS} seeds of each"
+            f"{MIN_SEEDS} seeds of each"
         )
-    written = write_plots(members, curves, report, run_dir)
-    console.print(
-        f"tables and plots ({', '.join(path.name for path in written)}): {run_dir}", soft_wrap=True
-    )
+
+
+def _print_table(console: Any, frame: Any, title: str) -> None:
+    import pandas as pd
+    from rich.table import Table
+
+    table = Table(*frame.columns, title=title, box=None)
+    for row in frame.itertuples(index=False):
+        cells = ("" if pd.isna(x) else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row)
+        table.add_row(*cells)
+    if len(frame):
+        console.print(table)
 
 
 def _preset_summary(name: str) -> str:

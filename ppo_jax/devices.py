@@ -1,5 +1,6 @@
 """Meshes of devices: for the environments of one training, and for the members of a population."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,3 +72,29 @@ def member_sharding(num_devices: int) -> NamedSharding:
     """
     mesh = Mesh(np.array(jax.devices()[:num_devices]), (MEMBER_AXIS,))
     return NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
+
+
+def over_members(num_devices: int) -> Callable[..., Callable[..., Any]]:
+    """Returns a `jax.vmap` that divides members among devices.
+
+    Each device runs its own loops. Under `vmap` alone, an evaluation would exchange among all
+    devices, at every step, whether the last episode has ended.
+
+    Returns:
+      `(function, in_axes) -> function`; an axis is 0 for an argument of each member, and None for
+      one that all share.
+    """
+    sharding = member_sharding(num_devices)
+
+    def member_map(
+        function: Callable[..., Any], in_axes: Sequence[int | None]
+    ) -> Callable[..., Any]:
+        return jax.shard_map(
+            jax.vmap(function, in_axes=tuple(in_axes)),
+            mesh=sharding.mesh,
+            in_specs=tuple(PartitionSpec() if axis is None else sharding.spec for axis in in_axes),
+            out_specs=sharding.spec,
+            check_vma=False,
+        )
+
+    return member_map

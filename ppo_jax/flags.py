@@ -85,6 +85,7 @@ def hparams_flags(config: Config, hparams: HParams) -> Any:
     """Returns the options of a training's hyperparameters, which are their default."""
     hints = _resolved_defaults(config, hparams)
     # The command line takes scalars for the fields that may be arrays or tracers in Python.
+    # An algorithm may bring names of its own, so the fields are those of its type.
     fields = [
         (name, Annotated[float | None, tyro.conf.arg(help_behavior_hint=hints[name])], value)
         for name, value in vars(hparams).items()
@@ -93,6 +94,7 @@ def hparams_flags(config: Config, hparams: HParams) -> Any:
     flags.__doc__ = "Hyperparameters, which are traced: a new value compiles nothing."
     # Checked by the command, outside the parser, which would hide the message.
     flags.__post_init__ = lambda self: None
+    # An instance, because tyro takes its values as the defaults.
     return flags(**vars(hparams))
 
 
@@ -105,6 +107,7 @@ def space_flags(config: Config, hparams: HParams, *, has_several_algorithms: boo
       has_several_algorithms: no single algorithm decides the defaults.
     """
     hints = _resolved_defaults(config, hparams)
+    # Each algorithm has its own default, and may not use the setting at all.
     if has_several_algorithms:
         hints = {
             name: hint

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer, sweep, train
+from ppo_jax.devices import over_members
+from ppo_jax.population.pbt import make_pbt
 
 PARAMS = {"max_steps_in_episode": 16}
 
@@ -134,6 +136,25 @@ def check_a_sweep_s_members_are_divided():
         sweep(described.replace(num_devices=2), {})
 
 
+def check_a_search_s_members_are_divided():
+    described = Config(num_envs=2, num_steps=8, hidden_sizes=(4,), total_timesteps=3 * 16)
+    trainer = make_trainer(described)
+    rates = HParams(learning_rate=jnp.geomspace(1e-3, 1e-1, 8))
+    keys = jax.random.split(jax.random.key(0), 8)
+    found = []
+    for member_map in (jax.vmap, over_members(8)):
+        search = make_pbt(
+            trainer, ["learning_rate"], num_rounds=3, updates_per_round=1, member_map=member_map
+        )
+        found.append(jax.jit(search.run)(keys, rates))
+    (one, alone), (eight, divided) = found
+    assert len(eight.states.updates_done.sharding.device_set) == 8
+    np.testing.assert_array_equal(divided.parents, alone.parents)
+    np.testing.assert_allclose(divided.scores, alone.scores, rtol=1e-3)
+    for x, y in zip(numbers(eight.states.learner), numbers(one.states.learner), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
 def check_the_seeds_of_a_training_are_divided():
     described = config("ppo", 1).replace(num_envs=2)
     result = train(described, num_seeds=4, eval_episodes=2, progress=False)
@@ -164,6 +185,7 @@ if __name__ == "__main__":
         normalize_reward=True,
     )
     check_a_sweep_s_members_are_divided()
+    check_a_search_s_members_are_divided()
     check_steps_are_one_program_and_environments_stay_where_they_are()
     check_devices_see_different_data()
     check_the_seeds_of_a_training_are_divided()

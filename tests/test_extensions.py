@@ -89,10 +89,12 @@ def test_a_hyperparameter_of_an_algorithm_is_swept_and_searched(offset):
     (group,) = plan  # traced: one program
     assert [member.hparams.offset for member in group.members] == [0.1, 0.2]
     assert {member.hparams.gamma for member in group.members} == {0.9}
-    run = make_halving(
+    search = make_halving(
         make_trainer(offset), {"offset": Uniform(0.0, 1.0)}, num_rounds=2, updates_per_round=1
     )
-    result = jax.eval_shape(run, jax.random.split(jax.random.key(0), 3), HParams(gamma=0.9))
+    result, _ = jax.eval_shape(
+        search.run, jax.random.split(jax.random.key(0), 3), HParams(gamma=0.9)
+    )
     assert result.hparams.offset.shape == (3,)
 
 

@@ -55,9 +55,11 @@ def so_far(scores, ages, rounds):
 
 
 def test_the_best_learning_rate_is_found():
-    run = make_halving(quadratic(), RATES, num_rounds=30, updates_per_round=5, score=training_score)
-    result = jax.jit(run)(jax.random.split(jax.random.key(0), 27))
-    record = jax.tree.map(np.asarray, result.record)
+    search = make_halving(
+        quadratic(), RATES, num_rounds=30, updates_per_round=5, score=training_score
+    )
+    result, record = jax.jit(search.run)(jax.random.split(jax.random.key(0), 27))
+    record = jax.tree.map(np.asarray, record)
     oldest = record.ages[-1] >= 27
     assert oldest.any()
     rates = np.asarray(result.hparams.learning_rate)
@@ -71,8 +73,11 @@ def test_the_best_learning_rate_is_found():
 
 
 def test_the_record_tells_every_trial_s_life():
-    run = make_halving(quadratic(), RATES, num_rounds=12, updates_per_round=2, score=training_score)
-    record = jax.tree.map(np.asarray, jax.jit(run)(jax.random.split(jax.random.key(1), 9)).record)
+    search = make_halving(
+        quadratic(), RATES, num_rounds=12, updates_per_round=2, score=training_score
+    )
+    _, record = jax.jit(search.run)(jax.random.split(jax.random.key(1), 9))
+    record = jax.tree.map(np.asarray, record)
     goes_on, ends = ~record.stopped[:-1], record.stopped[:-1]
     rates = record.hparams.learning_rate
     assert (record.trials[1:][goes_on] == record.trials[:-1][goes_on]).all()
@@ -90,14 +95,14 @@ def test_a_trial_that_stays_equals_the_same_trial_alone_and_a_new_one_starts_fre
     config = Config(num_envs=2, num_steps=16, hidden_sizes=(8,), total_timesteps=3 * 32)
     trainer = make_trainer(config)
     space = {"learning_rate": LogUniform(1e-4, 1e-2), "gamma": Choice((0.9, 0.99))}
-    run = make_halving(trainer, space, num_rounds=3, updates_per_round=1)
+    search = make_halving(trainer, space, num_rounds=3, updates_per_round=1)
     keys = jax.random.split(jax.random.key(0), 3)
-    result = jax.jit(run)(keys, HParams(ent_coef=0.02))
-    ages = np.asarray(result.record.ages[-1])
+    result, record = jax.jit(search.run)(keys, HParams(ent_coef=0.02))
+    ages = np.asarray(record.ages[-1])
     assert sorted(ages)[-1] == 3
     np.testing.assert_array_equal(result.states.updates_done, ages)
     np.testing.assert_array_equal(result.hparams.ent_coef, np.float32(0.02))
-    assert set(np.asarray(result.record.hparams.gamma).ravel()) <= {
+    assert set(np.asarray(record.hparams.gamma).ravel()) <= {
         np.float32(0.9),
         np.float32(0.99),
     }
@@ -109,7 +114,7 @@ def test_a_trial_that_stays_equals_the_same_trial_alone_and_a_new_one_starts_fre
         return state.learner.params
 
     (slot,) = np.flatnonzero(ages == 3)
-    first = jax.tree.map(lambda x: x[0], result.record.hparams)
+    first = jax.tree.map(lambda x: x[0], record.hparams)
     expected = jax.jit(jax.vmap(alone))(keys, first)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x[slot], y[slot], rtol=1e-5, atol=1e-6),
@@ -119,14 +124,14 @@ def test_a_trial_that_stays_equals_the_same_trial_alone_and_a_new_one_starts_fre
 
 
 def test_a_learner_that_is_no_longer_finite_loses():
-    run = make_halving(
+    search = make_halving(
         quadratic_that_breaks(sound_return=-1.0),
         RATES,
         num_rounds=2,
         updates_per_round=1,
         score=training_score,
     )
-    record = jax.jit(run)(jax.random.split(jax.random.key(0), 27)).record
+    _, record = jax.jit(search.run)(jax.random.split(jax.random.key(0), 27))
     is_nan = np.asarray(record.hparams.learning_rate[0]) > 1.0
     assert 0 < is_nan.sum() <= 18
     assert np.asarray(record.stopped[0])[is_nan].all()
@@ -140,10 +145,11 @@ def test_a_learner_that_breaks_between_rungs_is_stopped_at_once():
         x = jnp.where(state.updates_done == 2, jnp.nan, state.learner.params["x"])  # an age of 2
         return state.replace(learner=state.learner.replace(params={"x": x})), metrics
 
-    run = make_halving(
+    search = make_halving(
         whole._replace(step=step), RATES, num_rounds=5, updates_per_round=1, score=training_score
     )
-    record = jax.tree.map(np.asarray, jax.jit(run)(jax.random.split(jax.random.key(0), 9)).record)
+    _, record = jax.jit(search.run)(jax.random.split(jax.random.key(0), 9))
+    record = jax.tree.map(np.asarray, record)
     assert record.stopped[1:-1][record.ages[1:-1] == 2].all()
     assert record.ages.max() == 2
 
@@ -165,6 +171,8 @@ def test_numbers_that_make_no_sense_are_refused(changes, message):
 
 
 def test_a_population_is_as_large_as_its_factor():
-    run = make_halving(quadratic(), RATES, num_rounds=1, updates_per_round=1, score=training_score)
+    search = make_halving(
+        quadratic(), RATES, num_rounds=1, updates_per_round=1, score=training_score
+    )
     with pytest.raises(ConfigError, match="as large as factor.*got 2 and 3"):
-        run(jax.random.split(jax.random.key(0), 2))
+        search.run(jax.random.split(jax.random.key(0), 2))

@@ -34,18 +34,20 @@ def test_values_of_the_replaced_move_up_or_down_and_stay_in_range():
 
 def test_the_best_learning_rate_is_found():
     rates = jnp.geomspace(1e-3, 0.1, 16)  # all of them too small
-    run = make_pbt(
+    search = make_pbt(
         quadratic(), ["learning_rate"], num_rounds=60, updates_per_round=20, score=training_score
     )
-    result = jax.jit(run)(jax.random.split(jax.random.key(0), 16), HParams(learning_rate=rates))
+    result, lineage = jax.jit(search.run)(
+        jax.random.split(jax.random.key(0), 16), HParams(learning_rate=rates)
+    )
     assert 0.6 < np.median(result.hparams.learning_rate) < 1.5
     assert (result.states.updates_done == 1200).all()
-    assert result.lineage.scores.shape == (60, 16)
+    assert lineage.scores.shape == (60, 16)
     # Four of sixteen are replaced after every round but the last, where members stay themselves.
-    replaced = np.asarray(result.lineage.parents) != np.arange(16)
+    replaced = np.asarray(lineage.parents) != np.arange(16)
     assert (replaced.sum(1) == [*[4] * 59, 0]).all()
-    values = np.asarray(result.lineage.hparams.learning_rate)
-    ratio = values[1:] / np.take_along_axis(values, np.asarray(result.lineage.parents), 1)[:-1]
+    values = np.asarray(lineage.hparams.learning_rate)
+    ratio = values[1:] / np.take_along_axis(values, np.asarray(lineage.parents), 1)[:-1]
     np.testing.assert_allclose(ratio[~replaced[:-1]], 1.0)
     np.testing.assert_allclose(np.abs(np.log(ratio[replaced[:-1]])), np.log(1.25), rtol=1e-4)
 
@@ -61,11 +63,11 @@ def test_a_replaced_member_goes_on_with_its_parent_s_learner_and_its_own_environ
     trainer = make_trainer(config)
     rates = HParams(learning_rate=jnp.array([1e-4, 1e-3, 1e-2, 1e-1]))
     # Two rounds; in the second the learning rate is what it was, so learners are only copied.
-    run = make_pbt(trainer, ["learning_rate"], num_rounds=2, updates_per_round=1)
-    result = jax.jit(run)(jax.random.split(jax.random.key(0), 4), rates)
-    parents = np.asarray(result.lineage.parents[0])
+    search = make_pbt(trainer, ["learning_rate"], num_rounds=2, updates_per_round=1)
+    result, lineage = jax.jit(search.run)(jax.random.split(jax.random.key(0), 4), rates)
+    parents = np.asarray(lineage.parents[0])
     (child,) = np.flatnonzero(parents != np.arange(4))
-    assert result.lineage.scores[0][parents[child]] == result.lineage.scores[0].max()
+    assert lineage.scores[0][parents[child]] == lineage.scores[0].max()
     counts = result.states.statistics.obs[0].num_samples
     assert (counts == 2 * 32).all()
     obs = np.asarray(result.states.rollout.obs)
@@ -76,7 +78,7 @@ def test_a_replaced_member_goes_on_with_its_parent_s_learner_and_its_own_environ
 
 
 def test_a_learner_that_is_no_longer_finite_is_no_parent():
-    run = make_pbt(
+    search = make_pbt(
         quadratic_that_breaks(sound_return=1.0),
         ["learning_rate"],
         num_rounds=2,
@@ -84,8 +86,8 @@ def test_a_learner_that_is_no_longer_finite_is_no_parent():
         score=training_score,
     )
     rates = HParams(learning_rate=jnp.array([0.1, 0.2, 0.3, 2.0]))
-    result = jax.jit(run)(jax.random.split(jax.random.key(0), 4), rates)
-    assert result.lineage.scores[0, 3] == -np.inf
+    result, lineage = jax.jit(search.run)(jax.random.split(jax.random.key(0), 4), rates)
+    assert lineage.scores[0, 3] == -np.inf
     assert np.isfinite(result.states.learner.params["x"]).all()
 
 
@@ -106,12 +108,14 @@ def test_numbers_that_make_no_sense_are_refused(changes, message):
 
 
 def test_a_population_has_a_value_for_every_member():
-    run = make_pbt(quadratic(), ["gamma"], num_rounds=1, updates_per_round=1, score=training_score)
+    search = make_pbt(
+        quadratic(), ["gamma"], num_rounds=1, updates_per_round=1, score=training_score
+    )
     keys = jax.random.split(jax.random.key(0), 4)
     with pytest.raises(ConfigError, match="a value for each of the 4 members; gamma is 0.9"):
-        run(keys, HParams(gamma=0.9))
+        search.run(keys, HParams(gamma=0.9))
     with pytest.raises(ConfigError, match="0.25 of 2 is none"):
-        run(keys[:2], HParams(gamma=jnp.full(2, 0.9)))
+        search.run(keys[:2], HParams(gamma=jnp.full(2, 0.9)))
 
 
 def balancing_params(params):
@@ -147,12 +151,12 @@ def test_a_perfect_policy_is_never_replaced_by_a_worse_one(is_evaluated):
         return state.replace(learner=state.learner.replace(params=params))
 
     score = None if is_evaluated else training_score
-    run = make_pbt(
+    search = make_pbt(
         trainer._replace(init=init), ["ent_coef"], num_rounds=5, updates_per_round=2, score=score
     )
     gamma = jnp.array([0.9, 0.99] * 4)
     hparams = HParams(learning_rate=0.0, gamma=gamma, ent_coef=jnp.full(8, 0.01))
-    lineage = jax.jit(run)(jax.random.split(jax.random.key(0), 8), hparams).lineage
+    _, lineage = jax.jit(search.run)(jax.random.split(jax.random.key(0), 8), hparams)
     is_perfect = np.asarray(gamma) > 0.95
     replaced = False
     for scores, parents in zip(lineage.scores, lineage.parents, strict=True):

@@ -1,4 +1,4 @@
-"""Successive halving inside one compiled function: stopped trials make way for new draws.
+"""Successive halving as pure functions: stopped trials make way for new draws.
 
 Successive halving by Jamieson & Talwalkar 2016 (arXiv:1502.07943), for a population of fixed size.
 A slot is one position in the vmapped population. A trial is stopped at a rung unless it is among
@@ -6,25 +6,29 @@ the best 1/η of all trials that reached the rung, as in Li et al. 2020 (arXiv:1
 2. A new trial takes its slot, so that no slot is idle.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import choose_state
 from ppo_jax.population.rounds import (
+    MemberMap,
     Score,
+    Scores,
+    Search,
+    SearchState,
+    Start,
     check_hparam_names,
-    evaluation_score,
     for_every_member,
-    make_round,
+    make_search,
 )
 from ppo_jax.population.search_space import Choice, Distribution, extremes
+from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
-from ppo_jax.types import TrainState
 
 
 class Record(NamedTuple):
@@ -35,14 +39,17 @@ class Record(NamedTuple):
     ages: jax.Array  # [R, S], rounds that the trial had been trained for after this round
     scores: jax.Array  # [R, S]; −∞ where a learner is no longer finite
     stopped: jax.Array  # [R, S], the trial ended there
+    metrics: Metrics  # [R, S], sums over the round
 
 
-class Halving(NamedTuple):
-    """The trials in the slots after the last round."""
+class _Trials(NamedTuple):
+    """The trials so far."""
 
-    states: TrainState  # [S, ...]
-    hparams: HParams  # [S]
-    record: Record
+    numbers: jax.Array  # [S], of the trials in the slots
+    age: jax.Array  # [S], rounds that they have trained for
+    num_drawn: jax.Array  # []
+    scores: jax.Array  # [R, S], of all rounds so far
+    ages: jax.Array  # [R, S], of all rounds so far; 0 for rounds that have not run yet
 
 
 def stopped_trials(
@@ -91,8 +98,9 @@ def make_halving(
     updates_per_round: int,
     factor: int = 3,
     score: Score | None = None,
-) -> Callable[..., Halving]:
-    """Returns successive halving as a pure function; jit is the caller's.
+    member_map: MemberMap = jax.vmap,
+) -> Search:
+    """Returns successive halving as a `Search`, whose record is a `Record`.
 
     Every slot trains in every round, for `num_rounds * updates_per_round` updates in all. A trial
     whose learner is no longer finite is stopped after its round. After the last round nothing is
@@ -101,16 +109,14 @@ def make_halving(
 
     Args:
       trainer: trains every trial.
-      space: distributions of hyperparameters, by name.
+      space: distributions of hyperparameters, by name. The `hparams` of `init` are values that are
+        not drawn.
       num_rounds: R.
       updates_per_round: updates between two decisions.
       factor: η; at a rung one trial in η goes on.
       score: scores a trial after a round; None evaluates complete episodes, by
         `rounds.evaluation_score`.
-
-    Returns:
-      `(keys [S], hparams=None, env_params=None) -> Halving`; `hparams` are values that are not
-      drawn.
+      member_map: maps a function over slots.
 
     Raises:
       ConfigError: an unknown name, or a number that is out of range.
@@ -119,9 +125,9 @@ def make_halving(
     >>> from ppo_jax.population.search_space import LogUniform
     >>> trainer = make_trainer(Config(num_envs=2, num_steps=16, hidden_sizes=(8,)))
     >>> space = {"learning_rate": LogUniform(1e-4, 1e-2)}
-    >>> run = make_halving(trainer, space, num_rounds=2, updates_per_round=1)
-    >>> result = jax.jit(run)(jax.random.split(jax.random.key(0), 3))
-    >>> result.record.ages.tolist()  # one of three goes on
+    >>> search = make_halving(trainer, space, num_rounds=2, updates_per_round=1)
+    >>> state, record = jax.jit(search.run)(jax.random.split(jax.random.key(0), 3))
+    >>> record.ages.tolist()  # one of three goes on
     [[1, 1, 1], [1, 1, 2]]
     """
     check_hparam_names(space, trainer.hparams)
@@ -130,18 +136,15 @@ def make_halving(
             trainer.hparams.replace(**{name: value})  # within its range, or an error
     if not space:
         raise ConfigError("a space must have a hyperparameter to draw; it is empty.")
-    require_positive_integers({"num_rounds": num_rounds, "updates_per_round": updates_per_round})
     if factor < 2:
         raise ConfigError(f"factor must be at least 2; got {factor}.")
-    init = jax.vmap(trainer.init, in_axes=(0, 0, None))
-    train = make_round(trainer, updates_per_round, score or evaluation_score(trainer))
 
     def draw(key: jax.Array, hparams: HParams, num_slots: int) -> HParams:
         quantiles = jax.random.uniform(key, (len(space), num_slots))
         drawn = zip(space.items(), quantiles, strict=True)
         return hparams.replace(**{name: _at(entry, u) for (name, entry), u in drawn})
 
-    def run(keys: jax.Array, hparams: HParams | None = None, env_params: Any = None) -> Halving:
+    def start(keys: jax.Array, hparams: HParams | None) -> Start:
         num_slots = keys.shape[0]
         if num_slots < factor:
             raise ConfigError(
@@ -153,49 +156,52 @@ def make_halving(
         fixed = for_every_member(type(trainer.hparams)(**given), num_slots)
         # The first member's second key draws for the whole search.
         split = jax.vmap(jax.random.split)(keys)
-        first_key, *round_keys = jax.random.split(split[0, 1], 1 + num_rounds)
-        first = draw(first_key, fixed, num_slots)
+        round_keys = jax.random.split(split[0, 1], 1 + num_rounds)
+        numbers = jnp.arange(num_slots)
         empty = jnp.zeros((num_rounds, num_slots))
-
-        def one_round(carry: tuple, inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple, tuple]:
-            states, hparams, trials, age, next_trial, scores, ages = carry
-            number, key = inputs
-            init_key, draw_key, score_key = jax.random.split(key, 3)
-            states, round_scores, is_finite = train(score_key, states, hparams)
-            age = age + 1
-            scores, ages = scores.at[number].set(round_scores), ages.at[number].set(age)
-            stopped = stopped_trials(scores, ages, number, factor=factor) | ~is_finite
-            # A trial that replaced another in the last round would never be trained.
-            stopped &= number < num_rounds - 1
-            seen = trials, hparams, stopped
-            drawn = draw(draw_key, fixed, num_slots)
-            # New trials are made for all slots and used in those that were stopped: shapes are
-            # fixed.
-            new = init(jax.random.split(init_key, num_slots), drawn, env_params)
-            states = jax.vmap(choose_state)(stopped, new, states)
-            hparams = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), drawn, hparams)
-            # Numbers go up in the order of slots, without gaps.
-            trials = jnp.where(stopped, next_trial + jnp.cumsum(stopped) - 1, trials)
-            age = jnp.where(stopped, 0, age)
-            next_trial = next_trial + jnp.sum(stopped)
-            return (states, hparams, trials, age, next_trial, scores, ages), seen
-
-        trials = jnp.arange(num_slots)
-        start = (
-            init(split[:, 0], first, env_params),
-            first,
-            trials,
-            jnp.zeros_like(trials),
+        trials = _Trials(
+            numbers,
+            jnp.zeros_like(numbers),
             jnp.int32(num_slots),
             empty,
-            empty.astype(trials.dtype),
+            empty.astype(numbers.dtype),
         )
-        numbered = jnp.arange(num_rounds), jnp.stack(round_keys)
-        (states, hparams, *_, scores, ages), seen = jax.lax.scan(one_round, start, numbered)
-        held, trained_with, stopped = seen
-        return Halving(states, hparams, Record(held, trained_with, ages, scores, stopped))
+        first = draw(round_keys[0], fixed, num_slots)
+        return Start(split[:, 0], first, round_keys[1:], trials)
 
-    return run
+    def decide(keys: jax.Array, state: SearchState, after: Scores) -> tuple[SearchState, Record]:
+        init_key, draw_key = keys
+        trials: _Trials = state.memory
+        number, num_slots = state.rounds_done - 1, after.scores.size
+        age = trials.age + 1
+        scores = trials.scores.at[number].set(after.scores)
+        ages = trials.ages.at[number].set(age)
+        stopped = stopped_trials(scores, ages, number, factor=factor) | ~after.is_finite
+        # A trial that replaced another in the last round would never be trained.
+        stopped &= ~after.is_last
+        record = Record(trials.numbers, state.hparams, age, after.scores, stopped, after.metrics)
+        drawn = draw(draw_key, state.hparams, num_slots)
+        # New trials are made for all slots and used in those that were stopped: shapes are fixed.
+        env_params = jax.tree.map(lambda x: x[0], state.states.env_params)
+        new = init(jax.random.split(init_key, num_slots), drawn, env_params)
+        states = jax.vmap(choose_state)(stopped, new, state.states)
+        hparams = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), drawn, state.hparams)
+        # Numbers go up in the order of slots, without gaps.
+        numbers = jnp.where(stopped, trials.num_drawn + jnp.cumsum(stopped) - 1, trials.numbers)
+        num_drawn = trials.num_drawn + jnp.sum(stopped)
+        memory = _Trials(numbers, jnp.where(stopped, 0, age), num_drawn, scores, ages)
+        return state._replace(states=states, hparams=hparams, memory=memory), record
+
+    init = member_map(trainer.init, in_axes=(0, 0, None))
+    return make_search(
+        trainer,
+        num_rounds=num_rounds,
+        updates_per_round=updates_per_round,
+        start=start,
+        decide=decide,
+        score=score,
+        member_map=member_map,
+    )
 
 
 def _at(distribution: Distribution, u: jax.Array) -> jax.Array:

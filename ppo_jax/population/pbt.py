@@ -1,27 +1,31 @@
-"""Population-based training inside one compiled function.
+"""Population-based training as pure functions.
 
 Jaderberg et al. 2017 (arXiv:1711.09846), section 4: after every round, the worst members copy the
 learners of the best and perturb their hyperparameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ppo_jax.defaults import GAINS
-from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.rounds import (
+    MemberMap,
     Score,
+    Scores,
+    Search,
+    SearchState,
+    Start,
     check_hparam_names,
-    evaluation_score,
     for_every_member,
-    make_round,
+    make_search,
 )
+from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
-from ppo_jax.types import TrainState
 
 
 class Lineage(NamedTuple):
@@ -30,14 +34,7 @@ class Lineage(NamedTuple):
     scores: jax.Array  # [R, S]; −∞ where a learner is no longer finite
     hparams: HParams  # [R, S], used in the round
     parents: jax.Array  # [R, S], number of the member whose learner is used in the next round
-
-
-class Population(NamedTuple):
-    """A population after its last round."""
-
-    states: TrainState  # [S, ...]
-    hparams: HParams  # [S]
-    lineage: Lineage
+    metrics: Metrics  # [R, S], sums over the round
 
 
 def exploit(key: jax.Array, scores: jax.Array, *, num_replaced: int) -> jax.Array:
@@ -88,8 +85,9 @@ def make_pbt(
     replaced: float = 0.25,
     factor: float = 1.25,
     score: Score | None = None,
-) -> Callable[..., Population]:
-    """Returns population-based training as a pure function; jit is the caller's.
+    member_map: MemberMap = jax.vmap,
+) -> Search:
+    """Returns population-based training as a `Search`, whose record is a `Lineage`.
 
     A replaced member copies the learner (parameters and the state of the update rule) and the
     statistics that normalise observations and rewards. It keeps its environments and random key.
@@ -99,7 +97,7 @@ def make_pbt(
 
     Args:
       trainer: trains every member.
-      names: hyperparameters that are changed; each must be `[S]` in the function's argument. An
+      names: hyperparameters that are changed; each must be `[S]` in the argument of `init`. An
         adaptive β is state of the learner and cannot be changed here.
       num_rounds: R.
       updates_per_round: updates between two replacements.
@@ -107,10 +105,7 @@ def make_pbt(
       factor: by which a value is multiplied or divided.
       score: scores a member after a round; None evaluates complete episodes, by
         `rounds.evaluation_score`.
-
-    Returns:
-      `(keys [S], hparams, env_params=None) -> Population`; environments' parameters are
-      shared.
+      member_map: maps a function over members.
 
     Raises:
       ConfigError: an unknown name or that of a gain, or a number that is out of range.
@@ -125,57 +120,54 @@ def make_pbt(
         )
     if not 0 < replaced <= 0.5:
         raise ConfigError(f"the share that is replaced must be in (0, 0.5]; got {replaced}.")
-    require_positive_integers({"num_rounds": num_rounds, "updates_per_round": updates_per_round})
     if factor <= 1:
         raise ConfigError(f"factor must be above 1; got {factor}.")
-    init = jax.vmap(trainer.init, in_axes=(0, 0, None))
-    train = make_round(trainer, updates_per_round, score or evaluation_score(trainer))
 
-    def run(keys: jax.Array, hparams: HParams, env_params: Any = None) -> Population:
+    def start(keys: jax.Array, hparams: HParams | None) -> Start:
         num_members = keys.shape[0]
-        num_replaced = int(replaced * num_members)
-        if num_replaced < 1:
+        if int(replaced * num_members) < 1:
             raise ConfigError(
                 f"a population must be large enough to replace one member; {replaced:g} of "
                 f"{num_members} is none. Use more members, or a larger share."
             )
+        hparams = type(trainer.hparams)() if hparams is None else hparams
         for name in names:
-            if jnp.shape(getattr(hparams, name)) != (num_members,):
+            value: Any = getattr(hparams, name)
+            if jnp.shape(value) != (num_members,):
                 raise ConfigError(
                     f"every hyperparameter that is changed must have a value for each of the "
-                    f"{num_members} members; {name} is {getattr(hparams, name)}."
+                    f"{num_members} members; {name} is {value}."
                 )
-        hparams = for_every_member(hparams, num_members)
         split = jax.vmap(jax.random.split)(keys)
-        search_key = split[0, 1]  # decides for the whole population
-        states = init(split[:, 0], hparams, env_params)
+        # The first member's second key decides for the whole population.
+        round_keys = jax.random.split(split[0, 1], num_rounds)
+        return Start(split[:, 0], for_every_member(hparams, num_members), round_keys, ())
 
-        def one_round(
-            carry: tuple[TrainState, HParams], inputs: tuple[jax.Array, jax.Array]
-        ) -> tuple[tuple[TrainState, HParams], Lineage]:
-            states, hparams = carry
-            key, is_last = inputs
-            exploit_key, explore_key, score_key = jax.random.split(key, 3)
-            states, scores, _ = train(score_key, states, hparams)
-            members = jnp.arange(num_members)
-            # Scores of −∞ sort first, so that members with NaNs are replaced.
-            parents = exploit(exploit_key, scores, num_replaced=num_replaced)
-            parents = jnp.where(is_last, members, parents)
-            # Environments and keys are not copied: members with the same key would draw the same
-            # random numbers.
-            inherited = states.replace(
-                learner=jax.tree.map(lambda x: x[parents], states.learner),
-                statistics=jax.tree.map(lambda x: x[parents], states.statistics),
-            )
-            copied = jax.tree.map(lambda x: x[parents], hparams)
-            changed = explore(explore_key, copied, parents != members, names, factor)
-            return (inherited, changed), Lineage(scores, hparams, parents)
-
-        round_keys = jax.random.split(search_key, num_rounds)
-        is_last = jnp.arange(num_rounds) == num_rounds - 1
-        (states, hparams), lineage = jax.lax.scan(
-            one_round, (states, hparams), (round_keys, is_last)
+    def decide(keys: jax.Array, state: SearchState, after: Scores) -> tuple[SearchState, Lineage]:
+        exploit_key, explore_key = keys
+        members = jnp.arange(after.scores.size)
+        # Scores of −∞ sort first, so that members with NaNs are replaced.
+        num_replaced = int(replaced * after.scores.size)
+        parents = exploit(exploit_key, after.scores, num_replaced=num_replaced)
+        parents = jnp.where(after.is_last, members, parents)
+        # Environments and keys are not copied: members with the same key would draw the same
+        # random numbers.
+        inherited = state.states.replace(
+            learner=jax.tree.map(lambda x: x[parents], state.states.learner),
+            statistics=jax.tree.map(lambda x: x[parents], state.states.statistics),
         )
-        return Population(states, hparams, lineage)
+        copied = jax.tree.map(lambda x: x[parents], state.hparams)
+        changed = explore(explore_key, copied, parents != members, names, factor)
+        # Of the round that is over: the changed values belong to the next one.
+        lineage = Lineage(after.scores, state.hparams, parents, after.metrics)
+        return state._replace(states=inherited, hparams=changed), lineage
 
-    return run
+    return make_search(
+        trainer,
+        num_rounds=num_rounds,
+        updates_per_round=updates_per_round,
+        start=start,
+        decide=decide,
+        score=score,
+        member_map=member_map,
+    )

@@ -1,11 +1,12 @@
-"""Shared parts of searches inside the compile: a population trains for a round and is scored."""
+"""Shared parts of searches: a population trains in rounds, is scored, and a method decides."""
 
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.errors import require_known, require_positive_integer
+from ppo_jax.errors import require_known, require_positive_integer, require_positive_integers
 from ppo_jax.evaluation import evaluate
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import is_finite
@@ -17,8 +18,52 @@ Score = Callable[[jax.Array, TrainState, Metrics], jax.Array]
 """`(key, state, metrics) -> score` of one member after a round; higher is better. The metrics are
 sums over the round. The key is the same for all members, so that they meet the same episodes."""
 
-TrainRound = Callable[[jax.Array, TrainState, HParams], tuple[TrainState, jax.Array, jax.Array]]
-"""`(key, states [S], hparams [S]) -> (states, scores [S], learner is finite [S])`."""
+MemberMap = Callable[..., Callable[..., Any]]
+"""`(function, in_axes) -> function` over all members. It is `jax.vmap`, or divides the members
+among devices, as `devices.over_members` does."""
+
+
+class SearchState(NamedTuple):
+    """A population in the course of a search."""
+
+    states: TrainState  # [S, ...]
+    hparams: HParams  # [S]
+    sums: Metrics  # [S], of the updates of this round so far
+    memory: Any
+    """State of the method itself, such as the scores of earlier rounds."""
+    round_keys: jax.Array  # [R]
+    rounds_done: jax.Array  # []
+
+
+class Start(NamedTuple):
+    """The beginning of a search, before its members exist."""
+
+    member_keys: jax.Array  # [S]
+    hparams: HParams  # [S]
+    round_keys: jax.Array  # [R]
+    memory: Any
+
+
+class Scores(NamedTuple):
+    """The members after a round."""
+
+    scores: jax.Array  # [S]; −∞ where a learner is no longer finite
+    is_finite: jax.Array  # [S]
+    metrics: Metrics  # [S], sums over the round
+    is_last: jax.Array  # []
+
+
+class Search(NamedTuple):
+    """A search as pure functions; jit is the caller's."""
+
+    init: Callable[..., SearchState]
+    """`(keys [S], hparams=None, env_params=None) -> state`; environments' parameters are shared."""
+    advance: Callable[[SearchState, Any], SearchState]
+    """`(state, count) -> state`: trains every member for `count` updates of a round."""
+    finish_round: Callable[[SearchState], tuple[SearchState, Any]]
+    """`(state) -> (state, record)`: scores the members and decides who goes on."""
+    run: Callable[..., tuple[SearchState, Any]]
+    """`(keys [S], hparams=None, env_params=None) -> (state, record [R])`: all rounds."""
 
 
 def evaluation_score(trainer: Trainer, num_episodes: int = 16, max_steps: int = 10_000) -> Score:
@@ -60,30 +105,89 @@ def training_score(key: jax.Array, state: TrainState, metrics: Metrics) -> jax.A
     return jnp.where(jnp.isfinite(mean), mean, -jnp.inf)  # the mean of no episode is NaN
 
 
-def make_round(trainer: Trainer, updates_per_round: int, score: Score) -> TrainRound:
-    """Returns a function that trains every member for a round and scores it.
+def make_search(
+    trainer: Trainer,
+    *,
+    num_rounds: int,
+    updates_per_round: int,
+    start: Callable[[jax.Array, HParams | None], Start],
+    decide: Callable[[jax.Array, SearchState, Scores], tuple[SearchState, Any]],
+    score: Score | None = None,
+    member_map: MemberMap = jax.vmap,
+) -> Search:
+    """Returns the search that starts and decides by two functions.
 
     A member whose learner is no longer finite has a score of −∞, because its policy may still act
     and score by chance.
+
+    Args:
+      trainer: trains every member.
+      num_rounds: R.
+      updates_per_round: updates between two decisions.
+      start: `(keys [S], hparams) -> Start`.
+      decide: `(keys [2], state, scores) -> (state, record)`; `rounds_done` counts this round.
+      score: scores a member after a round; None evaluates complete episodes, by
+        `evaluation_score`.
+      member_map: maps a function over members.
     """
-    step = jax.vmap(trainer.step)
-    score_members = jax.vmap(score, in_axes=(None, 0, 0))
+    require_positive_integers({"num_rounds": num_rounds, "updates_per_round": updates_per_round})
+    score_one = score or evaluation_score(trainer)
+    init_members = member_map(trainer.init, in_axes=(0, 0, None))
 
-    def train(
-        key: jax.Array, states: TrainState, hparams: HParams
-    ) -> tuple[TrainState, jax.Array, jax.Array]:
-        def one_update(states: TrainState, _: None) -> tuple[TrainState, Metrics]:
-            return step(states, hparams)
+    def train_one(state: TrainState, hparams: HParams, sums: Metrics, count: Any) -> Any:
+        def one_update(_: Any, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, sums = carry
+            state, metrics = trainer.step(state, hparams)
+            # Sums and counts are added up, so that an update with many episodes weighs more.
+            return state, jax.tree.map(jnp.add, sums, metrics)
 
-        states, metrics = jax.lax.scan(one_update, states, length=updates_per_round)
-        # Sums and counts are added up, so that an update with many episodes weighs more.
-        metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-        scores = score_members(key, states, metrics)
-        finite_learner = jax.vmap(is_finite)(states.learner.params)
-        has_score = finite_learner & ~jnp.isnan(scores)
-        return states, jnp.where(has_score, scores, -jnp.inf), finite_learner
+        # A loop with a traced count instead of a scan, so that a host can train in pieces of any
+        # length without compiling again.
+        return jax.lax.fori_loop(0, count, one_update, (state, sums))
 
-    return train
+    def judge(key: jax.Array, state: TrainState, sums: Metrics) -> tuple[jax.Array, jax.Array]:
+        value, finite_learner = score_one(key, state, sums), is_finite(state.learner.params)
+        has_score = finite_learner & ~jnp.isnan(value)
+        return jnp.where(has_score, value, -jnp.inf), finite_learner
+
+    train = member_map(train_one, in_axes=(0, 0, 0, None))
+    judge_members = member_map(judge, in_axes=(None, 0, 0))
+
+    def init(
+        keys: jax.Array, hparams: HParams | None = None, env_params: Any = None
+    ) -> SearchState:
+        begun = start(keys, hparams)
+        states = init_members(begun.member_keys, begun.hparams, env_params)
+        # The sums need the names of the metrics before the first step.
+        _, shapes = jax.eval_shape(jax.vmap(trainer.step), states, begun.hparams)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return SearchState(
+            states, begun.hparams, zeros, begun.memory, begun.round_keys, jnp.int32(0)
+        )
+
+    def advance(state: SearchState, count: Any) -> SearchState:
+        states, sums = train(state.states, state.hparams, state.sums, count)
+        return state._replace(states=states, sums=sums)
+
+    def finish_round(state: SearchState) -> tuple[SearchState, Any]:
+        *method_keys, score_key = jax.random.split(state.round_keys[state.rounds_done], 3)
+        scores, finite = judge_members(score_key, state.states, state.sums)
+        is_last = state.rounds_done == num_rounds - 1
+        round_scores = Scores(scores, finite, state.sums, is_last)
+        state = state._replace(
+            sums=jax.tree.map(jnp.zeros_like, state.sums), rounds_done=state.rounds_done + 1
+        )
+        return decide(jnp.stack(method_keys), state, round_scores)
+
+    def run(
+        keys: jax.Array, hparams: HParams | None = None, env_params: Any = None
+    ) -> tuple[SearchState, Any]:
+        def one_round(state: SearchState, _: None) -> tuple[SearchState, Any]:
+            return finish_round(advance(state, updates_per_round))
+
+        return jax.lax.scan(one_round, init(keys, hparams, env_params), length=num_rounds)
+
+    return Search(init, advance, finish_round, run)
 
 
 def for_every_member(hparams: HParams, num_members: int) -> HParams:

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from ppo_jax.devices import member_sharding
+from ppo_jax.devices import over_members
 from ppo_jax.envs import override_params
 from ppo_jax.envs.environment import Environment
 from ppo_jax.hparams import HParams
@@ -83,26 +82,12 @@ class CompiledPopulation:
         self._may_shrink = may_shrink
         self._say = say
         self._devices = jax.devices()
-        sharding = member_sharding(len(self._devices))
-        split, whole = sharding.spec, PartitionSpec()
-
-        # Each device runs its own loops. Under `vmap` alone, the evaluation would exchange among
-        # all devices, at every step, whether the last episode has ended.
-        def sharded(function: Callable[..., Any], in_axes: tuple, in_specs: tuple) -> Any:
-            return jax.shard_map(
-                jax.vmap(function, in_axes=in_axes),
-                mesh=sharding.mesh,
-                in_specs=in_specs,
-                out_specs=split,
-                check_vma=False,
-            )
-
-        self._start = jax.jit(sharded(member.start, (0, 0, 0), (split, split, split)))
+        member_map = over_members(len(self._devices))
+        self._start = jax.jit(member_map(member.start, in_axes=(0, 0, 0)))
         self._advance = jax.jit(
-            sharded(member.advance, (0, 0, None, None), (split, split, whole, whole)),
-            donate_argnums=0,
+            member_map(member.advance, in_axes=(0, 0, None, None)), donate_argnums=0
         )
-        self._finish = jax.jit(sharded(member.finish, (0, 0), (split, split)))
+        self._finish = jax.jit(member_map(member.finish, in_axes=(0, 0)))
         self._compiled: dict[int, _Programs] = {}
 
     def chunks(

@@ -5,18 +5,18 @@ matplotlib is imported when something is plotted.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from ppo_jax.runs.plots import add_legend, is_logarithmic, label, save, scale_axis, shown
 from ppo_jax.runs.report import Report, drawn_names, interval, varied
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SHOWN = 5  # configurations in a plot of curves; more lines cannot be told apart
-_LOG_RATIO = 50  # from this ratio of the largest to the smallest value on, an axis is logarithmic
 
 
 def write_plots(
@@ -41,22 +41,11 @@ def write_plots(
         "space": lambda axes: _draw_space(axes, report, varied(members)),
         "profiles": lambda axes: _draw_profiles(axes, members, report),
     }
-    written = []
+    figures = {}
     for name, draw in plots.items():
-        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-        draw(figure.add_subplot())
-        for kind in ("png", "svg"):
-            written.append(folder / f"{name}.{kind}")
-            figure.savefig(written[-1], dpi=150)
-    return written
-
-
-def _label(row: pd.Series, names: list[str]) -> str:
-    return ", ".join(f"{name}={_shown(row[name])}" for name in names) or "as configured"
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+        figures[name] = Figure(figsize=(7.5, 4.8), layout="constrained")
+        draw(figures[name].add_subplot())
+    return save(figures, folder)
 
 
 def _names_of(report: Report) -> list[str]:
@@ -85,7 +74,7 @@ def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
             continue
         estimates = [interval(values[~np.isnan(values)]) for values in table.to_numpy()]
         estimate, low, high = np.array(estimates).T
-        (line,) = axes.plot(table.index, estimate, label=_label(row, _names_of(report)))
+        (line,) = axes.plot(table.index, estimate, label=label(row, _names_of(report)))
         axes.fill_between(table.index, low, high, color=line.get_color(), alpha=0.2, lw=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(
@@ -94,7 +83,7 @@ def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
         ylabel="return of training episodes\n(interquartile mean over seeds, 95 % interval)",
     )
     if axes.lines:
-        _add_legend(axes)
+        add_legend(axes)
 
 
 def _draw_space(axes: "Axes", report: Report, names: list[str]) -> None:
@@ -117,10 +106,10 @@ def _draw_points(axes: "Axes", table: pd.DataFrame, names: list[str]) -> None:
     error = np.nan_to_num(np.abs(table[["low", "high"]].to_numpy().T - table["iqm"].to_numpy()))
     if names and pd.api.types.is_numeric_dtype(table[names[0]]):
         axes.errorbar(table[names[0]], table["iqm"], error, fmt="o", capsize=3)
-        _scale_axis(axes, "x", table[names[0]])
+        scale_axis(axes, "x", table[names[0]])
         axes.set(xlabel=names[0])
     else:
-        labels = [_label(row, names) for _, row in table.iterrows()]
+        labels = [label(row, names) for _, row in table.iterrows()]
         axes.errorbar(labels, table["iqm"], error, fmt="o", capsize=3)
         axes.tick_params(axis="x", rotation=30)
     axes.set(ylabel="return, 95 % interval")
@@ -135,7 +124,7 @@ def _draw_scatter(axes: "Axes", table: pd.DataFrame, names: list[str]) -> None:
     points = axes.scatter(x, y, c=table["iqm"], cmap="viridis")
     for side, values in (("x", x), ("y", y)):
         if pd.api.types.is_numeric_dtype(values):
-            _scale_axis(axes, side, values)
+            scale_axis(axes, side, values)
     axes.set(xlabel=names[0], ylabel=names[1])
     axes.figure.colorbar(points, label="return")
 
@@ -149,8 +138,8 @@ def _draw_heat_map(axes: "Axes", table: pd.DataFrame, names: list[str]) -> None:
             color = "black" if value > middle else "white"
             axes.text(j, i, f"{value:.4g}", ha="center", va="center", color=color)
     axes.set(xlabel=names[1], ylabel=names[0])
-    axes.set_xticks(range(grid.shape[1]), [_shown(x) for x in grid.columns])
-    axes.set_yticks(range(grid.shape[0]), [_shown(x) for x in grid.index])
+    axes.set_xticks(range(grid.shape[1]), [shown(x) for x in grid.columns])
+    axes.set_yticks(range(grid.shape[0]), [shown(x) for x in grid.index])
     axes.figure.colorbar(image, label="return")
 
 
@@ -169,7 +158,7 @@ def _draw_parallel(axes: "Axes", table: pd.DataFrame, names: list[str]) -> None:
         axes.plot(range(len(columns)), line, color=colors(norm(value)), alpha=0.8)
     for i, name in enumerate(columns):
         axes.axvline(i, color="black", lw=0.8)
-        marks = dict(zip(positions[name], table[name].map(_shown), strict=True))
+        marks = dict(zip(positions[name], table[name].map(shown), strict=True))
         # A list shows all its values, a range its ends.
         if name == "iqm" or name in drawn:
             marks = {end: marks[end] for end in (0.0, 1.0) if end in marks}
@@ -186,20 +175,11 @@ def _positions(column: pd.Series) -> np.ndarray:
     """Returns the place of each value on an axis from 0 to 1, on a logarithmic one if that fits."""
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
         values = column.to_numpy(float)
-        values = np.log(values) if _is_logarithmic(column) else values
+        values = np.log(values) if is_logarithmic(column) else values
     else:
         values = column.astype(str).astype("category").cat.codes.to_numpy(float)
     spread = values.max() - values.min()
     return (values - values.min()) / spread if spread > 0 else np.full(len(values), 0.5)
-
-
-def _is_logarithmic(values: pd.Series) -> bool:
-    return bool(values.min() > 0 and values.max() / values.min() >= _LOG_RATIO)
-
-
-def _scale_axis(axes: "Axes", side: str, values: pd.Series) -> None:
-    if _is_logarithmic(values):
-        getattr(axes, f"set_{side}scale")("log")
 
 
 def _draw_profiles(axes: "Axes", members: pd.DataFrame, report: Report) -> None:
@@ -209,8 +189,8 @@ def _draw_profiles(axes: "Axes", members: pd.DataFrame, report: Report) -> None:
     for _, row in report.configurations.head(_SHOWN).iterrows():
         returns = members.loc[members["configuration"] == row["configuration"], "eval/return"]
         reached = returns.to_numpy()[:, None] >= thresholds
-        label = _label(row, _names_of(report))
-        (line,) = axes.step(thresholds, reached.mean(axis=0), where="pre", label=label)
+        name = label(row, _names_of(report))
+        (line,) = axes.step(thresholds, reached.mean(axis=0), where="pre", label=name)
         if len(returns) > 1:
             picked = np.random.default_rng(0).integers(len(returns), size=(500, len(returns)))
             low, high = np.percentile(reached[picked].mean(axis=1), [2.5, 97.5], axis=0)
@@ -223,10 +203,4 @@ def _draw_profiles(axes: "Axes", members: pd.DataFrame, report: Report) -> None:
         ylabel="share of seeds that reach τ, 95 % interval",
         ylim=(-0.02, 1.02),
     )
-    _add_legend(axes)
-
-
-def _add_legend(axes: "Axes") -> None:
-    """Adds a legend below the axes, where it hides no line."""
-    columns = 1 if any(len(str(line.get_label())) > 30 for line in axes.lines) else 3
-    axes.figure.legend(loc="outside lower center", fontsize="small", ncols=columns)
+    add_legend(axes)
