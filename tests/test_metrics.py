@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, make_trainer
-from ppo_jax.population.rounds import make_round, training_score
+from ppo_jax.population.pbt import make_pbt
+from ppo_jax.population.rounds import training_score
 from ppo_jax.stages.metrics import Metrics
 from tests.quadratic import quadratic
 
@@ -54,8 +55,9 @@ def test_a_round_without_an_episode_has_no_score():
         return state, Metrics({"episode/return": count * 7.0}, jnp.ones(()), count)
 
     trainer = whole._replace(step=step)
-    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(6))
-    hparams = jax.vmap(lambda rate: trainer.hparams.replace(learning_rate=rate))(jnp.full(6, 0.1))
-    states = jax.vmap(trainer.init, in_axes=(0, 0, None))(keys, hparams, None)
-    _, scores, _ = make_round(trainer, 1, training_score)(jax.random.key(0), states, hparams)
-    assert set(np.asarray(scores)) == {7.0, -np.inf}
+    search = make_pbt(
+        trainer, ["learning_rate"], num_rounds=1, updates_per_round=1, score=training_score
+    )
+    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(8))
+    _, lineage = jax.jit(search.run)(keys, trainer.hparams.replace(learning_rate=jnp.full(8, 0.1)))
+    assert set(np.asarray(lineage.scores[0])) == {7.0, -np.inf}
