@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
     from ppo_jax.policy.spec import register_action_distribution
     from ppo_jax.presets import preset
+    from ppo_jax.runs.checkpoint import load_state, save_state
     from ppo_jax.runs.run import load, train
     from ppo_jax.runs.search import search
     from ppo_jax.runs.sweep import sweep
@@ -47,12 +48,14 @@ _MODULES = {
     "evaluate": "evaluation",
     "hyperparameter": "hparams",
     "load": "runs.run",
+    "load_state": "runs.checkpoint",
     "make_env": "envs",
     "make_train": "trainer",
     "make_trainer": "trainer",
     "preset": "presets",
     "register_action_distribution": "policy.spec",
     "register_algorithm": "algorithms",
+    "save_state": "runs.checkpoint",
     "search": "runs.search",
     "sweep": "runs.sweep",
     "train": "runs.run",
@@ -70,12 +73,14 @@ __all__ = [
     "evaluate",
     "hyperparameter",
     "load",
+    "load_state",
     "make_env",
     "make_train",
     "make_trainer",
     "preset",
     "register_action_distribution",
     "register_algorithm",
+    "save_state",
     "search",
     "sweep",
     "train",

@@ -99,7 +99,7 @@ class TrainCommand:
         for failure in result.failures:
             _say(f"ppo-jax: error: {failure}")
         if result.evaluation is None and not result.failures:
-            print(f"stopped by Ctrl-C; the policy so far is in {run_dir}")
+            print(f"stopped; the policy so far is in {run_dir}")
             return 130
         if result.evaluation is not None:
             _print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
@@ -211,7 +211,9 @@ class SweepCommand:
             f"{result.compile_seconds:.1f} s"
         )
         if not result.is_complete:
-            print(f"stopped by Ctrl-C; the same command with --run-dir {run_dir} continues it")
+            # The members of a search depend on each other, and none is finished before the last.
+            verb = "continues it" if self.search is None else "starts it again"
+            print(f"stopped; the same command with --run-dir {run_dir} {verb}")
             return 130
         _print_report(run_dir)
         return 0

@@ -192,7 +192,8 @@ def test_what_is_no_run_is_said(tmp_path):
         RunDirectory.create(tmp_path / "file", overwrite=True)
 
 
-def test_ctrl_c_stops_between_chunks_and_keeps_what_was_learnt(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_pieces_and_keeps_what_was_learnt(number, tmp_path):
     config = CONFIG.replace(total_timesteps=64 * 1_000_000)
     path = tmp_path / "stopped"
 
@@ -200,7 +201,7 @@ def test_ctrl_c_stops_between_chunks_and_keeps_what_was_learnt(tmp_path):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if (path / "metrics.jsonl").exists():
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
                 return
             time.sleep(0.05)
 

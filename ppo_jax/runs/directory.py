@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ppo_jax.config import ALGORITHM_SETTINGS, Config
-from ppo_jax.errors import ConfigError, require_known
+from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
+from ppo_jax.runs import files
+from ppo_jax.runs.settings import settings_from_plain, settings_to_plain, to_plain
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
@@ -86,7 +85,6 @@ class RunDirectory:
           hparams: complete hyperparameters.
           seeds: the seed, or the seeds of a run with an axis of seeds.
         """
-        from ppo_jax.policy.saving import network_name
         from ppo_jax.resolve import complete_config
         from ppo_jax.runs import provenance
 
@@ -95,9 +93,8 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         complete = complete_config(config)
         record = {
-            "config": {**vars(config), "network": network_name(config.network)},
+            **settings_to_plain(config, hparams),
             "resolved": {name: getattr(complete, name) for name in ALGORITHM_SETTINGS},
-            "hparams": hparams.given(),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
             "made_with": provenance.describe(),
         }
@@ -113,43 +110,7 @@ class RunDirectory:
           ConfigError: the module is needed and not given, or the environment or the algorithm is
             not registered.
         """
-        from ppo_jax.algorithms import get_algorithm
-        from ppo_jax.policy.saving import network_from_name
-
-        try:
-            record = self._read_record()
-            fields = dict(record["config"])
-            values = dict(record["hparams"])
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self.path / CONFIG} must hold the settings of a run; it lacks {error}."
-            ) from error
-        known = [field.name for field in dataclasses.fields(Config)]
-        for name in fields:
-            require_known(f"setting in {self.path / CONFIG}", name, known)
-        self._require_registered(fields)
-        fields["network"] = network_from_name(fields["network"], network)
-        try:
-            config = Config(**fields)
-            kind = get_algorithm(config.algorithm).hparams_type
-            for name in values:
-                require_known("hyperparameter", name, kind.names())
-            return config, kind(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{self.path / CONFIG} breaks a rule: {error}") from error
-
-    def _require_registered(self, fields: Mapping[str, Any]) -> None:
-        """Checks that the parts that a run names are known: a file never imports a module."""
-        from ppo_jax import envs
-        from ppo_jax.algorithms import ALGORITHMS
-
-        for kind, known in {"env": envs.names(), "algorithm": ALGORITHMS}.items():
-            if fields[kind] not in known:
-                raise ConfigError(
-                    f"the {kind} of a run must be registered before the run is read; {self.path} "
-                    f"names {fields[kind]!r}. Import the module that registers it, or pass "
-                    "--import MODULE to the command."
-                )
+        return settings_from_plain(self._read_record(), self.path / CONFIG, network)
 
     def read_seeds(self) -> int | list[int]:
         """Reads the seed of the run, or the list of its seeds."""
@@ -167,7 +128,7 @@ class RunDirectory:
         """Appends rows to the file of metrics."""
         # Opened for each piece, so that a killed process loses no rows that were written.
         with (self.path / METRICS).open("a") as file:
-            file.writelines(json.dumps(_plain(row)) + "\n" for row in rows)
+            file.writelines(json.dumps(to_plain(row)) + "\n" for row in rows)
 
     def write_policy(self, policy: "Policy") -> None:
         """Writes the trained policy."""
@@ -189,18 +150,4 @@ class RunDirectory:
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(_plain(record), indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Converts to the types of JSON: numbers of NumPy and JAX are unwrapped, NaN becomes null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        # JSON has no NaN, and readers other than Python's refuse it.
-        return None if math.isnan(value) else str(value)
-    return value
+    files.write_text(path, json.dumps(to_plain(record), indent=2) + "\n")

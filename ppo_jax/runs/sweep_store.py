@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
 from ppo_jax.population.plan import Member
 from ppo_jax.population.search_space import Row
+from ppo_jax.runs import files
 from ppo_jax.runs.directory import EVALUATION, RunDirectory
 from ppo_jax.runs.report import iqm
 from ppo_jax.runs.sweep_tables import to_cell
@@ -64,7 +65,9 @@ class SweepStore:
             )
         else:
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / _SWEEP, lambda file: file.write_text(json.dumps(wanted, indent=2)))
+            files.write_file(
+                path / _SWEEP, lambda file: file.write_text(json.dumps(wanted, indent=2))
+            )
         (path / _PARTS).mkdir(exist_ok=True)
         store = cls(path)
         for file in sorted((path / _PARTS).glob("members-*.parquet")):
@@ -76,7 +79,7 @@ class SweepStore:
     @staticmethod
     def _is_unused(path: Path) -> bool:
         """Returns whether a directory is empty, or was left by a sweep that was killed at once."""
-        return all(file.name == _unfinished(path / _SWEEP).name for file in path.iterdir())
+        return all(file.name == files.unfinished(path / _SWEEP).name for file in path.iterdir())
 
     def finished(self) -> set[int]:
         """Returns the numbers of the finished members."""
@@ -112,7 +115,9 @@ class SweepStore:
             # The first member's number makes the names unique, in any order of groups.
             first = int(tables[0]["member"].iloc[0])
             for name, table in reversed(list(zip(RESULTS, tables, strict=True))):
-                _write(self.path / _PARTS / f"{name}-{first:06d}.parquet", table.to_parquet)
+                files.write_file(
+                    self.path / _PARTS / f"{name}-{first:06d}.parquet", table.to_parquet
+                )
 
     def offer_policy(
         self, policy: "Policy", score: float, *, member: Member, config: Config
@@ -134,7 +139,7 @@ class SweepStore:
         if self.path is None:
             return
         config = config.replace(env_params={**dict(config.env_params), **member.env_params})
-        unfinished, best = _unfinished(self.path / _BEST), self.path / _BEST
+        unfinished, best = files.unfinished(self.path / _BEST), self.path / _BEST
         shutil.rmtree(unfinished, ignore_errors=True)
         directory = RunDirectory.create(unfinished, overwrite=True)
         directory.write_config(config, member.hparams, seeds=member.seed)
@@ -148,8 +153,8 @@ class SweepStore:
         """Reads the best policy so far, or what a killed process left of it."""
         assert self.path is not None
         best = self.path / _BEST
-        if not best.is_dir() and _unfinished(best).is_dir():
-            os.replace(_unfinished(best), best)
+        if not best.is_dir() and files.unfinished(best).is_dir():
+            os.replace(files.unfinished(best), best)
         if (best / EVALUATION).is_file():
             directory = RunDirectory.open(best)
             self.best_score = json.loads((best / EVALUATION).read_text())["eval/return"]
@@ -171,17 +176,8 @@ class SweepStore:
                     table[column] = table[column].map(str)
             tables.append(table)
             if self.path is not None:
-                _write(self.path / f"{name}.parquet", table.to_parquet)
-                _write(self.path / f"{name}.csv", functools.partial(table.to_csv, index=False))
+                files.write_file(self.path / f"{name}.parquet", table.to_parquet)
+                files.write_file(
+                    self.path / f"{name}.csv", functools.partial(table.to_csv, index=False)
+                )
         return tables[0], tables[1]
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.unfinished")
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under a temporary name and renames it, so that it is complete or not there."""
-    unfinished = _unfinished(path)
-    write(unfinished)
-    os.replace(unfinished, path)

@@ -1,0 +1,200 @@
+"""Checkpoints: the exact state of a training, in a directory that is checked when it is read.
+
+A checkpoint is a directory of two files. `state.safetensors` has the arrays by name; typed random
+keys are stored as their data. `manifest.json` has the settings, the shapes and dtypes of the
+arrays, and a SHA-256 of the first file. Both are checked before an array is made, and nothing is
+unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError
+from ppo_jax.hparams import HParams
+from ppo_jax.runs import files, provenance
+from ppo_jax.runs.settings import settings_from_plain, settings_to_plain
+from ppo_jax.trainer import make_trainer
+from ppo_jax.types import TrainState
+
+_FORMAT = 1
+_PAYLOAD, _MANIFEST = "state.safetensors", "manifest.json"
+_LARGEST_MANIFEST = 2**24  # bytes; one of this project has some thousand
+
+
+class SavedState(NamedTuple):
+    """A state with the settings of its training."""
+
+    state: TrainState
+    config: Config
+    hparams: HParams
+
+
+def save_state(path: str | Path, state: TrainState, config: Config, hparams: HParams) -> None:
+    """Writes the state of a training, of one or of several members, with its settings.
+
+    `trainer.step` continues from the state that `load_state` returns as from this one, bit for bit
+    on the same device and with the same versions.
+
+    Args:
+      path: directory to be written; one of the same name is replaced.
+      state: as `trainer.init` or `trainer.step` returns it, or with leading axes of `jax.vmap`.
+      config: of the trainer.
+      hparams: of the training; arrays where they differ between members.
+    """
+    arrays, implementations = flatten(state)
+    write(Path(path), arrays, {**settings_to_plain(config, hparams), "keys": implementations})
+
+
+def load_state(path: str | Path, network: Any = None) -> SavedState:
+    """Reads a state that `save_state` wrote.
+
+    Args:
+      path: the directory.
+      network: the module that was `Config.network`, unless that was the name of one of ours.
+
+    Raises:
+      ConfigError: there is no checkpoint, it is damaged, or it does not fit its own config.
+    """
+    path = Path(path)
+    arrays, record = read(path)
+    config, hparams = settings_from_plain(record, path / _MANIFEST, network)
+    trainer = make_trainer(config)
+    template = jax.eval_shape(trainer.init, jax.random.key(0))
+    return SavedState(unflatten(template, arrays, record["keys"], path), config, hparams)
+
+
+def flatten(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the arrays of a tree by name, and the implementations of its typed random keys."""
+    arrays, implementations = {}, {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = _name(path)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            implementations[name] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        arrays[name] = np.asarray(leaf)
+    return arrays, implementations
+
+
+def unflatten(
+    template: Any, arrays: Mapping[str, np.ndarray], keys: Mapping[str, str], path: Path
+) -> Any:
+    """Returns arrays as a tree.
+
+    Args:
+      template: a tree of shapes and dtypes. The arrays may have more leading axes, of `jax.vmap`;
+        all of them the same.
+      arrays: by name, as `flatten` returns them.
+      keys: implementations of the typed random keys.
+      path: for errors.
+
+    Raises:
+      ConfigError: names, shapes or dtypes differ from the template's.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
+    wanted = {_name(path): leaf for path, leaf in leaves}
+    different = sorted(set(wanted) ^ set(arrays))
+    batch = None
+    found = {}
+    for name in wanted.keys() & arrays.keys():
+        leaf, array = wanted[name], jnp.asarray(arrays[name])
+        if name in keys:
+            array = jax.random.wrap_key_data(array, impl=keys[name])
+        # Another implementation of keys is no other training.
+        same_dtype = array.dtype == leaf.dtype or name in keys
+        axes = array.ndim - len(leaf.shape)
+        leading = array.shape[:axes] if axes >= 0 else None
+        batch = leading if batch is None else batch
+        if not same_dtype or leading != batch or array.shape[axes:] != leaf.shape:
+            different.append(
+                f"{name} {array.dtype}{list(array.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
+            )
+        found[name] = array
+    if different:
+        raise ConfigError(
+            f"a checkpoint must fit its settings; {path} differs in {'; '.join(different[:5])}"
+            f"{' and more' if len(different) > 5 else ''}. Continue it with the settings and the "
+            "version of the package that it was made with."
+        )
+    return jax.tree.unflatten(treedef, [found[name] for name in wanted])
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+    """Writes arrays and a record of JSON as a checkpoint."""
+    payload = safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()})
+    manifest = {
+        **record,
+        "format": _FORMAT,
+        "made_with": provenance.describe(),
+        "arrays": {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()},
+        "bytes": len(payload),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    files.write_directory(path, {_PAYLOAD: payload, _MANIFEST: _encode(manifest)})
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads a checkpoint's arrays and its record, and checks every byte of both.
+
+    Raises:
+      ConfigError: there is no checkpoint, or it is damaged.
+    """
+    manifest = _read_manifest(path)
+    payload_path = path / _PAYLOAD
+    # The size first, so that a file of another size is never loaded into memory.
+    if not payload_path.is_file() or payload_path.stat().st_size != manifest["bytes"]:
+        raise _damaged(path, f"{_PAYLOAD} is missing or has another size than the manifest says")
+    payload = payload_path.read_bytes()
+    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
+        raise _damaged(path, f"{_PAYLOAD} is not what was written")
+    arrays = safetensors.numpy.load(payload)
+    found = {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
+    if found != manifest["arrays"]:
+        raise _damaged(path, "its arrays are not those that the manifest lists")
+    return arrays, manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / _MANIFEST
+    if not file.is_file():
+        raise ConfigError(f"a checkpoint must hold {_MANIFEST}; {path} does not.")
+    if file.stat().st_size > _LARGEST_MANIFEST:
+        raise _damaged(path, f"{_MANIFEST} is too large")
+    content = file.read_bytes()
+    try:
+        manifest = json.loads(content)
+        # A manifest is written in one way only, so that every changed byte shows.
+        is_whole = _encode({k: v for k, v in manifest.items() if k != "digest"}) == content
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"{_MANIFEST} is not what was written") from error
+    if not is_whole:
+        raise _damaged(path, f"{_MANIFEST} is not what was written")
+    if manifest["format"] != _FORMAT:
+        raise ConfigError(
+            f"a checkpoint must have format {_FORMAT}; {path} has {manifest['format']}. Read it "
+            "with the version of the package that wrote it."
+        )
+    return manifest
+
+
+def _encode(manifest: Mapping[str, Any]) -> bytes:
+    """Returns a manifest as JSON with a digest of all of it."""
+    text = json.dumps(manifest, sort_keys=True, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return (json.dumps({**manifest, "digest": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _damaged(path: Path, what: str) -> ConfigError:
+    return ConfigError(f"a checkpoint must be whole; {path} is damaged: {what}. Use another one.")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

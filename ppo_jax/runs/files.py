@@ -1,0 +1,80 @@
+"""Files that are complete or not there, whenever a process was killed."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def unfinished(path: Path) -> Path:
+    """Returns the temporary name of a file or directory."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under a temporary name, syncs it to the disk, and renames it.
+
+    Args:
+      path: the final name.
+      write: writes the file of the name that it is given.
+    """
+    temporary = unfinished(path)
+    write(temporary)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `write_file` does."""
+    write_file(path, lambda file: file.write_text(text))
+
+
+def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a new directory of files under a temporary name, syncs it, and renames it.
+
+    A directory of that name is replaced. It is moved away first, because a directory that is not
+    empty cannot be replaced in one step.
+    """
+    temporary = unfinished(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
+        _sync(temporary / name)
+    _sync(temporary)
+    remove_directory(path)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory; a process that is killed leaves all of it or none under its name."""
+    if path.is_dir():
+        removed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        os.replace(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left in a folder under temporary names."""
+    for pattern in (".*.unfinished", ".*.removed"):
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    # Only POSIX opens directories; elsewhere a rename is as durable as the system makes it.
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
