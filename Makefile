@@ -17,7 +17,7 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
 	fit=$$(awk '/MemAvailable/ {print int($$2 / 2621440)}' /proc/meminfo 2>/dev/null); \
 	fit=$${fit:-$$cores}; fit=$$((fit < 1 ? 1 : fit)); echo $$((fit < cores ? fit : cores)))
 
-.PHONY: help install train test test-slow lint types guard check lock clean
+.PHONY: help install train test test-slow test-fuzz soak lint types guard check lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ test: $(DEV_STAMP)  ## run the tests and doctests
 
 test-slow: $(DEV_STAMP)  ## run learning runs, which take minutes each
 	@$(BIN)/python -m pytest -q -m slow
+
+test-fuzz: $(DEV_STAMP)  ## try 1,000 inputs for every kind of file and setting
+	@FUZZ=1000 $(BIN)/python -m pytest -q tests/test_hostile.py
+
+soak: $(DEV_STAMP)  ## train for half an hour, and check that nothing grows or slows down
+	@$(BIN)/python benchmarks/soak.py --minutes 30
 
 lint: $(DEV_STAMP)  ## check style and format
 	@$(BIN)/ruff check .

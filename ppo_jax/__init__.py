@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ppo_jax.policy.spec import register_action_distribution
     from ppo_jax.presets import preset
     from ppo_jax.runs.checkpoint import load_state, save_state
-    from ppo_jax.runs.run import load, train
+    from ppo_jax.runs.run import load, resume, train
     from ppo_jax.runs.search import search
     from ppo_jax.runs.sweep import sweep
     from ppo_jax.stages.algorithm import Algorithm
@@ -55,6 +55,7 @@ _MODULES = {
     "preset": "presets",
     "register_action_distribution": "policy.spec",
     "register_algorithm": "algorithms",
+    "resume": "runs.run",
     "save_state": "runs.checkpoint",
     "search": "runs.search",
     "sweep": "runs.sweep",
@@ -80,6 +81,7 @@ __all__ = [
     "preset",
     "register_action_distribution",
     "register_algorithm",
+    "resume",
     "save_state",
     "search",
     "sweep",

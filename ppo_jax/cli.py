@@ -11,8 +11,10 @@ import operator
 import os
 import re
 import secrets
+import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,10 +47,23 @@ class TrainCommand:
     """Directory of the run; runs/ENV_ALGORITHM_SEED_TIME by default."""
     overwrite: bool = False
     """Replace a run that is there already."""
+    resume: bool = False
+    """Continue the run in --run-dir, if there is one; for jobs that a scheduler starts again."""
+    checkpoint_every: float = 60.0
+    """Seconds between two checkpoints, from which `ppo-jax resume` continues; 0 for none."""
     eval_episodes: int = 128
     """Episodes of the evaluation at the end, for each seed."""
+    eval_every: int | None = None
+    """Updates between two evaluations while it trains, of which the best policy is kept."""
     log_every: int | None = None
     """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
+    debug_nans: bool = False
+    """Stop at the first update with a NaN, and name the operation that made it. Slower."""
+    dry_run: bool = False
+    """Compile the training and say what it would take and do; run nothing and write nothing."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in every run, which may be slower. On a
+    CPU every run does so in any case."""
     quiet: bool = False
     """Show no progress."""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
@@ -66,45 +81,122 @@ class TrainCommand:
                 f"{config.total_timesteps:,} steps are not a whole number of updates of "
                 f"{config.batch_size:,}: {timesteps:,} will run."
             )
+        if self.deterministic:
+            _use_deterministic_operations()
+        if self.dry_run:
+            return self._print_dry_run(config, hparams)
         run_dir = self.run_dir or _new_run_dir(config.env, f"{config.algorithm}_seed{self.seed}")
-        RunDirectory.check(run_dir, overwrite=self.overwrite)
-        _enable_compilation_cache()
-        if config.num_devices > 1:
-            _make_cpu_devices(config.num_devices)
-        # Seeds need no communication, so that each core trains some of them.
-        elif self.seeds is not None:
-            _make_cpu_devices(math.gcd(self.seeds, _num_cores()))
+        if not (self.resume and RunDirectory.holds_run(run_dir)):
+            RunDirectory.check(run_dir, overwrite=self.overwrite)
+        _prepare_devices(config, self.seeds)
 
-        from ppo_jax.runs.run import summarize, train
+        from ppo_jax.runs.run import train
 
-        # Failures are printed below, as errors.
-        warnings.filterwarnings("ignore", category=RuntimeWarning, message="seed .* diverged")
-        result = train(
+        return _run_training(
+            lambda: train(
+                config,
+                hparams,
+                seed=self.seed,
+                num_seeds=self.seeds,
+                run_dir=run_dir,
+                overwrite=self.overwrite,
+                resume=self.resume,
+                checkpoint_every=self.checkpoint_every,
+                eval_episodes=self.eval_episodes,
+                eval_every=self.eval_every,
+                log_every=self.log_every,
+                debug_nans=self.debug_nans,
+                progress=not self.quiet,
+            ),
             config,
-            hparams,
-            seed=self.seed,
-            num_seeds=self.seeds,
-            run_dir=run_dir,
-            overwrite=self.overwrite,
-            eval_episodes=self.eval_episodes,
-            log_every=self.log_every,
-            progress=not self.quiet,
         )
-        total = result.timesteps * len(result.seeds)
+
+    def _print_dry_run(self, config: Config, hparams: Any) -> int:
+        """Prints what the training would do and take."""
+        _prepare_devices(config, self.seeds)
+        from ppo_jax.runs.run import dry_run
+
+        found = dry_run(config, hparams, num_seeds=self.seeds)
+        seeds = f", for each of {self.seeds} seeds" if self.seeds is not None else ""
+        available = "" if found.limit is None else f" of {found.limit / 2**20:,.0f} MiB"
+        print(f"steps    {found.timesteps:,} in {found.num_updates:,} updates{seeds}")
+        print(f"memory   {found.num_bytes / 2**20:,.1f} MiB{available} a device")
+        print(f"compile  {found.compile_seconds:.1f} s")
+        print("nothing was run, and no file was written")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeCommand:
+    """Continue a run that was stopped or killed, or extend one that has finished."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory that `ppo-jax train` wrote."""
+    total_timesteps: int | None = None
+    """Environment steps in all, over all environments; the run's own number by default. A schedule
+    of the learning rate is that of the new total."""
+    checkpoint_every: float | None = None
+    """Seconds between two checkpoints; as in the run by default, here and below."""
+    eval_episodes: int | None = None
+    """Episodes of the evaluation at the end, for each seed."""
+    eval_every: int | None = None
+    """Updates between two evaluations while it trains."""
+    log_every: int | None = None
+    """Updates per row of metrics.jsonl."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        directory = RunDirectory.open(self.run_dir)
+        config, seeds = directory.read_config()[0], directory.read_seeds()
+        _prepare_devices(config, None if isinstance(seeds, int) else len(seeds))
+
+        from ppo_jax.runs.run import resume
+
+        return _run_training(
+            lambda: resume(
+                self.run_dir,
+                total_timesteps=self.total_timesteps,
+                checkpoint_every=self.checkpoint_every,
+                eval_episodes=self.eval_episodes,
+                eval_every=self.eval_every,
+                log_every=self.log_every,
+                progress=not self.quiet,
+            ),
+            config,
+        )
+
+
+def _run_training(run: Callable[[], Any], config: Config) -> int:
+    """Trains, and says what came of it; returns the exit status."""
+    from ppo_jax.runs.interrupt import exit_at_second_signal
+    from ppo_jax.runs.run import summarize
+
+    with warnings.catch_warnings(), exit_at_second_signal():
+        # Failures are printed below, as errors.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, message="seed .* failed with")
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        result = run()
+    total = (result.timesteps - result.timesteps_before) * len(result.seeds)
+    print(
+        f"trained {config.env} with {config.algorithm}: {total:,} steps in "
+        f"{result.run_seconds:.1f} s ({total / max(result.run_seconds, 1e-9):,.0f} steps/s), "
+        f"compiled in {result.compile_seconds:.1f} s"
+    )
+    for problem in (*result.failures, *result.unwritten):
+        _say(f"ppo-jax: error: {problem}")
+    # A training that failed is not one to continue.
+    if result.evaluation is None and not result.failures:
         print(
-            f"trained {config.env} with {config.algorithm}: {total:,} steps in "
-            f"{result.run_seconds:.1f} s ({total / max(result.run_seconds, 1e-9):,.0f} steps/s), "
-            f"compiled in {result.compile_seconds:.1f} s"
+            f"stopped after {result.timesteps:,} steps{' of each seed' * (len(result.seeds) > 1)}; "
+            f"ppo-jax resume {result.run_dir} continues the run"
         )
-        for failure in result.failures:
-            _say(f"ppo-jax: error: {failure}")
-        if result.evaluation is None and not result.failures:
-            print(f"stopped; the policy so far is in {run_dir}")
-            return 130
-        if result.evaluation is not None:
-            _print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
-        print(f"run: {run_dir}")
-        return 1 if result.failures else 0
+        return 128 + (result.signal or signal.SIGINT)
+    if result.evaluation is not None:
+        _print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
+    print(f"run: {result.run_dir}")
+    return 1 if result.failures or result.unwritten else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +227,8 @@ class SweepCommand:
     """Number of members that train together; by default as many as fit."""
     quiet: bool = False
     """Show no progress."""
+    checkpoint_every: float = 60.0
+    """Seconds between two checkpoints of the members that are training; 0 for none."""
     eval_episodes: int = 64
     """Number of episodes of each member's final evaluation."""
     search: Literal["halving", "pbt"] | None = None
@@ -182,16 +276,36 @@ class SweepCommand:
         common: dict[str, Any] = {
             "hparams": hparams,
             "run_dir": run_dir,
+            "checkpoint_every": self.checkpoint_every,
             "eval_episodes": self.eval_episodes,
             "say": _say,
             "progress": not self.quiet,
         }
+        from ppo_jax.runs.interrupt import exit_at_second_signal
+
+        with warnings.catch_warnings(), exit_at_second_signal():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            result = self._train(config, varied, common)
+        print(
+            f"trained {len(result.members)} members in {result.run_seconds:.1f} s, compiled in "
+            f"{result.compile_seconds:.1f} s"
+        )
+        for problem in result.unwritten:
+            _say(f"ppo-jax: error: {problem}")
+        if not result.is_complete:
+            print(f"stopped; the same command with --run-dir {run_dir} continues it")
+            return 128 + (result.signal or signal.SIGINT)
+        _print_report(run_dir)
+        return 1 if result.unwritten else 0
+
+    def _train(self, config: Config, space: dict[str, Any], common: dict[str, Any]) -> Any:
+        """Runs the sweep or the search."""
         if self.search is None:
             from ppo_jax.runs.sweep import sweep
 
-            result = sweep(
+            return sweep(
                 config,
-                varied,
+                space,
                 seeds=8 if self.seeds is None else self.seeds,
                 num_draws=self.draws,
                 sampler=self.sampler,
@@ -199,24 +313,12 @@ class SweepCommand:
                 chunk=self.chunk,
                 **common,
             )
-        else:
-            from ppo_jax.runs.search import search
+        from ppo_jax.runs.search import search
 
-            given = {"num_members": self.members, "num_rounds": self.rounds, "seed": self.seed}
-            given = {name: value for name, value in given.items() if value is not None}
-            options = {"factor": self.factor, "replaced": self.replaced, **given}
-            result = search(config, varied, method=self.search, **options, **common)
-        print(
-            f"trained {len(result.members)} members in {result.run_seconds:.1f} s, compiled in "
-            f"{result.compile_seconds:.1f} s"
-        )
-        if not result.is_complete:
-            # The members of a search depend on each other, and none is finished before the last.
-            verb = "continues it" if self.search is None else "starts it again"
-            print(f"stopped; the same command with --run-dir {run_dir} {verb}")
-            return 130
-        _print_report(run_dir)
-        return 0
+        given = {"num_members": self.members, "num_rounds": self.rounds, "seed": self.seed}
+        given = {name: value for name, value in given.items() if value is not None}
+        options: dict[str, Any] = {"factor": self.factor, "replaced": self.replaced, **given}
+        return search(config, space, method=self.search, **options, **common)
 
     def _require_fitting_options(self) -> None:
         """Checks that options of a search come with one, and those of a sweep without."""
@@ -257,6 +359,8 @@ class EvalCommand:
     """Episodes, for each of the run's seeds."""
     seed: int = 0
     """Random seed of the evaluation."""
+    best: bool = False
+    """Evaluate the best policy of a run that was trained with --eval-every, not the last one."""
     sample: bool = False
     """Sample actions instead of taking the most likely ones."""
 
@@ -268,7 +372,11 @@ class EvalCommand:
         from ppo_jax.runs.run import evaluate_run
 
         result = evaluate_run(
-            self.run_dir, seed=self.seed, num_episodes=self.episodes, greedy=not self.sample
+            self.run_dir,
+            seed=self.seed,
+            num_episodes=self.episodes,
+            greedy=not self.sample,
+            best=self.best,
         )
         _print_evaluation(result)
         return 0
@@ -375,6 +483,7 @@ def _commands(argv: list[str]) -> Any:
     subcommand = tyro.conf.subcommand
     commands: list[Any] = [
         Annotated[type(train), subcommand("train", default=train)],
+        Annotated[ResumeCommand, subcommand("resume")],
         Annotated[EvalCommand, subcommand("eval")],
         Annotated[SweepCommand, subcommand("sweep", default=sweep)],
         Annotated[ReportCommand, subcommand("report")],
@@ -440,6 +549,22 @@ def _enable_compilation_cache() -> None:
 def _num_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _prepare_devices(config: Config, seeds: int | None) -> None:
+    """Prepares JAX for a training: its cache of programs, and the cores of a CPU as devices."""
+    _enable_compilation_cache()
+    if config.num_devices > 1:
+        _make_cpu_devices(config.num_devices)
+    # Seeds need no communication, so that each core trains some of them.
+    elif seeds is not None:
+        _make_cpu_devices(math.gcd(seeds, _num_cores()))
+
+
+def _use_deterministic_operations() -> None:
+    """Makes XLA use only deterministic operations on a GPU; before a backend starts."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".lstrip()
 
 
 def _make_cpu_devices(number: int) -> None:
@@ -543,6 +668,11 @@ def _new_run_dir(env: str, what: str) -> Path:
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     # Not every file system takes the colon of `brax:hopper`.
     return Path("runs") / f"{env.replace(':', '-')}_{what}_{time}-{secrets.token_hex(3)}"
+
+
+def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:
+    """Shows a warning of this package as a sentence, without the line of code that warns."""
+    _say(f"ppo-jax: warning: {message}" if category is RuntimeWarning else f"{message}")
 
 
 def _say(message: str) -> None:

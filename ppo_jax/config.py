@@ -4,7 +4,9 @@ This module needs no JAX, so that the command line can explain or refuse a setti
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from ppo_jax.errors import (
     ConfigError,
@@ -22,6 +24,9 @@ AdvantageNormalization = Literal["minibatch", "batch", "none"]
 ValueTarget = Literal["gae", "td"]
 Network = Literal["mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"]
 MemoryKind = Literal["gru", "lstm", "mingru"]
+
+
+_LARGEST_COUNT = 2**31 - 1
 
 
 def _algorithm_setting() -> Any:
@@ -81,6 +86,10 @@ class TrainingSettings:
     """TRPO only: iterations of conjugate gradient."""
     line_search_steps: int | None = _algorithm_setting()
     """TRPO only: step lengths that are tried, each half of the one before."""
+    max_skipped_updates: int = 10
+    """Gradient steps that are NaN or infinite are skipped. A run stops after this many updates in a
+    row in which all steps were skipped, or after half of its updates. 0 turns the guard off: such
+    steps are taken."""
     exact_kl: bool = False
     """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 
@@ -125,11 +134,21 @@ class PolicySettings:
     def __post_init__(self) -> None:
         if isinstance(self.hidden_sizes, int):
             self._set("hidden_sizes", (self.hidden_sizes,))
+        # Lists of a JSON file or a notebook become tuples, which are hashable.
         for name in ("hidden_sizes", "actor_keys", "critic_keys"):
             if getattr(self, name) is not None:
-                self._set(name, tuple(getattr(self, name)))
-        # Lists of a JSON file or a notebook become tuples, which are hashable.
-        self._set("conv_layers", tuple(map(tuple, self.conv_layers)))
+                self._set(name, _as_tuple(name, getattr(self, name)))
+        layers = _as_tuple("conv_layers", self.conv_layers)
+        self._set("conv_layers", tuple(_as_tuple("a layer", layer) for layer in layers))
+        for name in ("actor_keys", "critic_keys"):
+            for key in getattr(self, name) or ():
+                _require_type(f"every entry of {name}", key, str)
+        _require_types(self, PolicySettings)
+        if not isinstance(self.network, str) and not hasattr(self.network, "apply"):
+            raise ConfigError(
+                "network must be a name or a flax.linen module; got "
+                f"{type(self.network).__name__}. Names are {', '.join(get_args(Network))}."
+            )
         require_positive_integers(
             {"embedding_size": self.embedding_size, "memory_size": self.memory_size}
         )
@@ -195,6 +214,7 @@ got 4 * 128 and 3. Try 2 or 4.
                 f"env must be the name of an environment; got {type(self.env).__name__}. "
                 "Register it by ppo_jax.envs.register(name, factory), and use the name."
             )
+        _require_types(self, TrainingSettings)
         for name in ("env_kwargs", "env_params", "optimizer_kwargs"):
             pairs = _pairs(name, getattr(self, name))
             self._set(name, tuple(sorted(pairs)))  # equal contents make equal configs
@@ -205,6 +225,10 @@ got 4 * 128 and 3. Try 2 or 4.
             self._set("total_timesteps", int(total))
         for name in ("total_timesteps", "num_envs", "num_steps", "num_devices"):
             require_positive_integer(name, getattr(self, name))
+        if isinstance(self.max_skipped_updates, bool) or self.max_skipped_updates != 0:
+            require_positive_integer(
+                "max_skipped_updates, unless it is 0,", self.max_skipped_updates
+            )
         names = ("num_epochs", "num_minibatches", "n_step", "cg_iterations", "line_search_steps")
         require_positive_integers({name: getattr(self, name) for name in names})
         _require_choice("lr_schedule", self.lr_schedule, LearningRateSchedule)
@@ -217,6 +241,14 @@ got 4 * 128 and 3. Try 2 or 4.
                 f"{self.total_timesteps} and {self.num_envs} * {self.num_steps} = "
                 f"{self.batch_size}. Raise total_timesteps or lower num_envs or num_steps."
             )
+        # Samples and updates are counted in 32 bits on the device.
+        for name, count in {"samples": self.batch_size, "updates": self.num_updates}.items():
+            if count > _LARGEST_COUNT:
+                raise ConfigError(
+                    f"an update must have at most {_LARGEST_COUNT:,} samples, and a training as "
+                    f"many updates; got {count:,} {name}. Change num_envs, num_steps or "
+                    "total_timesteps."
+                )
 
     def _check_division(self) -> None:
         """Checks that devices and minibatches divide the samples of one update evenly."""
@@ -280,6 +312,35 @@ def _require_choice(name: str, value: Any, literal: Any) -> None:
         require_known(name, str(value), get_args(literal))
 
 
+def _require_types(settings: Any, group: type) -> None:
+    """Checks the settings that are words or switches; others have checks of their own."""
+    for field in dataclasses.fields(group):
+        value = getattr(settings, field.name)
+        if field.type in (bool, str):
+            _require_type(field.name, value, field.type)
+        elif value is not None and _is_word(field.type):
+            _require_type(field.name, value, str)
+
+
+def _is_word(hint: Any) -> bool:
+    """Returns whether a setting is a word, or None: a string, or one of some words."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return any(part is str or get_origin(part) is Literal for part in parts)
+
+
+def _require_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        what = {bool: "True or False", str: "a word"}[kind]
+        raise ConfigError(f"{name} must be {what}; got {value!r}.")
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """Returns a list, or something like one, as a tuple."""
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        raise ConfigError(f"{name} must be a list or a tuple; got {value!r}.")
+    return tuple(value)
+
+
 def _divisors(number: int, near: int) -> str:
     return " or ".join(map(str, nearest_divisors(number, near)))
 
@@ -287,6 +348,11 @@ def _divisors(number: int, near: int) -> str:
 def _pairs(name: str, value: Any) -> tuple[tuple[str, Value], ...]:
     """Returns a mapping, or pairs, as a tuple of pairs, which is hashable."""
     try:
-        return tuple(dict(value).items())
+        pairs = tuple(dict(value).items())
+        # A config is a key of caches.
+        hash(pairs)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} must map names to values; got {value!r}.") from error
+        raise ConfigError(f"{name} must map names to numbers or words; got {value!r}.") from error
+    if not all(isinstance(key, str) for key, _ in pairs):
+        raise ConfigError(f"{name} must map names to numbers or words; got {value!r}.")
+    return pairs

@@ -179,8 +179,10 @@ def _concrete(value: Any) -> np.ndarray | None:
     """Returns the numbers in `value`, or None where there are none: unset, or a tracer."""
     if value is None:
         return None
-    if isinstance(value, (bool, str)):
-        raise ConfigError(f"a hyperparameter must be a number; got {value!r}.")
+    if isinstance(value, (bool, str, bytes, list, tuple, dict)):
+        raise ConfigError(
+            f"a hyperparameter must be a number, or an array of numbers; got {value!r}."
+        )
     if isinstance(value, (int, float, np.ndarray, np.generic)):
         return np.asarray(value)
     jax = sys.modules.get("jax")  # an array of JAX can only exist once it is imported

@@ -216,7 +216,7 @@ def _step_on_one_device(
         rollout_key, update_key = (
             jax.random.fold_in(key, device) for key in (rollout_key, update_key)
         )
-    rollout, batch, ended, statistics = collect(
+    rollout, _, batch, ended, statistics = collect(
         _policy(stages, state),
         state.rollout,
         state.statistics,

@@ -32,7 +32,7 @@ def test_step_counts_can_be_written_as_powers_of_ten():
         ({"hidden_sizes": (64, 0)}, "hidden_sizes must be a positive integer; got 0"),
         ({"activation": "tan"}, "unknown activation 'tan'. Did you mean tanh"),
         ({"lr_schedule": "liner"}, "unknown lr_schedule 'liner'. Did you mean linear"),
-        ({"env_kwargs": 3}, "env_kwargs must map names to values; got 3"),
+        ({"env_kwargs": 3}, "env_kwargs must map names to numbers or words; got 3"),
     ],
 )
 def test_a_config_that_breaks_a_rule_says_so(fields, message):

@@ -40,7 +40,7 @@ def change_config(path, change):
         ),
         (
             lambda path: (path / "config.json").write_text("{}"),
-            "must hold the settings of a run; it lacks 'config'",
+            "must hold the settings of a run; it holds something else",
         ),
         (
             lambda path: change_config(path, lambda r: r["config"].update(num_envz=2)),
@@ -59,14 +59,22 @@ def change_config(path, change):
             r"its spaces; that of .* has the observation_space Box\(shape=\(4,\).*Acrobot-v1 has",
         ),
         (
-            lambda path: (path / "policy.msgpack").write_bytes(
-                (path / "policy.msgpack").read_bytes()[:100]
-            ),
-            "policy.msgpack must hold a policy; it is damaged or something else",
+            lambda path: (path / "policy" / "state.safetensors").write_bytes(b"not a policy"),
+            "policy is damaged: state.safetensors is missing or has another size",
         ),
         (
-            lambda path: (path / "policy.msgpack").write_bytes(b"not a policy"),
-            "policy.msgpack must hold a policy",
+            lambda path: (path / "policy" / "manifest.json").write_bytes(b"{}"),
+            "policy is damaged: manifest.json is not what was written",
+        ),
+        (
+            lambda path: shutil.copytree(
+                next((path / "checkpoints").iterdir()), path / "policy", dirs_exist_ok=True
+            ),
+            "policy must hold a policy; it holds something else",
+        ),
+        (
+            lambda path: (path / "policy.msgpack").write_bytes(b""),
+            "policy.msgpack was written by an earlier version",
         ),
     ],
 )
@@ -85,7 +93,7 @@ def test_a_damaged_run_is_said_to_be_so(damage, message, run_dir, tmp_path):
         (["train", "CartPole-v1", "--seeds", "0"], "num_seeds must be a positive integer; got 0"),
         (
             ["train", "CartPole-v1", "--run-dir", "/proc/none/x"],
-            "run_dir must be a directory that can be made; /proc/none/x cannot",
+            "run_dir must be a directory that can be written; /proc/none/x cannot",
         ),
         (
             ["sweep", "CartPole-v1", "--learning-rate", "lognormal(1e-4,1e-2)", "--draws", "2"],

@@ -13,8 +13,8 @@ from ppo_jax.policy.distributions import GaussianParams, make_head
 from ppo_jax.policy.initializers import draw, orthogonal_matrices
 from ppo_jax.policy.networks import Conv
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.saving import load_policy, save_policy
 from ppo_jax.policy.spec import PolicySpec, init_params, network_of
+from ppo_jax.runs.policy_files import load_policy, save_policy
 
 _SHAPES = [(64, 64), (4, 64), (64, 2), (64, 1), (300, 64), (1, 1)]
 
@@ -143,8 +143,8 @@ def make_policy(space, shared_torso=False):
 @pytest.mark.parametrize("shared_torso", [False, True])
 def test_a_policy_survives_saving(tmp_path, space, shared_torso):
     policy = make_policy(space, shared_torso)
-    save_policy(policy, tmp_path / "policy.msgpack")
-    loaded = load_policy(tmp_path / "policy.msgpack")
+    save_policy(policy, tmp_path / "policy")
+    loaded = load_policy(tmp_path / "policy")
     assert loaded.spec == policy.spec
     assert isinstance(hash(loaded.spec), int)
     obs = jnp.arange(6, dtype=jnp.uint8).reshape(2, 3)

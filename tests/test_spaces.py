@@ -14,7 +14,6 @@ from ppo_jax.algorithms import ALGORITHMS, get_algorithm
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from ppo_jax.policy.networks import MLP
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.saving import load_policy, save_policy
 from ppo_jax.policy.spec import (
     PolicySpec,
     init_params,
@@ -23,6 +22,7 @@ from ppo_jax.policy.spec import (
     make_spec,
 )
 from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.runs.policy_files import load_policy, save_policy
 from ppo_jax.stages.collect import collect
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.rollout import reset

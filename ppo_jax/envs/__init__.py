@@ -167,8 +167,6 @@ def make_env(config: "Config") -> "Environment":
 
 def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
     from ppo_jax.envs import brax_adapter, gymnax_adapter, wrappers
-    from ppo_jax.envs.checks import check_env
-    from ppo_jax.envs.environment import Environment
 
     if name in GYMNAX_NAMES:
         return gymnax_adapter.make(name, **kwargs)
@@ -177,15 +175,27 @@ def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
     if name in VARIANTS:
         base, inside = VARIANTS[name]
         return wrappers.apply(gymnax_adapter.make(base, **kwargs), inside)._replace(name=name)
-    env = _registered[name](**kwargs)
+    return adapted(name, _registered[name](**kwargs))
+
+
+def adapted(name: str, env: Any) -> "Environment":
+    """Converts an object with the interface of gymnax or brax to an `Environment`.
+
+    Raises:
+      ConfigError: it is neither, or it does not return what it describes.
+    """
+    from ppo_jax.envs import brax_adapter, gymnax_adapter
+    from ppo_jax.envs.checks import check_env
+    from ppo_jax.envs.environment import Environment
+
     if isinstance(env, Environment):
         check_env(env)
         return env
     # Told by the interface instead of the type, so that neither suite has to be imported.
     if hasattr(env, "default_params"):
-        adapted = gymnax_adapter.adapt(name, env)
-        check_env(adapted)
-        return adapted
+        converted = gymnax_adapter.adapt(name, env)
+        check_env(converted)
+        return converted
     if hasattr(env, "action_size"):
         return brax_adapter.adapt(name, env)
     raise ConfigError(

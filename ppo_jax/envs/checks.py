@@ -25,7 +25,7 @@ def check_env(env: Environment) -> None:
     obs, state = _returned(env, "reset", 2, env.reset, key, env.params)
     _check_obs(env, "reset", obs)
     action = example(env.action_space, ())
-    step = jax.eval_shape(env.step, key, state, action, env.params)
+    step = _traced(env, "step", env.step, key, state, action, env.params)
     if not isinstance(step, Step):
         raise ConfigError(
             f"step must return a Step(obs, state, reward, terminated, truncated); {env.name} "
@@ -47,12 +47,24 @@ def check_env(env: Environment) -> None:
 
 
 def _returned(env: Environment, name: str, count: int, function: Any, *args: Any) -> Any:
-    result = jax.eval_shape(function, *args)
+    result = _traced(env, name, function, *args)
     if not isinstance(result, tuple) or len(result) != count:
         raise ConfigError(
             f"{name} must return (obs, state); {env.name} returns {type(result).__name__}."
         )
     return result
+
+
+def _traced(env: Environment, name: str, function: Any, *args: Any) -> Any:
+    """Returns the shapes of what a function returns, or the error of one that JAX cannot trace."""
+    try:
+        return jax.eval_shape(function, *args)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise ConfigError(
+            f"{name} must be a function that JAX can trace; that of {env.name} needs the value of "
+            f"an array in Python: {str(error).splitlines()[0]} Use jnp.where or jax.lax.cond "
+            "instead of if, and jax.numpy instead of NumPy."
+        ) from error
 
 
 def _check_obs(env: Environment, name: str, obs: Any) -> None:

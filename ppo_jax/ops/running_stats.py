@@ -31,6 +31,8 @@ def initial(shape: tuple[int, ...]) -> RunningStats:
 def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> RunningStats:
     """Returns the statistics of the stream with a batch appended.
 
+    A batch with a NaN or an infinity is left out as a whole: it would be in every mean after it.
+
     Chan, Golub & LeVeque 1983, doi:10.1080/00031305.1983.10483115.
 
     Args:
@@ -56,11 +58,14 @@ def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> Ru
     delta = mean - stats.mean
     # An empty stream has a variance of 1, which gets a weight of 0 here.
     merged = (1.0 - weight) * stats.var + weight * var
-    return RunningStats(
+    appended = RunningStats(
         num_samples=total,
         mean=stats.mean + delta * weight,
         var=merged + jnp.square(delta) * weight * (1.0 - weight),
     )
+    # The variance is the first to overflow, and NaN where the mean is.
+    is_finite = jnp.all(jnp.isfinite(appended.var))
+    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), appended, stats)
 
 
 def normalize(stats: RunningStats, x: jax.Array) -> jax.Array:

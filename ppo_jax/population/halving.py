@@ -7,6 +7,7 @@ the best 1/η of all trials that reached the rung, as in Li et al. 2020 (arXiv:1
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
-from ppo_jax.population.member import choose_state
 from ppo_jax.population.rounds import (
     MemberMap,
     Score,
@@ -29,6 +29,7 @@ from ppo_jax.population.rounds import (
 from ppo_jax.population.search_space import Choice, Distribution, extremes
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
+from ppo_jax.types import TrainState
 
 
 class Record(NamedTuple):
@@ -37,7 +38,7 @@ class Record(NamedTuple):
     trials: jax.Array  # [R, S], number of the trial in a slot, in the order of their draws
     hparams: HParams  # [R, S], used in the round
     ages: jax.Array  # [R, S], rounds that the trial had been trained for after this round
-    scores: jax.Array  # [R, S]; −∞ where a learner is no longer finite
+    scores: jax.Array  # [R, S]; −∞ where a member is not healthy; see `rounds.Scores`
     stopped: jax.Array  # [R, S], the trial ended there
     metrics: Metrics  # [R, S], sums over the round
 
@@ -103,9 +104,9 @@ def make_halving(
     """Returns successive halving as a `Search`, whose record is a `Record`.
 
     Every slot trains in every round, for `num_rounds * updates_per_round` updates in all. A trial
-    whose learner is no longer finite is stopped after its round. After the last round nothing is
-    stopped. A new trial starts from new parameters and environments, and at the start of its
-    learning rate's schedule: give the trainer's config that many updates, or a constant schedule.
+    that is not healthy is stopped after its round. After the last round nothing is stopped. A new
+    trial starts from new parameters and environments, and at the start of its learning rate's
+    schedule: give the trainer's config that many updates, or a constant schedule.
 
     Args:
       trainer: trains every trial.
@@ -176,7 +177,7 @@ def make_halving(
         age = trials.age + 1
         scores = trials.scores.at[number].set(after.scores)
         ages = trials.ages.at[number].set(age)
-        stopped = stopped_trials(scores, ages, number, factor=factor) | ~after.is_finite
+        stopped = stopped_trials(scores, ages, number, factor=factor) | ~after.is_healthy
         # A trial that replaced another in the last round would never be trained.
         stopped &= ~after.is_last
         record = Record(trials.numbers, state.hparams, age, after.scores, stopped, after.metrics)
@@ -184,7 +185,7 @@ def make_halving(
         # New trials are made for all slots and used in those that were stopped: shapes are fixed.
         env_params = jax.tree.map(lambda x: x[0], state.states.env_params)
         new = init(jax.random.split(init_key, num_slots), drawn, env_params)
-        states = jax.vmap(choose_state)(stopped, new, state.states)
+        states = jax.vmap(_choose)(stopped, new, state.states)
         hparams = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), drawn, state.hparams)
         # Numbers go up in the order of slots, without gaps.
         numbers = jnp.where(stopped, trials.num_drawn + jnp.cumsum(stopped) - 1, trials.numbers)
@@ -202,6 +203,11 @@ def make_halving(
         score=score,
         member_map=member_map,
     )
+
+
+def _choose(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Returns `new` where the condition is true and `old` elsewhere, random keys included."""
+    return jax.tree.map(partial(jnp.where, condition), new, old)
 
 
 def _at(distribution: Distribution, u: jax.Array) -> jax.Array:

@@ -1,25 +1,37 @@
 """One member of a population as pure functions: it starts, trains in pieces, and is evaluated."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppo_jax.evaluation import evaluate, evaluation_key
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.stages.metrics import Metrics
+from ppo_jax.stages.update_rules import CRITIC_SKIPPED, SKIPPED
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
+
+
+class Guard(NamedTuple):
+    """Record of the updates of a training that were not finite."""
+
+    skipped_in_a_row: jax.Array | np.ndarray
+    """[], the number of last updates in which every gradient step was skipped."""
+    failed_at: jax.Array | np.ndarray
+    """[], index of the update with which the training failed; −1 while it has not."""
 
 
 class MemberState(NamedTuple):
     """A member between two pieces of its training; with a leading axis `[S]` after `vmap`."""
 
     train: TrainState
-    failed_at: jax.Array
-    """[], the update that would have made a parameter NaN or infinite; −1 where none did."""
+    guard: Guard
     curves: Metrics
     """Sums over `num_rows` windows of updates, `[num_rows]`."""
 
@@ -32,7 +44,7 @@ class Outcome(NamedTuple):
     returns: jax.Array
     """Returns of the final greedy evaluation, `[num_episodes]`."""
     failed_at: jax.Array
-    """[], the update that would have made a parameter NaN or infinite; −1 where none did."""
+    """[], index of the update with which the training failed; −1 where it did not."""
     policy: Policy
 
 
@@ -49,41 +61,47 @@ class MemberProgram(NamedTuple):
 
 
 def make_member(
-    trainer: Trainer, *, num_updates: int, num_rows: int, num_episodes: int
+    trainer: Trainer,
+    *,
+    max_skipped_updates: int,
+    num_updates: int,
+    num_rows: int,
+    num_episodes: int,
 ) -> MemberProgram:
     """Returns the training of a member.
 
-    A member whose parameters would become NaN or infinite keeps its last finite state.
+    A member that fails, as `guarded_step` tells, keeps its policy.
 
     Args:
       trainer: trains the member.
+      max_skipped_updates: see `Config.max_skipped_updates`.
       num_updates: updates of the whole training.
       num_rows: windows of updates in its curves.
       num_episodes: episodes of its evaluation.
     """
-    step = guarded_step(trainer)
+    step = guarded_step(trainer, max_skipped_updates, num_updates)
 
     def start(key: jax.Array, hparams: HParams, env_params: Any) -> MemberState:
         state = trainer.init(key, hparams, env_params)
         # The accumulators need the names of the metrics before the first step.
         _, shapes = jax.eval_shape(trainer.step, state, hparams)
         curves = jax.tree.map(lambda _: jnp.zeros(num_rows), shapes)
-        return MemberState(state, jnp.int32(-1), curves)
+        return MemberState(state, unharmed(), curves)
 
     def advance(
         member: MemberState, hparams: HParams, first: jax.Array, count: jax.Array
     ) -> MemberState:
         def one_update(i: jax.Array, member: MemberState) -> MemberState:
-            state, failed_at, metrics = step(member.train, member.failed_at, i, hparams)
+            state, guard, metrics = step(member.train, member.guard, i, hparams)
             # Memory does not grow with the number of updates: windows are summed on the device.
             row = i * num_rows // num_updates
-            is_running = failed_at < 0
+            is_running = guard.failed_at < 0
             curves = jax.tree.map(
                 lambda total, x: total.at[row].add(jnp.where(is_running, x, 0.0)),
                 member.curves,
                 metrics,
             )
-            return MemberState(state, failed_at, curves)
+            return MemberState(state, guard, curves)
 
         return jax.lax.fori_loop(first, first + count, one_update, member)
 
@@ -91,49 +109,59 @@ def make_member(
         policy = trainer.policy(member.train)
         env_params = member.train.env_params
         result = evaluate(policy, trainer.env, env_params, evaluation_key(key), num_episodes)
-        return Outcome(member.curves, result.returns, member.failed_at, policy)
+        failed_at = jnp.asarray(member.guard.failed_at)
+        return Outcome(member.curves, result.returns, failed_at, policy)
 
     return MemberProgram(start, advance, finish)
 
 
-GuardedStep = Callable[
-    [TrainState, jax.Array, jax.Array, HParams], tuple[TrainState, jax.Array, Metrics]
-]
-"""`(state, failed_at, index, hparams) -> (state, failed_at, metrics)`."""
+GuardedStep = Callable[[TrainState, Guard, jax.Array, HParams], tuple[TrainState, Guard, Metrics]]
+"""`(state, guard, index, hparams) -> (state, guard, metrics)`."""
 
 
-def guarded_step(trainer: Trainer) -> GuardedStep:
-    """Returns a step that keeps the last state whose parameters were finite.
+def unharmed(shape: tuple[int, ...] = ()) -> Guard:
+    """Returns the guard of trainings before their first update."""
+    return Guard(jnp.zeros(shape, jnp.int32), jnp.full(shape, -1, jnp.int32))
 
-    `failed_at` is the index of the first update that would have made a parameter NaN or infinite,
-    and −1 before. From then on the state does not change.
+
+def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -> GuardedStep:
+    """Returns a step that tells when a training has failed, and keeps the policy from then on.
+
+    A training fails with an update that would make parameters NaN or infinite, or with the last of
+    `max_skipped_updates` updates in a row in which every gradient step was skipped (0: no number of
+    them fails). Half of all updates are too many in any case.
     """
+    limit = min(max_skipped_updates, math.ceil(num_updates / 2))
 
     def step(
-        state: TrainState, failed_at: jax.Array, index: jax.Array, hparams: HParams
-    ) -> tuple[TrainState, jax.Array, Metrics]:
-        new_state, metrics = trainer.step(state, hparams)
-        is_running = (failed_at < 0) & is_finite(new_state.learner.params)
-        failed_at = jnp.where((failed_at < 0) & ~is_running, index, failed_at)
-        # A select instead of a branch: members of a vmap take both sides anyway, and a NaN in a
-        # state that is not chosen does no harm.
-        return choose_state(is_running, new_state, state), failed_at, metrics
+        state: TrainState, guard: Guard, index: jax.Array, hparams: HParams
+    ) -> tuple[TrainState, Guard, Metrics]:
+        new, metrics = trainer.step(state, hparams)
+        skipped_in_a_row = jnp.where(all_steps_skipped(metrics), guard.skipped_in_a_row + 1, 0)
+        # Rules of a user's own need not skip anything.
+        fails = ~is_finite(new.learner.params)
+        if limit:
+            fails |= skipped_in_a_row >= limit
+        had_failed = guard.failed_at >= 0
+        failed_at = jnp.where(~had_failed & fails, index, guard.failed_at)
+        # A select instead of a branch: members of a vmap take both sides anyway. Learner and
+        # statistics make the policy; a copy of the whole state would cost more.
+        keep = partial(jnp.where, had_failed | fails)
+        new = new.replace(
+            learner=jax.tree.map(keep, state.learner, new.learner),
+            statistics=jax.tree.map(keep, state.statistics, new.statistics),
+        )
+        return new, Guard(skipped_in_a_row, failed_at), metrics
 
     return step
+
+
+def all_steps_skipped(metrics: Metrics) -> jax.Array:
+    """Returns whether every gradient step of the policy, or of the critic, was skipped."""
+    shares = [metrics[name] for name in (SKIPPED, CRITIC_SKIPPED) if name in metrics.totals]
+    return jnp.any(jnp.array([share == 1.0 for share in shares], bool))
 
 
 def is_finite(tree: Any) -> jax.Array:
     """Returns whether no number in the tree is NaN or infinite."""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
-def choose_state(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """Returns `new` where the condition is true and `old` elsewhere, random keys included."""
-
-    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = jnp.where(condition, jax.random.key_data(x), jax.random.key_data(y))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        return jnp.where(condition, x, y)
-
-    return jax.tree.map(choose, new, old)

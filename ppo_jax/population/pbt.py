@@ -31,7 +31,7 @@ from ppo_jax.trainer import Trainer
 class Lineage(NamedTuple):
     """History of a population, round by round."""
 
-    scores: jax.Array  # [R, S]; −∞ where a learner is no longer finite
+    scores: jax.Array  # [R, S]; −∞ where a member is not healthy; see `rounds.Scores`
     hparams: HParams  # [R, S], used in the round
     parents: jax.Array  # [R, S], number of the member whose learner is used in the next round
     metrics: Metrics  # [R, S], sums over the round

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ppo_jax.errors import require_known, require_positive_integer, require_positive_integers
 from ppo_jax.evaluation import evaluate
 from ppo_jax.hparams import HParams
-from ppo_jax.population.member import is_finite
+from ppo_jax.population.member import all_steps_skipped, is_finite
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
@@ -47,8 +47,8 @@ class Start(NamedTuple):
 class Scores(NamedTuple):
     """The members after a round."""
 
-    scores: jax.Array  # [S]; −∞ where a learner is no longer finite
-    is_finite: jax.Array  # [S]
+    scores: jax.Array  # [S]; −∞ where a member is not healthy
+    is_healthy: jax.Array  # [S]; the learner is finite, and some step of the round was taken
     metrics: Metrics  # [S], sums over the round
     is_last: jax.Array  # []
 
@@ -117,8 +117,8 @@ def make_search(
 ) -> Search:
     """Returns the search that starts and decides by two functions.
 
-    A member whose learner is no longer finite has a score of −∞, because its policy may still act
-    and score by chance.
+    A member whose learner is not finite, or whose gradient steps were all skipped in the round
+    because they were not, has a score of −∞: its policy may still act and score by chance.
 
     Args:
       trainer: trains every member.
@@ -146,9 +146,10 @@ def make_search(
         return jax.lax.fori_loop(0, count, one_update, (state, sums))
 
     def judge(key: jax.Array, state: TrainState, sums: Metrics) -> tuple[jax.Array, jax.Array]:
-        value, finite_learner = score_one(key, state, sums), is_finite(state.learner.params)
-        has_score = finite_learner & ~jnp.isnan(value)
-        return jnp.where(has_score, value, -jnp.inf), finite_learner
+        value = score_one(key, state, sums)
+        is_healthy = is_finite(state.learner.params) & ~all_steps_skipped(sums)
+        has_score = is_healthy & ~jnp.isnan(value)
+        return jnp.where(has_score, value, -jnp.inf), is_healthy
 
     train = member_map(train_one, in_axes=(0, 0, 0, None))
     judge_members = member_map(judge, in_axes=(None, 0, 0))
@@ -171,9 +172,9 @@ def make_search(
 
     def finish_round(state: SearchState) -> tuple[SearchState, Any]:
         *method_keys, score_key = jax.random.split(state.round_keys[state.rounds_done], 3)
-        scores, finite = judge_members(score_key, state.states, state.sums)
+        scores, are_healthy = judge_members(score_key, state.states, state.sums)
         is_last = state.rounds_done == num_rounds - 1
-        round_scores = Scores(scores, finite, state.sums, is_last)
+        round_scores = Scores(scores, are_healthy, state.sums, is_last)
         state = state._replace(
             sums=jax.tree.map(jnp.zeros_like, state.sums), rounds_done=state.rounds_done + 1
         )

@@ -13,6 +13,7 @@ import numpy as np
 from ppo_jax.algorithms import hparam_names
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, require_known, require_positive_integer, unknown_name
+from ppo_jax.hparams import LARGEST
 
 Row = dict[str, Any]
 """One configuration: values by name. Names are fields of `HParams` or `Config`, or
@@ -23,6 +24,15 @@ Sampler = Literal["random", "sobol", "tpe"]
 ENV_PARAMS = "env_params."
 
 
+def _require_numbers(*ends: Any) -> None:
+    """Checks the ends of a range."""
+    for end in ends:
+        is_number = isinstance(end, (int, float, np.number)) and not isinstance(end, bool)
+        # Larger numbers are infinite in single precision.
+        if not is_number or not abs(end) <= LARGEST:
+            raise ConfigError(f"the ends of a range must be finite numbers; got {end!r}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Uniform:
     """The uniform distribution on [low, high)."""
@@ -31,6 +41,7 @@ class Uniform:
     high: float
 
     def __post_init__(self) -> None:
+        _require_numbers(self.low, self.high)
         if not self.low < self.high:
             raise ConfigError(f"a uniform range needs low < high; got {self.low} and {self.high}.")
 
@@ -47,6 +58,7 @@ class LogUniform:
     high: float
 
     def __post_init__(self) -> None:
+        _require_numbers(self.low, self.high)
         if not 0 < self.low < self.high:
             raise ConfigError(
                 f"a log-uniform range needs 0 < low < high; got {self.low} and {self.high}."
@@ -162,12 +174,13 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"the settings must be in a YAML file; there is none at {path}.")
     try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Its constructors of dates and numbers raise errors of their own.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = "" if where is None else f" at line {where.line + 1}"
         raise ConfigError(f"the settings must be in YAML; {path} is malformed{line}.") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ConfigError(f"{path} must map settings to values; it holds {found!r}.")
     return found
 
@@ -211,7 +224,7 @@ def _scalar(word: str) -> Any:
     known = {"none": None, "true": True, "false": False}
     if word.lower() in known:
         return known[word.lower()]
-    if re.fullmatch(r"\d+(x\d+)+", word):
+    if re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})+", word):
         return tuple(map(int, word.split("x")))
     for kind in (int, float):
         try:

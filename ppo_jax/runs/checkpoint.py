@@ -25,9 +25,25 @@ from ppo_jax.runs.settings import settings_from_plain, settings_to_plain
 from ppo_jax.trainer import make_trainer
 from ppo_jax.types import TrainState
 
-_FORMAT = 1
+FORMAT = 1
 _PAYLOAD, _MANIFEST = "state.safetensors", "manifest.json"
+_FIELDS = {
+    "format": int,
+    "arrays": dict,
+    "bytes": int,
+    "keys": dict,
+    "made_with": dict,
+    "sha256": str,
+}
 _LARGEST_MANIFEST = 2**24  # bytes; one of this project has some thousand
+
+
+OF_RUN = "run"
+"""Arrays of this prefix belong to a run, besides the state of its training."""
+
+
+class DamagedError(ConfigError):
+    """A checkpoint is not what was written."""
 
 
 class SavedState(NamedTuple):
@@ -55,7 +71,7 @@ def save_state(path: str | Path, state: TrainState, config: Config, hparams: HPa
 
 
 def load_state(path: str | Path, network: Any = None) -> SavedState:
-    """Reads a state that `save_state` wrote.
+    """Reads a state that `save_state` wrote, or the state in a checkpoint of a run.
 
     Args:
       path: the directory.
@@ -69,6 +85,7 @@ def load_state(path: str | Path, network: Any = None) -> SavedState:
     config, hparams = settings_from_plain(record, path / _MANIFEST, network)
     trainer = make_trainer(config)
     template = jax.eval_shape(trainer.init, jax.random.key(0))
+    arrays = {name: x for name, x in arrays.items() if not name.startswith(f"{OF_RUN}/")}
     return SavedState(unflatten(template, arrays, record["keys"], path), config, hparams)
 
 
@@ -107,7 +124,11 @@ def unflatten(
     for name in wanted.keys() & arrays.keys():
         leaf, array = wanted[name], jnp.asarray(arrays[name])
         if name in keys:
-            array = jax.random.wrap_key_data(array, impl=keys[name])
+            try:
+                array = jax.random.wrap_key_data(array, impl=keys[name])
+            except (TypeError, ValueError) as error:
+                different.append(f"{name}, which is no random key: {error}")
+                continue
         # Another implementation of keys is no other training.
         same_dtype = array.dtype == leaf.dtype or name in keys
         axes = array.ndim - len(leaf.shape)
@@ -128,11 +149,11 @@ def unflatten(
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Writes arrays and a record of JSON as a checkpoint."""
+    """Writes arrays and a record of JSON, with the keys' implementations, as a checkpoint."""
     payload = safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()})
     manifest = {
         **record,
-        "format": _FORMAT,
+        "format": FORMAT,
         "made_with": provenance.describe(),
         "arrays": {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()},
         "bytes": len(payload),
@@ -165,7 +186,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     if not file.is_file():
-        raise ConfigError(f"a checkpoint must hold {_MANIFEST}; {path} does not.")
+        raise DamagedError(f"a checkpoint must hold {_MANIFEST}; {path} does not.")
     if file.stat().st_size > _LARGEST_MANIFEST:
         raise _damaged(path, f"{_MANIFEST} is too large")
     content = file.read_bytes()
@@ -177,9 +198,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(path, f"{_MANIFEST} is not what was written") from error
     if not is_whole:
         raise _damaged(path, f"{_MANIFEST} is not what was written")
-    if manifest["format"] != _FORMAT:
+    missing = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if missing:
+        raise _damaged(path, f"{_MANIFEST} lacks {', '.join(missing)}")
+    if manifest["format"] != FORMAT:
         raise ConfigError(
-            f"a checkpoint must have format {_FORMAT}; {path} has {manifest['format']}. Read it "
+            f"a checkpoint must have format {FORMAT}; {path} has {manifest['format']}. Read it "
             "with the version of the package that wrote it."
         )
     return manifest
@@ -192,8 +216,8 @@ def _encode(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps({**manifest, "digest": digest}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _damaged(path: Path, what: str) -> ConfigError:
-    return ConfigError(f"a checkpoint must be whole; {path} is damaged: {what}. Use another one.")
+def _damaged(path: Path, what: str) -> DamagedError:
+    return DamagedError(f"a checkpoint must be whole; {path} is damaged: {what}. Use another one.")
 
 
 def _name(path: Any) -> str:

@@ -17,7 +17,9 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.population.member import MemberProgram, MemberState, Outcome
 from ppo_jax.population.plan import Member
 from ppo_jax.runs import device_memory
+from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 from ppo_jax.runs.pieces import next_size
+from ppo_jax.runs.training import output_shapes
 
 
 class Chunk(NamedTuple):
@@ -97,6 +99,7 @@ class CompiledPopulation:
         *,
         is_stopped: Callable[[], bool],
         on_piece: Callable[[int, PieceDone], None],
+        checkpoints: ChunkCheckpoints | None = None,
     ) -> Iterator[Chunk]:
         """Trains members, at most `size` of them together, and yields each chunk.
 
@@ -106,12 +109,15 @@ class CompiledPopulation:
           is_stopped: whether to stop. It is asked after each piece, which takes about a second; a
             chunk that was stopped is not yielded.
           on_piece: `(members, piece)`, called after each piece.
+          checkpoints: of the chunk that is running; None keeps finished chunks alone.
         """
         size = self._rounded_up(size)
         while members and not is_stopped():
             size = self._fitting_size(members, size)
             try:
-                chunk = self._run(members[:size], size, is_stopped, on_piece)
+                chunk = self._run(
+                    members[:size], size, is_stopped, on_piece, checkpoints=checkpoints
+                )
             except jax.errors.JaxRuntimeError as error:
                 # The compiler's count is an estimate, and other processes use the device as well.
                 if not device_memory.is_exhausted(error) or size <= len(self._devices):
@@ -129,13 +135,24 @@ class CompiledPopulation:
         size: int,
         is_stopped: Callable[[], bool],
         on_piece: Callable[[int, PieceDone], None],
+        *,
+        checkpoints: ChunkCheckpoints | None,
     ) -> Chunk | None:
         """Trains one chunk in pieces of about a second; None if it was stopped."""
         programs = self._compiled[size]
         keys, hparams, env_params = self._arguments(members, size)
         start = time.perf_counter()
-        state = programs.start(keys, hparams, env_params)
-        done, count = 0, 1
+        label = {"size": size, "members": [member.number for member in members]}
+        found = None
+        if checkpoints is not None:
+            found = checkpoints.restore(label, lambda _: output_shapes(programs.start))
+        if found is None:
+            state, done = programs.start(keys, hparams, env_params), 0
+        else:
+            state, done = found[0], found[1]["done"]
+            self._say(f"continuing {len(members)} members after {done} updates")
+            on_piece(len(members), PieceDone(done, time.perf_counter() - start, math.nan))
+        count = 1
         while done < self._num_updates:
             piece_started = time.perf_counter()
             count = min(count, self._num_updates - done)
@@ -144,7 +161,10 @@ class CompiledPopulation:
             seconds = time.perf_counter() - piece_started
             done += count
             on_piece(len(members), PieceDone(count, seconds, episode_return))
-            if is_stopped():
+            stopped = is_stopped()
+            if checkpoints is not None and (stopped or checkpoints.is_due):
+                checkpoints.save(done, state, {**label, "done": done})
+            if stopped:
                 return None
             count = next_size(count, seconds)
         outcome = programs.finish(state, keys)

@@ -1,9 +1,13 @@
 """Memory that a compiled program takes, by the compiler's own count, and that a device has."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+
+from ppo_jax.errors import ConfigError
 
 _SHARE = 0.8  # of a device's memory; the runtime needs the rest
 
@@ -31,3 +35,31 @@ def limit(device: jax.Device) -> float | None:
 def is_exhausted(error: Exception) -> bool:
     """Returns whether a runtime error says that a device has no memory left."""
     return "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def exhaustion_explained(num_bytes: int, num_envs: int) -> Iterator[None]:
+    """Turns the runtime's error of a device without memory into a `ConfigError`.
+
+    The compiler's count is an estimate, and other programs may use the device as well.
+
+    Args:
+      num_bytes: of the training, by the compiler's count.
+      num_envs: of the training.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        stats = jax.devices()[0].memory_stats() or {}
+        # The largest free block is what the training could have had.
+        free = stats.get("largest_free_block_bytes") or (
+            stats.get("bytes_limit", num_bytes) - stats.get("bytes_in_use", num_bytes // 2)
+        )
+        fitting = max(1, int(num_envs * min(0.5, free / max(num_bytes, 1))))
+        raise ConfigError(
+            "a training must fit the free memory of its device, which ran out; it takes "
+            f"{num_bytes / 2**20:,.0f} MiB with {num_envs} environments. About {fitting} may fit: "
+            "lower num_envs or num_steps, or end other programs on the device."
+        ) from error

@@ -3,23 +3,35 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_jax.config import ALGORITHM_SETTINGS, Config
-from ppo_jax.errors import ConfigError
+from ppo_jax.errors import ConfigError, require_known, require_seed
 from ppo_jax.hparams import HParams
 from ppo_jax.runs import files
+from ppo_jax.runs.metrics_file import MetricsFile
 from ppo_jax.runs.settings import settings_from_plain, settings_to_plain, to_plain
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
+    from ppo_jax.runs.periodic_evaluation import Best
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-POLICY = "policy.msgpack"
+POLICY = "policy"
+_OLD_POLICY = "policy.msgpack"
 EVALUATION = "evaluation.json"
-_FILES = (CONFIG, METRICS, POLICY, EVALUATION)
+EVALUATIONS = "evaluations.jsonl"
+BEST = "best"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"  # the name in `lock`, whose library the command line loads late
+OPTIONS = ("checkpoint_every", "eval_episodes", "eval_every", "log_every")
+"""Arguments of `train` that do not change the training."""
+_LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
+_FILES = (CONFIG, METRICS, EVALUATION, EVALUATIONS, _OLD_POLICY)
+_FOLDERS = (POLICY, BEST, CHECKPOINTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +39,10 @@ class RunDirectory:
     """The files of one training run.
 
     `config.json` holds the settings of the run (`seeds` is a number, or a list if there is an axis
-    of seeds), `metrics.jsonl` a row per logged update and seed, `policy.msgpack` the trained policy
-    (of all seeds, stacked), and `evaluation.json` its returns.
+    of seeds), `metrics.jsonl` a row per logged update and seed, `policy` the trained policy
+    (of all seeds, stacked), `evaluation.json` its returns, and `checkpoints` the last states of the
+    training. A run that is evaluated while it trains has `evaluations.jsonl` and `best`, the best
+    policy of each seed.
     """
 
     path: Path
@@ -39,10 +53,11 @@ class RunDirectory:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run_dir must be a directory; {path} is a file. Choose another.")
-        if path.exists() and any(path.iterdir()) and not overwrite:
+        is_used = path.exists() and any(entry.name != _LOCK for entry in path.iterdir())
+        if is_used and not overwrite:
             raise ConfigError(
-                f"run_dir must be new or empty; {path} holds files. "
-                "Choose another, or pass overwrite (--overwrite) to replace that run."
+                f"run_dir must be new or empty; {path} holds files. Choose another, pass resume "
+                "(ppo-jax resume) to continue that run, or overwrite (--overwrite) to replace it."
             )
 
     @classmethod
@@ -53,11 +68,15 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"run_dir must be a directory that can be made; {path} cannot: {error.strerror}. "
-                "Choose another."
-            ) from error
+            from ppo_jax.runs.lock import not_writable
+
+            raise not_writable(path, error) from error
         return cls(path)
+
+    @staticmethod
+    def holds_run(path: str | Path) -> bool:
+        """Returns whether a run was started in the directory."""
+        return (Path(path) / CONFIG).is_file()
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
@@ -68,11 +87,39 @@ class RunDirectory:
                 f"{path} is a sweep and not a run. Its best policy is the run {path / 'best'}; "
                 f"ppo-jax report {path} compares its configurations."
             )
-        if not (path / CONFIG).is_file():
+        if not cls.holds_run(path):
             raise ConfigError(f"a run's directory must hold {CONFIG}; {path} does not.")
         return cls(path)
 
-    def write_config(self, config: Config, hparams: HParams, *, seeds: int | Iterable[int]) -> None:
+    def owned(self) -> AbstractContextManager[None]:
+        """Owns the directory, as `lock.owned` does."""
+        from ppo_jax.runs.lock import owned
+
+        return owned(self.path, (CHECKPOINTS,))
+
+    @property
+    def metrics(self) -> MetricsFile:
+        """The file of metrics."""
+        return MetricsFile(self.path / METRICS)
+
+    @property
+    def evaluations(self) -> MetricsFile:
+        """The file of the evaluations while the run trains."""
+        return MetricsFile(self.path / EVALUATIONS)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def write_config(
+        self,
+        config: Config,
+        hparams: HParams,
+        *,
+        seeds: int | Iterable[int],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes the settings that start the same run again, and what it was made with.
 
         It starts a run: files of an earlier one are removed.
@@ -84,21 +131,67 @@ class RunDirectory:
           config: as it was asked for.
           hparams: complete hyperparameters.
           seeds: the seed, or the seeds of a run with an axis of seeds.
+          options: arguments of the run that do not change its training.
         """
-        from ppo_jax.resolve import complete_config
         from ppo_jax.runs import provenance
 
         # Only files that a run writes: a user may keep notes in the directory.
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
-        complete = complete_config(config)
+        for name in _FOLDERS:
+            files.remove_directory(self.path / name)
         record = {
-            **settings_to_plain(config, hparams),
-            "resolved": {name: getattr(complete, name) for name in ALGORITHM_SETTINGS},
+            **_settings(config, hparams),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
+            "options": dict(options or {}),
             "made_with": provenance.describe(),
         }
         _write_json(self.path / CONFIG, record)
+
+    def continue_config(
+        self, config: Config, hparams: HParams, *, options: Mapping[str, Any], updates: int
+    ) -> None:
+        """Writes the settings with which a run goes on, under its earlier record.
+
+        Args:
+          config: of the run, with another `total_timesteps` if it is extended.
+          hparams: complete hyperparameters.
+          options: arguments of the run that do not change its training.
+          updates: updates that are done.
+        """
+        from ppo_jax.runs import provenance
+
+        record = self._read_record()
+        continued = [*record.get("continued", []), {**provenance.describe(), "updates": updates}]
+        record |= {**_settings(config, hparams), "options": dict(options), "continued": continued}
+        _write_json(self.path / CONFIG, record)
+
+    def require_same_run(self, config: Config, hparams: HParams, seeds: int | list[int]) -> None:
+        """Raises a `ConfigError` unless these settings continue the run.
+
+        Args:
+          config: may have another `total_timesteps`.
+          hparams: complete hyperparameters.
+          seeds: the seed, or the list of seeds.
+        """
+        record, asked = self._read_record(), to_plain(_settings(config, hparams))
+        asked["seeds"] = seeds
+        differences = []
+        for group in ("config", "hparams"):
+            found = record[group]
+            differences += [
+                f"{name} (was {found.get(name)}, now {asked[group].get(name)})"
+                for name in sorted(found.keys() | asked[group].keys())
+                if name != "total_timesteps" and found.get(name) != asked[group].get(name)
+            ]
+        if record["seeds"] != seeds:
+            differences.append(f"seeds (was {record['seeds']}, now {seeds})")
+        if differences:
+            raise ConfigError(
+                "a run continues with its own settings, apart from total_timesteps; "
+                f"{self.path} differs in {', '.join(differences)}. Leave them as they were, or "
+                "start another run."
+            )
 
     def read_config(self, network: Any = None) -> tuple[Config, HParams]:
         """Reads the settings of the run.
@@ -112,41 +205,93 @@ class RunDirectory:
         """
         return settings_from_plain(self._read_record(), self.path / CONFIG, network)
 
+    def read_options(self) -> dict[str, Any]:
+        """Reads the arguments of the run that do not change its training."""
+        options = self._read_record().get("options", {})
+        if not isinstance(options, dict):
+            raise ConfigError(
+                f"the options in {self.path / CONFIG} must be a mapping; got {options}."
+            )
+        for name in options:
+            require_known(f"option in {self.path / CONFIG}", name, OPTIONS)
+        return options
+
     def read_seeds(self) -> int | list[int]:
         """Reads the seed of the run, or the list of its seeds."""
-        return self._read_record()["seeds"]
+        seeds: Any = self._read_record().get("seeds")
+        for seed in seeds if isinstance(seeds, list) and seeds else [seeds]:
+            require_seed(seed)
+        return seeds
 
     def _read_record(self) -> dict[str, Any]:
+        path = self.path / CONFIG
+        # A file of this size is none of ours, and must not fill the memory.
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ConfigError(f"{path} must hold the settings of a run; it is too large.")
         try:
-            return json.loads((self.path / CONFIG).read_text())
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.path / CONFIG} must hold JSON; it is damaged: {error}."
-            ) from error
-
-    def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows to the file of metrics."""
-        # Opened for each piece, so that a killed process loses no rows that were written.
-        with (self.path / METRICS).open("a") as file:
-            file.writelines(json.dumps(to_plain(row)) + "\n" for row in rows)
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} must hold JSON; it is damaged: {error}.") from error
+        groups = ("config", "hparams")
+        if not isinstance(record, dict) or not all(isinstance(record.get(x), dict) for x in groups):
+            raise ConfigError(f"{path} must hold the settings of a run; it holds something else.")
+        return record
 
     def write_policy(self, policy: "Policy") -> None:
         """Writes the trained policy."""
-        from ppo_jax.policy.saving import save_policy
+        from ppo_jax.runs.policy_files import save_policy
 
         save_policy(policy, self.path / POLICY)
 
+    def write_best(self, best: "Best") -> None:
+        """Writes the best policy of each seed so far."""
+        from ppo_jax.runs.policy_files import save_policy
+
+        assert best.policy is not None, "there was an evaluation"
+        notes = {"returns": best.returns.tolist(), "updates": best.updates.tolist()}
+        save_policy(best.policy, self.path / BEST, notes)
+
+    def read_best(self, network: Any = None) -> "Best":
+        """Reads the best policy of each seed; a `ConfigError` if the run has none."""
+        import numpy as np
+
+        from ppo_jax.runs.periodic_evaluation import Best
+        from ppo_jax.runs.policy_files import load_policy, read_notes
+
+        path = self.path / BEST
+        if not path.is_dir():
+            raise ConfigError(
+                f"a run has a best policy if it was evaluated while it trained; {self.path} has "
+                "none. Train with eval_every (--eval-every)."
+            )
+        notes = read_notes(path)
+        returns, updates = np.array(notes["returns"]), np.array(notes["updates"])
+        return Best(load_policy(path, network), returns, updates)
+
     def read_policy(self, network: Any = None) -> "Policy":
         """Reads the trained policy; a `ConfigError` if the run has none yet."""
-        from ppo_jax.policy.saving import load_policy
+        from ppo_jax.runs.policy_files import load_policy
 
-        if not (self.path / POLICY).is_file():
+        if (self.path / _OLD_POLICY).is_file():
+            raise ConfigError(
+                f"a policy must be in {POLICY}/; {self.path / _OLD_POLICY} was written by an "
+                "earlier version, which reads it. Train the run again for this version."
+            )
+        if not (self.path / POLICY).is_dir():
             raise ConfigError(f"a finished run must hold {POLICY}; {self.path} does not.")
         return load_policy(self.path / POLICY, network)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Writes the result of an evaluation."""
         _write_json(self.path / EVALUATION, record)
+
+
+def _settings(config: Config, hparams: HParams) -> dict[str, Any]:
+    from ppo_jax.resolve import complete_config
+
+    complete = complete_config(config)
+    resolved = {name: getattr(complete, name) for name in ALGORITHM_SETTINGS}
+    return {**settings_to_plain(config, hparams), "resolved": resolved}
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:

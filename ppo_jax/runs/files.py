@@ -21,9 +21,9 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """
     temporary = unfinished(path)
     write(temporary)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,11 +42,11 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     temporary.mkdir(parents=True)
     for name, content in files.items():
         (temporary / name).write_bytes(content)
-        _sync(temporary / name)
-    _sync(temporary)
+        sync(temporary / name)
+    sync(temporary)
     remove_directory(path)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_directory(path: Path) -> None:
@@ -68,7 +68,7 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a directory, are on the disk."""
     # Only POSIX opens directories; elsewhere a rename is as durable as the system makes it.
     if os.name != "posix" and path.is_dir():

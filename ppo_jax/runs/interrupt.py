@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM without loss: a training stops at the next safe place."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -43,3 +45,41 @@ def deferred_interrupt() -> Iterator[Interrupt]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def exit_at_second_signal() -> Iterator[None]:
+    """Makes a second Ctrl-C or SIGTERM end the process at once, for programs that own theirs.
+
+    Python runs its handlers between two instructions, so that they wait while a piece is computed
+    or a program is compiled. The system writes signals to a pipe without waiting.
+    """
+    if os.name != "posix" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        for count in (1, 2):
+            number = b"\0"
+            while number and number[0] not in _SIGNALS:
+                number = os.read(reader, 1)
+            if not number:
+                return
+            if count == 1:
+                print("stopping after this piece; again to exit at once", file=sys.stderr)
+            else:
+                # Files are complete or under a temporary name, so nothing is to be cleaned up.
+                os._exit(128 + number[0])
+
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)

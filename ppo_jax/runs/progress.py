@@ -44,9 +44,9 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def start(self, total: int) -> None:
-        """Shows that compilation is done and `total` environment steps follow."""
-        self._total, self._done = total, 0
+    def start(self, total: int, done: int = 0) -> None:
+        """Shows that compilation is done, and of `total` environment steps `done` were done."""
+        self._total, self._done = total, done
         self._started = self._last_line = time.monotonic()
         self._bar.reset(self._task, description="training", total=total, status="")
 

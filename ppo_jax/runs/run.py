@@ -1,10 +1,11 @@
 """Training with a progress bar and files: compiled updates in pieces, all else between them."""
 
 import dataclasses
+import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,48 +15,31 @@ import numpy as np
 import pandas as pd
 
 from ppo_jax.config import Config
-from ppo_jax.devices import member_sharding
 from ppo_jax.envs import make_env
-from ppo_jax.envs.environment import Environment
 from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
-from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
+from ppo_jax.evaluation import Evaluation
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.saving import to_bytes
-from ppo_jax.population.member import guarded_step
+from ppo_jax.population.member import unharmed
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs import device_memory
-from ppo_jax.runs.directory import RunDirectory
+from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
+from ppo_jax.runs.directory import BEST, OPTIONS, RunDirectory
+from ppo_jax.runs.failure import Failure, fail_at_first_skip, failure_finder
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
-from ppo_jax.runs.metrics_log import MetricsLog, average
+from ppo_jax.runs.metrics_log import EMPTY_LOG, MetricsLog, average
+from ppo_jax.runs.periodic_evaluation import PeriodicEvaluation, make_evaluate
 from ppo_jax.runs.pieces import next_size
+from ppo_jax.runs.policy_files import encode_policy
 from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.runs.run_checkpoints import Snapshot, read_newest
+from ppo_jax.runs.run_writer import RunWriter
+from ppo_jax.runs.training import LARGEST_PIECE, Training, compile_training
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer, make_trainer
 from ppo_jax.types import TrainState
 
-_LARGEST_PIECE = 1024  # updates; bounds the buffer of metrics on the device
 _LOGGED_ROWS = 1000  # at most about this many rows per seed, unless log_every is given
-
-
-class Failure(NamedTuple):
-    """An update that would have made a parameter NaN or infinite."""
-
-    seed: int
-    update: int
-    """Number of the update, from 1."""
-    timesteps: int
-    """Environment steps of the seed up to and including the update."""
-    quantities: tuple[str, ...]
-    """Names of the metrics that were not finite in that update."""
-
-    def __str__(self) -> str:
-        also = f" ({', '.join(self.quantities)} as well)" if self.quantities else ""
-        return (
-            f"seed {self.seed} diverged: update {self.update}, after {self.timesteps:,} steps, "
-            f"would have made parameters NaN or infinite{also}. The policy from before that update "
-            "is kept. Try a lower learning_rate, or max_grad_norm."
-        )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -71,12 +55,20 @@ class Run:
     seeds: tuple[int, ...]
     timesteps: int
     """Environment steps of each seed."""
+    timesteps_before: int
+    """Environment steps of each seed that were done before the run was resumed."""
     compile_seconds: float
     run_seconds: float
     """Seconds of training alone, without compilation and evaluation."""
     run_dir: Path | None
+    evaluations: pd.DataFrame
+    """A row for each evaluation while it trained and each seed; empty without `eval_every`."""
     failures: tuple[Failure, ...]
-    """Seeds whose training diverged; each keeps its last finite policy."""
+    """Seeds whose training failed; each keeps its last finite policy."""
+    unwritten: tuple[str, ...] = ()
+    """Files that could not be written, with the reasons."""
+    signal: int | None = None
+    """Number of the signal that stopped the training; None if none did."""
 
     def __repr__(self) -> str:
         returns = "not evaluated"
@@ -111,18 +103,25 @@ def train(
     num_seeds: int | None = None,
     run_dir: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_every: float = 60.0,
     eval_episodes: int = 128,
+    eval_every: int | None = None,
     log_every: int | None = None,
+    debug_nans: bool = False,
     progress: bool = True,
 ) -> Run:
     """Trains with a progress bar, writes the run to disk if asked, and evaluates the result.
 
     The numbers are bit-identical to those of `jax.jit(trainer.run)(jax.random.key(seed), hparams)`;
-    only the pieces in which updates are dispatched differ. Ctrl-C stops between two pieces and
-    keeps the policy so far.
+    only the pieces in which updates are dispatched differ. A run that was stopped or killed and is
+    resumed has the same numbers, too, on the same device and with the same versions.
 
-    A seed whose parameters would become NaN or infinite keeps its last finite policy. It is listed
-    in `Run.failures`, with a warning, and the training stops once no seed is left.
+    Ctrl-C and SIGTERM stop between two pieces, write a checkpoint and keep the policy so far.
+
+    A gradient step that is NaN or infinite is skipped. A seed whose updates are all skipped keeps
+    its last finite policy. It is listed in `Run.failures`, with a warning, and the training stops
+    once no seed is left.
 
     Args:
       config: describes the training.
@@ -130,164 +129,371 @@ def train(
       seed: training starts from `jax.random.key(seed)`.
       num_seeds: train this many consecutive seeds together, under `vmap`, divided among as many
         devices as divide them.
-      run_dir: directory for `config.json`, `metrics.jsonl`, `policy.msgpack` and
-        `evaluation.json`; None writes nothing.
+      run_dir: directory for `config.json`, `metrics.jsonl`, `policy`, `evaluation.json` and
+        `checkpoints`; None writes nothing.
       overwrite: replace a run that is there already.
+      resume: continue the run in `run_dir` from its newest checkpoint; start it if there is none.
+        Only `total_timesteps` may differ from the run's settings. A schedule of the learning rate
+        is that of the new total.
+      checkpoint_every: seconds between two checkpoints; 0 for none. The last state of a training
+        is a checkpoint as well, so that a finished run can be extended.
       eval_episodes: episodes of the greedy evaluation at the end, for each seed.
+      eval_every: updates between two evaluations while it trains, each of the same episodes. The
+        best policy of each seed is kept: `load(run_dir, best=True)`. None for none.
       log_every: updates per row of `metrics.jsonl`; by default about 1000 rows in all.
+      debug_nans: stop at the first update with a NaN, repeat it, and name the operation in
+        `Run.failures`. Updates run one by one, which is slower.
       progress: show a progress bar on standard error.
 
     Raises:
-      ConfigError: a setting breaks a rule, or `run_dir` holds files; before anything is traced. Or
-        the training does not fit the device's memory; before anything is allocated.
+      ConfigError: a setting breaks a rule, or `run_dir` holds files or is in use; before anything
+        is traced. Or the training does not fit the device's memory; before anything is allocated.
     """
     require_positive_integers(
-        {"num_seeds": num_seeds, "eval_episodes": eval_episodes, "log_every": log_every}
+        {
+            "num_seeds": num_seeds,
+            "eval_episodes": eval_episodes,
+            "eval_every": eval_every,
+            "log_every": log_every,
+        }
     )
     require_seed(seed)
+    _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
     hparams = complete_hparams(hparams, config)
     trainer = make_trainer(config)
     # `num_seeds=1` keeps an axis of seeds; None has none.
     seeds = tuple(range(seed, seed + (num_seeds or 1)))
-    directory = None
-    if run_dir is not None:
+    # Everything that was asked for, checked; files come after it.
+    plan = _Plan(
+        trainer,
+        config,
+        hparams,
+        seeds=seeds,
+        has_seed_axis=num_seeds is not None,
+        checkpoint_every=checkpoint_every,
+        eval_episodes=eval_episodes,
+        eval_every=eval_every,
+        log_every=log_every or max(1, config.num_updates // _LOGGED_ROWS),
+        debug_nans=debug_nans,
+    )
+    if run_dir is None:
+        return _train(plan, None, is_resumed=False, progress=progress)
+    is_resumed = resume and RunDirectory.holds_run(run_dir)
+    if is_resumed:
+        directory = RunDirectory.open(run_dir)
+        directory.require_same_run(config, hparams, plan.seeds_on_disk)
+    else:
         directory = RunDirectory.create(run_dir, overwrite=overwrite)
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    if num_seeds is None:
-        keys = keys[0]
-    log_every = log_every or max(1, config.num_updates // _LOGGED_ROWS)
+    with directory.owned():
+        return _train(plan, directory, is_resumed=is_resumed, progress=progress)
 
+
+class DryRun(NamedTuple):
+    """Steps, memory and time to compile of a training that was not run."""
+
+    num_updates: int
+    timesteps: int
+    """Environment steps of each seed."""
+    num_bytes: int
+    """Memory of the training on one device, by the compiler's count."""
+    limit: float | None
+    """Bytes that a training may take on a device; None where that is not known."""
+    compile_seconds: float
+
+
+def dry_run(
+    config: Config, hparams: HParams | None = None, *, num_seeds: int | None = None
+) -> DryRun:
+    """Compiles a training without running it.
+
+    Args:
+      config: describes the training.
+      hparams: hyperparameters, scalars; None for the algorithm's defaults.
+      num_seeds: seeds that would be trained together; None for one without an axis of seeds.
+
+    Raises:
+      ConfigError: as `train` does.
+    """
+    require_positive_integers({"num_seeds": num_seeds})
+    keys = (
+        jax.random.key(0) if num_seeds is None else jax.random.split(jax.random.key(0), num_seeds)
+    )
+    started = time.perf_counter()
+    training = compile_training(
+        make_trainer(config), config, keys, complete_hparams(hparams, config)
+    )
+    return DryRun(
+        config.num_updates,
+        config.num_updates * config.batch_size,
+        training.num_bytes,
+        device_memory.limit(jax.devices()[0]),
+        time.perf_counter() - started,
+    )
+
+
+def resume(
+    run_dir: str | Path,
+    *,
+    total_timesteps: int | None = None,
+    checkpoint_every: float | None = None,
+    eval_episodes: int | None = None,
+    eval_every: int | None = None,
+    log_every: int | None = None,
+    network: Any = None,
+    progress: bool = True,
+) -> Run:
+    """Continues a run from its newest checkpoint, with the settings in its directory.
+
+    Args:
+      run_dir: directory that `train` wrote.
+      total_timesteps: extends the run; None keeps its number. A schedule of the learning rate is
+        that of the new total.
+      checkpoint_every: see `train`; None, here and below, is the value of the run.
+      eval_episodes: see `train`.
+      eval_every: see `train`.
+      log_every: see `train`.
+      network: the module that was `Config.network`, unless that was the name of one of ours.
+      progress: show a progress bar on standard error.
+
+    Raises:
+      ConfigError: there is no run, it has no checkpoint that is whole, or another process uses it.
+    """
+    directory = RunDirectory.open(run_dir)
+    config, hparams = directory.read_config(network)
+    seeds, options = directory.read_seeds(), directory.read_options()
+    if total_timesteps is not None:
+        config = config.replace(total_timesteps=total_timesteps)
+    asked = {
+        "checkpoint_every": checkpoint_every,
+        "eval_episodes": eval_episodes,
+        "eval_every": eval_every,
+        "log_every": log_every,
+    }
+    options |= {name: value for name, value in asked.items() if value is not None}
+    # A number on disk is a run without an axis of seeds.
+    seed, num_seeds = (seeds, None) if isinstance(seeds, int) else (seeds[0], len(seeds))
+    return train(
+        config,
+        hparams,
+        seed=seed,
+        num_seeds=num_seeds,
+        run_dir=run_dir,
+        resume=True,
+        progress=progress,
+        **options,
+    )
+
+
+class _Plan(NamedTuple):
+    """A training and how it is run, checked."""
+
+    trainer: Trainer
+    config: Config
+    hparams: HParams
+    seeds: tuple[int, ...]
+    has_seed_axis: bool
+    checkpoint_every: float
+    eval_episodes: int
+    eval_every: int | None
+    log_every: int
+    debug_nans: bool
+
+    @property
+    def seeds_on_disk(self) -> int | list[int]:
+        """The seed, or the list of seeds if there is an axis of them."""
+        return list(self.seeds) if self.has_seed_axis else self.seeds[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `train` that do not change the training."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def keys(self) -> jax.Array:
+        """Returns the key of the training, or those of its seeds."""
+        keys = jax.vmap(jax.random.key)(jnp.array(self.seeds))
+        return keys if self.has_seed_axis else keys[0]
+
+
+def _check_files(
+    run_dir: str | Path | None, checkpoint_every: float, *, resume: bool, overwrite: bool
+) -> None:
+    """Checks the arguments of `train` that are about files."""
+    require_checkpoint_every(checkpoint_every)
+    if resume and run_dir is None:
+        raise ConfigError("resume needs the run_dir of the run; got None.")
+    if resume and overwrite:
+        raise ConfigError(
+            "resume continues a run and overwrite replaces it; got both. Leave one out."
+        )
+
+
+def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, progress: bool) -> Run:
+    """Compiles a training, runs its updates, and evaluates the result."""
+    config, hparams, keys = plan.config, plan.hparams, plan.keys()
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
-        state, advance = _compile(trainer, config, keys, hparams)
+        training = compile_training(plan.trainer, config, keys, hparams)
+        writer = None
+        start = _start(plan, training, directory, is_resumed=is_resumed)
         if directory is not None:
-            directory.write_config(config, hparams, seeds=seed if num_seeds is None else seeds)
             # A policy that cannot be saved is an error now, and not after hours of training.
-            to_bytes(trainer.policy(state))
+            encode_policy(plan.trainer.policy(start.state))
+            writer = RunWriter(directory, config, hparams, plan.checkpoint_every)
         compiled = time.perf_counter()
-        trained = _train(
-            state,
-            advance,
-            config=config,
-            log=MetricsLog(seeds, config.batch_size, log_every),
-            seeds=seeds,
-            directory=directory,
-            bar=bar,
-            interrupt=interrupt,
+        evaluate_policy = make_evaluate(plan.trainer.env, keys, plan.eval_episodes)
+        periodic = PeriodicEvaluation(
+            evaluate_policy, plan.seeds, config.batch_size, plan.eval_every
         )
+        if is_resumed and directory is not None and (directory.path / BEST).is_dir():
+            periodic.best = directory.read_best(config.network)
+        with device_memory.exhaustion_explained(training.num_bytes, config.num_envs):
+            end, rows, evaluations = _run_updates(
+                plan, training, start, periodic, writer=writer, bar=bar, interrupt=interrupt
+            )
         finished = time.perf_counter()
+        if writer is not None:
+            writer.finish(end)
+            rows, evaluations = writer.metrics.read(), writer.evaluations.read()
 
-    for failure in trained.failures:
-        warnings.warn(str(failure), RuntimeWarning, stacklevel=2)
-    policy = trainer.policy(trained.state)
-    if directory is not None:
-        directory.write_policy(policy)
+    for failure in end.failures:
+        warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
+    policy = plan.trainer.policy(end.state)
     evaluation = None
-    if trained.updates == config.num_updates:
-        evaluation = evaluate_seeds(policy, trainer.env, _evaluation_keys(keys), eval_episodes)
-        if directory is not None:
-            directory.write_evaluation(summarize(evaluation, seeds, greedy=True))
+    if end.updates == config.num_updates:
+        evaluation = evaluate_policy(policy)
+    if writer is not None:
+        summary = None
+        if evaluation is not None:
+            summary = summarize(evaluation, plan.seeds, greedy=True)
+        writer.write_results(policy, summary)
     return Run(
-        state=trained.state,
+        state=end.state,
         policy=policy,
         evaluation=evaluation,
-        metrics=pd.DataFrame(trained.rows),
-        seeds=seeds,
-        timesteps=trained.updates * config.batch_size,
+        metrics=pd.DataFrame(rows),
+        seeds=plan.seeds,
+        timesteps=end.updates * config.batch_size,
+        timesteps_before=start.updates * config.batch_size,
         compile_seconds=compiled - started,
         run_seconds=finished - compiled,
         run_dir=None if directory is None else directory.path,
-        failures=tuple(trained.failures),
+        evaluations=pd.DataFrame(evaluations),
+        failures=end.failures,
+        unwritten=() if writer is None else tuple(writer.unwritten),
+        signal=interrupt.signal,
     )
 
 
-class _Piece(NamedTuple):
-    """Some updates on the device."""
+def _start(
+    plan: _Plan, training: Training, directory: RunDirectory | None, *, is_resumed: bool
+) -> Snapshot:
+    """Returns the snapshot from which a training goes on, and prepares the files for it."""
+    guard = jax.tree.map(np.asarray, unharmed((len(plan.seeds),)))
+    beginning = functools.partial(Snapshot, guard=guard, log=EMPTY_LOG, updates=0, failures=())
+    if directory is None:
+        return beginning(training.start())
+    config, hparams = plan.config, plan.hparams
+    if not is_resumed:
+        directory.write_config(config, hparams, seeds=plan.seeds_on_disk, options=plan.options)
+        return beginning(training.start())
+    start = read_newest(directory.checkpoints, training)
+    if start is None:
+        # Killed before its first checkpoint. Without checkpoints, hours could be lost unnoticed.
+        if not directory.read_options().get("checkpoint_every"):
+            raise ConfigError(
+                f"a run continues from a checkpoint; {directory.path} was made with "
+                "checkpoint_every=0 and has none. Train again, with overwrite (--overwrite)."
+            )
+        start = beginning(training.start())
+    if start.updates > config.num_updates:
+        raise ConfigError(
+            "total_timesteps must be at least the steps that a run has done; got "
+            f"{config.total_timesteps:,}, and {start.updates * config.batch_size:,} are done. "
+            "Raise it."
+        )
+    directory.continue_config(config, hparams, options=plan.options, updates=start.updates)
+    directory.metrics.cut_back(start.log.updates)
+    directory.evaluations.cut_back(start.updates)
+    return start
 
-    state: TrainState
-    failed_at: np.ndarray  # [seeds], index of the first update that failed; −1 where none did
-    metrics: Metrics  # [count, seeds], in NumPy
 
-
-Advance = Callable[[TrainState, np.ndarray, int, int], _Piece]
-"""`(state, failed_at, first, count) -> piece`: runs the updates `first` to `first + count − 1`."""
-
-
-class _Trained(NamedTuple):
-    """A training after its last piece."""
-
-    state: TrainState
-    updates: int
-    rows: list[dict[str, Any]]
-    failures: list[Failure]
-
-
-def _train(
-    state: TrainState,
-    advance: Advance,
+def _run_updates(
+    plan: _Plan,
+    training: Training,
+    start: Snapshot,
+    periodic: PeriodicEvaluation,
     *,
-    config: Config,
-    log: MetricsLog,
-    seeds: Sequence[int],
-    directory: RunDirectory | None,
+    writer: RunWriter | None,
     bar: TrainingProgress,
     interrupt: Interrupt,
-) -> _Trained:
+) -> tuple[Snapshot, list[dict[str, Any]], list[dict[str, Any]]]:
     """Runs the updates of a training in pieces of about a second, until something stops it.
 
-    It stops after Ctrl-C, and once all seeds have failed.
+    It stops after a signal, and once all seeds have failed. Returns the last snapshot, and without
+    a writer the rows of metrics and of evaluations.
     """
+    config, seeds = plan.config, plan.seeds
     update_timesteps = config.batch_size * len(seeds)
-    bar.start(config.num_updates * update_timesteps)
-    failed_at = np.full(len(seeds), -1, np.int32)
+    log = MetricsLog(seeds, config.batch_size, plan.log_every, start.log)
+    find_failures = failure_finder(config, plan.hparams, seeds, debug_nans=plan.debug_nans)
+    state, guard, _, updates, failures = start
+    bar.start(config.num_updates * update_timesteps, done=updates * update_timesteps)
     rows: list[dict[str, Any]] = []
-    failures: list[Failure] = []
-    updates, count, is_last = 0, 1, False
-    while not is_last:
-        count = min(count, config.num_updates - updates)
+    evaluations: list[dict[str, Any]] = []
+    # The first piece is a single update, because its time is not known.
+    rate, count = math.nan, 1
+
+    def record(new: list[dict[str, Any]]) -> None:
+        new = [{**row, "time/steps_per_second": rate} for row in new]
+        # With a file, memory does not grow with the length of the run.
+        if writer is None:
+            rows.extend(new)
+        else:
+            writer.append_metrics(new)
+
+    while updates < config.num_updates and not interrupt.requested and (guard.failed_at < 0).any():
+        # A piece ends where an evaluation is due, whatever its length would be.
+        until_evaluation = periodic.updates_left(updates)
+        count = min(count, config.num_updates - updates, until_evaluation or count)
         piece_started = time.perf_counter()
-        before = failed_at
-        state, failed_at, metrics = advance(state, failed_at, updates, count)
+        had_failed = guard.failed_at >= 0
+        # The update that is repeated needs the state before it, whose buffers are given away.
+        before = jax.tree.map(jnp.copy, state) if plan.debug_nans else None
+        state, guard, metrics = training.advance(state, guard, updates, count)
         seconds = time.perf_counter() - piece_started
-        for i in np.flatnonzero((before < 0) & (failed_at >= 0)).tolist():
-            update = int(failed_at[i]) + 1
-            quantities = _not_finite(metrics, update - 1 - updates, i)
-            timesteps = update * config.batch_size
-            failures.append(Failure(seeds[i], update, timesteps, quantities))
+        if plan.debug_nans:
+            guard = fail_at_first_skip(guard, metrics, updates)
+        failures += tuple(find_failures(state if before is None else before, had_failed, guard))
         updates += count
         rate = count * update_timesteps / seconds
-        is_last = (
-            updates == config.num_updates or interrupt.requested or bool((failed_at >= 0).all())
-        )
-        logged = log.add(metrics, failed_at=failed_at, flush=is_last)
-        logged = [{**row, "time/steps_per_second": rate} for row in logged]
-        rows += logged
-        if directory is not None:
-            directory.append_metrics(logged)
+        record(log.add(metrics, guard.failed_at))
+        if count == until_evaluation:
+            new = periodic.after(updates, plan.trainer.policy(state))
+            if writer is None:
+                evaluations += new
+            else:
+                writer.append_evaluations(new, periodic.best)
+        if writer is not None and writer.is_checkpoint_due:
+            writer.save(Snapshot(state, guard, log.state, updates, failures))
         bar.advance(
             count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
         )
-        count = min(next_size(count, seconds), _LARGEST_PIECE)
-    return _Trained(state, updates, rows, failures)
+        count = 1 if plan.debug_nans else min(next_size(count, seconds), LARGEST_PIECE)
+    # An unfinished window is a row, too; a run that goes on cuts it off again.
+    record(log.unfinished(guard.failed_at))
+    return Snapshot(state, guard, log.state, updates, failures), rows, evaluations
 
 
-def _not_finite(metrics: Metrics, row: int, seed_index: int) -> tuple[str, ...]:
-    """Returns the names of the training metrics that were not finite in an update of a seed."""
-    return tuple(
-        sorted(
-            name
-            for name, values in metrics.items()
-            if name.startswith("train/") and not np.isfinite(values[row, seed_index])
-        )
-    )
-
-
-def load(run_dir: str | Path, *, seed: int | None = None, network: Any = None) -> Policy:
+def load(
+    run_dir: str | Path, *, seed: int | None = None, best: bool = False, network: Any = None
+) -> Policy:
     """Returns the policy of a run, as a value that acts.
 
     Args:
       run_dir: directory that `train` wrote.
       seed: of a run of several seeds; None is the only seed or the first.
+      best: the best policy of the evaluations while the run trained (`eval_every`), instead of the
+        last one.
       network: the module that was `Config.network`, unless that was the name of one of ours.
 
     Raises:
@@ -295,7 +501,7 @@ def load(run_dir: str | Path, *, seed: int | None = None, network: Any = None) -
     """
     directory = RunDirectory.open(run_dir)
     seeds = directory.read_seeds()
-    policy = directory.read_policy(network)
+    policy = _read_policy(directory, network, best=best)
     if isinstance(seeds, int):
         if seed not in (None, seeds):
             raise ConfigError(f"seed must be one of the run's; got {seed}. It has {seeds}.")
@@ -313,6 +519,7 @@ def evaluate_run(
     seed: int = 0,
     num_episodes: int = 128,
     greedy: bool = True,
+    best: bool = False,
     network: Any = None,
 ) -> dict[str, Any]:
     """Evaluates every policy of a run again; returns a summary as `summarize` does.
@@ -322,6 +529,7 @@ def evaluate_run(
       seed: random seed of the evaluation.
       num_episodes: episodes for each seed of the run.
       greedy: take the most likely actions instead of sampling.
+      best: the best policies while the run trained, instead of the last ones.
       network: the module that was `Config.network`, unless that was the name of one of ours.
 
     Raises:
@@ -330,7 +538,7 @@ def evaluate_run(
     directory = RunDirectory.open(run_dir)
     config, _ = directory.read_config(network)
     seeds = directory.read_seeds()
-    policy = directory.read_policy(network)
+    policy = _read_policy(directory, network, best=best)
     env = make_env(config)
     require_seed(seed)
     for name in ("observation_space", "action_space"):
@@ -342,27 +550,14 @@ def evaluate_run(
             )
     key = jax.random.key(seed)
     keys = key if isinstance(seeds, int) else jax.random.split(key, len(seeds))
-    evaluation = evaluate_seeds(policy, env, _evaluation_keys(keys), num_episodes, greedy=greedy)
+    evaluation = make_evaluate(env, keys, num_episodes, greedy=greedy)(policy)
     return summarize(evaluation, [seeds] if isinstance(seeds, int) else seeds, greedy=greedy)
 
 
-def evaluate_seeds(
-    policy: Policy, env: Environment, keys: jax.Array, num_episodes: int, *, greedy: bool = True
-) -> Evaluation:
-    """Evaluates one policy, or a stack of policies if there is a stack of keys.
-
-    Args:
-      policy: of one seed, or of all with a leading axis.
-      env: the environment, with its parameters.
-      keys: a random key, or one for each seed.
-      num_episodes: episodes for each seed.
-      greedy: take the most likely actions instead of sampling.
-    """
-
-    def one(policy: Policy, key: jax.Array) -> Evaluation:
-        return evaluate(policy, env, env.params, key, num_episodes, greedy=greedy)
-
-    return jax.jit(jax.vmap(one) if keys.ndim else one)(policy, keys)
+def _read_policy(directory: RunDirectory, network: Any, *, best: bool) -> Policy:
+    policy = directory.read_best(network).policy if best else directory.read_policy(network)
+    assert policy is not None, "one that was written"
+    return policy
 
 
 def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> dict[str, Any]:
@@ -386,85 +581,6 @@ def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> 
             for i, seed in enumerate(seeds)
         ],
     }
-
-
-def _compile(
-    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams
-) -> tuple[TrainState, Advance]:
-    """Returns the first state and the compiled function that advances it.
-
-    The number of updates is traced, so that pieces of any length share one compilation.
-    """
-    hparams = jax.tree.map(jnp.float32, hparams)
-    capacity = min(config.num_updates, _LARGEST_PIECE)
-    init, step = trainer.init, guarded_step(trainer)
-    sharding = None  # of a single seed: the trainer places its state
-    if keys.ndim:
-        init = jax.vmap(init, in_axes=(0, None))
-        step = jax.vmap(step, in_axes=(0, 0, None, None))
-        if config.num_devices == 1:
-            sharding = member_sharding(math.gcd(len(keys), jax.device_count()))
-
-    def advance(
-        state: TrainState,
-        failed_at: jax.Array,
-        hparams: HParams,
-        first: jax.Array,
-        count: jax.Array,
-    ) -> tuple[TrainState, jax.Array, Metrics]:
-        def one_update(i: jax.Array, carry: tuple) -> tuple:
-            state, failed_at, rows = carry
-            state, failed_at, metrics = step(state, failed_at, first + i, hparams)
-            return state, failed_at, jax.tree.map(lambda x, y: x.at[i].set(y), rows, metrics)
-
-        # The buffer is as long as the longest piece; only the first `count` rows are read.
-        *_, shapes = jax.eval_shape(step, state, failed_at, first, hparams)
-        rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
-        return jax.lax.fori_loop(0, count, one_update, (state, failed_at, rows))
-
-    # The hyperparameters are arguments of both programs, so that they round alike.
-    start = jax.jit(init, out_shardings=sharding).lower(keys, hparams).compile()
-    placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None, None))
-    state_shapes = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=where, weak_type=x.weak_type
-        ),
-        start.out_info,
-        start.output_shardings,
-    )
-    none_failed = np.full(keys.shape, -1, np.int32)
-    program = placed.lower(state_shapes, none_failed, hparams, np.int32(0), np.int32(1)).compile()
-    # Nothing has been allocated so far.
-    _require_memory(max(map(device_memory.num_bytes, (start, program))), config)
-
-    def advance_on_host(state: TrainState, failed_at: np.ndarray, first: int, count: int) -> _Piece:
-        state, failed, metrics = program(
-            state, failed_at.reshape(keys.shape), hparams, np.int32(first), np.int32(count)
-        )
-        # The transfer of the metrics waits for the device; there is no other synchronisation.
-        rows = jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
-        return _Piece(state, np.asarray(failed).reshape(-1), rows)
-
-    return start(keys, hparams), advance_on_host
-
-
-def _require_memory(num_bytes: int, config: Config) -> None:
-    """Checks that a training fits its devices, by the compiler's own count."""
-    limit = device_memory.limit(jax.devices()[0])
-    if limit is None or num_bytes <= limit:
-        return
-    # In proportion, which is a little too few: networks do not grow with the environments.
-    share = int(config.num_envs * limit / num_bytes)
-    fitting = max(share - share % (config.num_devices * 8), config.num_devices)
-    raise ConfigError(
-        f"a training must fit the memory of its device; {config.num_envs} environments with "
-        f"{config.num_steps} steps need {num_bytes / 2**20:,.0f} MiB of {limit / 2**20:,.0f}. "
-        f"About {fitting} environments fit: lower num_envs, or num_steps."
-    )
-
-
-def _evaluation_keys(keys: jax.Array) -> jax.Array:
-    return jax.vmap(evaluation_key)(keys) if keys.ndim else evaluation_key(keys)
 
 
 def _mean_return(metrics: Metrics) -> float:

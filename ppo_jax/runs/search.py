@@ -25,12 +25,15 @@ from ppo_jax.population.rounds import Search, SearchState
 from ppo_jax.population.search_space import ENV_PARAMS, Choice, Distribution, extremes, rows
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs import device_memory
+from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
+from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.search_tables import SearchRecord, make_search_tables, member_numbers
 from ppo_jax.runs.sweep import Sweep
 from ppo_jax.runs.sweep_store import SweepStore
+from ppo_jax.runs.training import output_shapes
 from ppo_jax.trainer import Trainer, make_trainer
 from ppo_jax.types import TrainState
 
@@ -49,6 +52,7 @@ def search(
     hparams: HParams | None = None,
     seed: int = 0,
     run_dir: str | Path | None = None,
+    checkpoint_every: float = 60.0,
     eval_episodes: int = 64,
     say: Callable[[str], None] | None = None,
     progress: bool = True,
@@ -73,7 +77,9 @@ def search(
       replaced: share of the members that "pbt" replaces after a round (default 0.25).
       hparams: hyperparameters that are not searched.
       seed: member i starts from `jax.random.key(seed + i)`.
-      run_dir: directory for the tables and the best policy. None keeps nothing.
+      run_dir: directory for the tables and the best policy; a search that was stopped in it goes
+        on. None keeps nothing.
+      checkpoint_every: seconds between two checkpoints in `run_dir`; 0 for none.
       eval_episodes: episodes of each member's final greedy evaluation.
       say: takes lines about what will be done; None is silent.
       progress: show a progress bar on standard error.
@@ -93,6 +99,7 @@ def search(
     )
     require_seed(seed)
     require_seed(seed + num_members - 1)
+    require_checkpoint_every(checkpoint_every)
     config = _whole_rounds(config, num_rounds)
     hparams = complete_hparams(hparams, config)
     drawn = _distributions(space, config)
@@ -109,20 +116,19 @@ def search(
     )
     # Errors of a method come before anything is written.
     jax.eval_shape(plan.search.init, plan.keys, plan.hparams)
-    store = SweepStore.open(
-        run_dir,
-        {
-            "search": method,
-            "config": {name: str(value) for name, value in vars(config).items()},
-            "hparams": hparams.given(),
-            "space": {name: str(entry) for name, entry in drawn.items()},
-            **options,
-            "members": num_members,
-            "rounds": num_rounds,
-            "seed": seed,
-            "eval_episodes": eval_episodes,
-        },
-    )
+    # Everything that tells one search from another.
+    description = {
+        "search": method,
+        "config": {name: str(value) for name, value in vars(config).items()},
+        "hparams": hparams.given(),
+        "space": {name: str(entry) for name, entry in drawn.items()},
+        **options,
+        "members": num_members,
+        "rounds": num_rounds,
+        "seed": seed,
+        "eval_episodes": eval_episodes,
+    }
+    store = SweepStore.open(run_dir, description, checkpoint_every=checkpoint_every)
     if store.finished():  # the same search again
         return _result(store, store.collect(), drawn, (0.0, 0.0), is_complete=True)
     if say is not None:
@@ -130,30 +136,38 @@ def search(
             f"{num_members} members, {num_rounds} rounds of {plan.updates_per_round} updates: "
             f"{config.total_timesteps * num_members:,} steps"
         )
-    with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+    with (
+        store.owned(),
+        TrainingProgress(visible=progress) as bar,
+        deferred_interrupt() as interrupt,
+    ):
         started = time.perf_counter()
         programs = _compile(plan)
         compiled = time.perf_counter()
-        state, records = _run(programs, plan, bar, is_stopped=lambda: interrupt.requested)
+        state, records = _run(
+            programs, plan, bar, store.checkpoints, is_stopped=lambda: interrupt.requested
+        )
         seconds = (compiled - started, time.perf_counter() - compiled)
-    is_complete = len(records) == num_rounds
-    returns = None
-    # A search that was stopped has no final evaluation: its members are not comparable yet.
-    if is_complete:
-        returns, policies = _evaluate(plan, state.states, eval_episodes)
-        _keep_best(store, config, state, records[-1], returns=returns, policies=policies, seed=seed)
-    tables = make_search_tables(
-        records,
-        list(drawn),
-        config,
-        updates_per_round=plan.updates_per_round,
-        seed=seed,
-        returns=returns,
-    )
-    if is_complete:
-        store.add(tables)
-        tables = store.collect()
-    return _result(store, tables, drawn, seconds, is_complete=is_complete)
+        is_complete = len(records) == num_rounds
+        returns = None
+        # A search that was stopped has no final evaluation: its members are not comparable yet.
+        if is_complete:
+            returns, policies = _evaluate(plan, state.states, eval_episodes)
+            common: dict[str, Any] = {"returns": returns, "policies": policies, "seed": seed}
+            _keep_best(store, config, state, records[-1], **common)
+        tables = make_search_tables(
+            records,
+            list(drawn),
+            config,
+            updates_per_round=plan.updates_per_round,
+            seed=seed,
+            returns=returns,
+        )
+        if is_complete:
+            store.add(tables)
+            tables = store.collect()
+    result = _result(store, tables, drawn, seconds, is_complete=is_complete)
+    return result._replace(signal=interrupt.signal)
 
 
 class _Plan(NamedTuple):
@@ -280,11 +294,7 @@ def _compile(plan: _Plan) -> _Programs:
         states=split, hparams=split, sums=split, memory=whole, round_keys=whole, rounds_done=whole
     )
     init = jax.jit(plan.search.init, out_shardings=placed).lower(plan.keys, plan.hparams).compile()
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        init.out_info,
-        init.output_shardings,
-    )
+    state = output_shapes(init)
     # The number of updates is traced: pieces of any length are one program.
     advance = jax.jit(plan.search.advance, donate_argnums=0, out_shardings=placed)
     finish = jax.jit(plan.search.finish_round, donate_argnums=0, out_shardings=(placed, whole))
@@ -304,16 +314,20 @@ def _compile(plan: _Plan) -> _Programs:
 
 
 def _run(
-    programs: _Programs, plan: _Plan, bar: TrainingProgress, *, is_stopped: Callable[[], bool]
+    programs: _Programs,
+    plan: _Plan,
+    bar: TrainingProgress,
+    checkpoints: ChunkCheckpoints | None,
+    *,
+    is_stopped: Callable[[], bool],
 ) -> tuple[SearchState, list[SearchRecord]]:
     """Runs the rounds in pieces of about a second, until the last or until it is stopped."""
-    state = programs.init(plan.keys, plan.hparams)
-    bar.start(plan.num_rounds * plan.round_timesteps)
+    state, records, done = _start(programs, plan, checkpoints)
     update_timesteps = plan.round_timesteps // plan.updates_per_round
-    records: list[SearchRecord] = []
+    updates = len(records) * plan.updates_per_round + done
+    bar.start(plan.num_rounds * plan.round_timesteps, done=updates * update_timesteps)
     count, best = 1, math.nan
     while len(records) < plan.num_rounds:
-        done = 0
         while done < plan.updates_per_round:
             started = time.perf_counter()
             count = min(count, plan.updates_per_round - done)
@@ -321,15 +335,38 @@ def _run(
             state = jax.block_until_ready(programs.advance(state, np.int32(count)))
             seconds = time.perf_counter() - started
             done += count
+            updates += count
             steps = count * update_timesteps
             bar.advance(steps, steps_per_second=steps / seconds, episode_return=best)
-            if is_stopped():
+            stopped = is_stopped()
+            if checkpoints is not None and (stopped or checkpoints.is_due):
+                tree = {"state": state, "records": dict(enumerate(records))}
+                checkpoints.save(updates, tree, {"rounds": len(records), "done": done})
+            if stopped:
                 return state, records
             count = next_size(count, seconds)
         state, record = programs.finish_round(state)
         records.append(jax.device_get(record))
-        best = float(np.max(records[-1].scores))
+        best, done = float(np.max(records[-1].scores)), 0
     return state, records
+
+
+def _start(
+    programs: _Programs, plan: _Plan, checkpoints: ChunkCheckpoints | None
+) -> tuple[SearchState, list[SearchRecord], int]:
+    """Returns the state of a search, the records of its rounds, and the updates of the next one."""
+
+    def shapes(record: Mapping[str, Any]) -> Any:
+        _, one_round = output_shapes(programs.finish_round)
+        rounds = dict.fromkeys(range(record["rounds"]), one_round)
+        return {"state": output_shapes(programs.init), "records": rounds}
+
+    found = None if checkpoints is None else checkpoints.restore({}, shapes)
+    if found is None:
+        return programs.init(plan.keys, plan.hparams), [], 0
+    tree, record = found
+    records = [jax.device_get(tree["records"][i]) for i in range(record["rounds"])]
+    return tree["state"], records, record["done"]
 
 
 def _evaluate(plan: _Plan, states: TrainState, num_episodes: int) -> tuple[np.ndarray, Policy]:
@@ -358,7 +395,7 @@ def _keep_best(
 ) -> None:
     """Keeps the policy with the highest mean return of the final evaluation."""
     means = returns.mean(axis=1)
-    # A learner that is not finite may act, and score, by chance.
+    # A member that is not healthy may act, and score, by chance.
     best = int(np.argmax(np.where(np.isneginf(record.scores), -np.inf, means)))
     number = int(member_numbers(record)[best])
     values = jax.tree.map(lambda x: float(x[best]), state.hparams)

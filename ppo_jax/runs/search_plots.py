@@ -98,7 +98,7 @@ def _draw_rungs(
     for _, row in top.iterrows():
         rows = curves[curves["member"] == row["member"]]
         axes.plot(rows["timesteps"], _finite(rows["score"]), ".-", label=label(row, names))
-    # The stopped end at a rung, but for those whose learner was no longer finite.
+    # The stopped end at a rung, but for those that were no longer healthy.
     ends = curves[curves["stopped"]]
     axes.plot(ends["timesteps"], _finite(ends["score"]), "x", color="0.4", ms=5, label="stopped")
     for rung in sorted(ends["timesteps"].unique()):
@@ -181,5 +181,5 @@ def _round_timesteps(curves: pd.DataFrame) -> int:
 
 
 def _finite(values: pd.Series) -> pd.Series:
-    """Returns the scores; that of a learner that is not finite leaves a gap."""
+    """Returns the scores; that of a member that is not healthy leaves a gap."""
     return values.replace(-np.inf, np.nan)

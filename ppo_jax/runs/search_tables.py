@@ -62,7 +62,7 @@ def make_search_tables(
     last = curves.groupby("member").tail(1).set_index("member").sort_index()
     label = ["configuration", "seed", *names, "round", "timesteps", "score"]
     members = last[label].copy()
-    # A learner that is no longer finite has no score.
+    # A member that is not healthy has no score.
     failed = curves[np.isneginf(curves["score"])].groupby("member")["update"].first()
     members["failed_at"] = failed.reindex(members.index).astype("Int64")
     members["eval/return"] = np.nan

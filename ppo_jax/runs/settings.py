@@ -12,11 +12,38 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, require_known
 from ppo_jax.hparams import HParams
 
+_MODULE = "a module: "  # stands before the name of a user's network, which a file cannot hold
+
+
+def network_name(network: Any) -> str:
+    """Returns the name of a network in a file: one of ours, or a note that it is a module.
+
+    >>> import flax.linen as nn
+    >>> network_name(nn.Dense(2))
+    'a module: Dense'
+    """
+    return network if isinstance(network, str) else f"{_MODULE}{type(network).__name__}"
+
+
+def network_from_name(name: str, network: Any) -> Any:
+    """Returns the network that a file names: one of ours, or `network`, the user's module.
+
+    Raises:
+      ConfigError: a user's module is needed and not given.
+    """
+    # Another type than text is refused by `Config`.
+    if not isinstance(name, str) or not name.startswith(_MODULE):
+        return name
+    if network is None:
+        raise ConfigError(
+            f"a file does not hold the code of a network; it names {name}. Pass that module in "
+            "Python, as network=…."
+        )
+    return network
+
 
 def settings_to_plain(config: Config, hparams: HParams) -> dict[str, Any]:
     """Returns settings as JSON, under "config" and "hparams"."""
-    from ppo_jax.policy.saving import network_name
-
     record = {**vars(config), "network": network_name(config.network)}
     return {"config": to_plain(record), "hparams": to_plain(hparams.given())}
 
@@ -36,12 +63,12 @@ def settings_from_plain(
         registered, or a setting breaks a rule.
     """
     from ppo_jax.algorithms import get_algorithm
-    from ppo_jax.policy.saving import network_from_name
 
     try:
         fields = dict(record["config"])
         values = dict(record["hparams"])
-    except (KeyError, TypeError) as error:
+        fields["env"], fields["algorithm"], fields["network"]
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} must hold the settings of a run; it lacks {error}.") from error
     known = [field.name for field in dataclasses.fields(Config)]
     for name in fields:
@@ -54,10 +81,17 @@ def settings_from_plain(
         for name in values:
             require_known("hyperparameter", name, kind.names())
         # A list has a value for each member of a population.
-        lists = {name: np.array(x, np.float32) for name, x in values.items() if isinstance(x, list)}
+        lists = {name: _array(name, x) for name, x in values.items() if isinstance(x, list)}
         return config, kind(**{**values, **lists})
     except ConfigError as error:
         raise ConfigError(f"{path} breaks a rule: {error}") from error
+
+
+def _array(name: str, values: list[Any]) -> np.ndarray:
+    try:
+        return np.array(values, np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{name} must be numbers; got {values}.") from error
 
 
 def _require_registered(fields: Mapping[str, Any], path: Path) -> None:

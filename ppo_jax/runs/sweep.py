@@ -14,6 +14,7 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.proposals import Proposals, make_proposals
 from ppo_jax.population.search_space import Row, Sampler, Space
+from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.sweep_runner import PlannedGroup, SweepRunner, make_group_trainer
@@ -34,10 +35,14 @@ class Sweep(NamedTuple):
     compile_seconds: float
     run_seconds: float
     is_complete: bool
-    """False after Ctrl-C."""
+    """False after Ctrl-C or SIGTERM."""
     best_policy: Policy | None
     """The policy of the member with the highest final return. With a run directory it is also the
     run `best` in it."""
+    unwritten: tuple[str, ...] = ()
+    """Files that could not be written, with the reasons."""
+    signal: int | None = None
+    """Number of the signal that stopped the sweep; None if none did."""
 
 
 def sweep(
@@ -51,6 +56,7 @@ def sweep(
     batch: int | None = None,
     run_dir: str | Path | None = None,
     chunk: int | None = None,
+    checkpoint_every: float = 60.0,
     eval_episodes: int = 64,
     num_rows: int = 50,
     say: Callable[[str], None] | None = None,
@@ -76,6 +82,8 @@ def sweep(
       run_dir: directory for finished members; one with the same sweep is continued. None keeps
         nothing.
       chunk: members that are trained together; by default as many as fit, at most 1024.
+      checkpoint_every: seconds between two checkpoints of the members that are training, in
+        `run_dir`; 0 for none.
       eval_episodes: episodes of each member's final greedy evaluation.
       num_rows: rows of each member's curve; each is the mean over a window of updates.
       say: takes lines about what will be done; None is silent.
@@ -90,6 +98,7 @@ def sweep(
     require_positive_integers(
         {"chunk": chunk, "eval_episodes": eval_episodes, "num_rows": num_rows}
     )
+    require_checkpoint_every(checkpoint_every)
     hparams = HParams() if hparams is None else hparams
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     for seed in seeds:
@@ -106,9 +115,13 @@ def sweep(
         "eval_episodes": eval_episodes,
         "num_rows": num_rows,
     }
-    store = SweepStore.open(run_dir, description)
+    store = SweepStore.open(run_dir, description, checkpoint_every=checkpoint_every)
     say = say or _silent
-    with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+    with (
+        store.owned(),
+        TrainingProgress(visible=progress) as bar,
+        deferred_interrupt() as interrupt,
+    ):
         runner = SweepRunner(
             num_rows=num_rows,
             num_episodes=eval_episodes,
@@ -132,7 +145,7 @@ def sweep(
             first += len(asked)
             asked = proposals.ask()
             plan = _planned(config, hparams, asked, seeds, first=first)
-    members, curves = store.collect()
+        members, curves = store.collect()
     return Sweep(
         members,
         curves,
@@ -142,6 +155,8 @@ def sweep(
         runner.run_seconds,
         is_complete=len(members) == proposals.total * len(seeds),
         best_policy=store.best_policy,
+        unwritten=tuple(store.unwritten.values()),
+        signal=interrupt.signal,
     )
 
 

@@ -93,7 +93,11 @@ class SweepRunner:
             self._bar.advance(steps, steps_per_second=rate, episode_return=piece.episode_return)
 
         chunks = self._populations[program].chunks(
-            waiting, self._chunk_sizes[program], is_stopped=self._is_stopped, on_piece=on_piece
+            waiting,
+            self._chunk_sizes[program],
+            is_stopped=self._is_stopped,
+            on_piece=on_piece,
+            checkpoints=store.checkpoints,
         )
         for chunk in chunks:
             self._chunk_sizes[program] = chunk.size
@@ -108,6 +112,7 @@ class SweepRunner:
         num_updates = group.config.num_updates
         member = make_member(
             trainer,
+            max_skipped_updates=group.config.max_skipped_updates,
             num_updates=num_updates,
             num_rows=min(self._num_rows, num_updates),
             num_episodes=self._num_episodes,

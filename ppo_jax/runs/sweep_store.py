@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +20,19 @@ from ppo_jax.errors import ConfigError
 from ppo_jax.population.plan import Member
 from ppo_jax.population.search_space import Row
 from ppo_jax.runs import files
-from ppo_jax.runs.directory import EVALUATION, RunDirectory
+from ppo_jax.runs.directory import CHECKPOINTS, EVALUATION, RunDirectory
+from ppo_jax.runs.lock import LOCK, owned
 from ppo_jax.runs.report import iqm
 from ppo_jax.runs.sweep_tables import to_cell
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
+    from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 
 _SWEEP = "sweep.json"
 _PARTS = "parts"
 _BEST = "best"
+_FOLDERS = (_PARTS, CHECKPOINTS)
 RESULTS = ("members", "curves")
 
 
@@ -43,10 +48,25 @@ class SweepStore:
     parts: list[tuple[pd.DataFrame, pd.DataFrame]] = dataclasses.field(default_factory=list)
     best_policy: "Policy | None" = None
     best_score: float = -math.inf
+    checkpoints: "ChunkCheckpoints | None" = None
+    """States of the members that are training; None without a path."""
+    unwritten: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Reasons why files could not be written, by name."""
+    _waiting: list[tuple[pd.DataFrame, pd.DataFrame]] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def open(cls, path: str | Path | None, description: dict[str, Any]) -> "SweepStore":
-        """Returns a new store, or the existing one of the same sweep."""
+    def open(
+        cls, path: str | Path | None, description: dict[str, Any], *, checkpoint_every: float = 0.0
+    ) -> "SweepStore":
+        """Returns a new store, or the existing one of the same sweep.
+
+        Args:
+          path: directory of the sweep; None keeps everything in memory alone.
+          description: everything that tells one sweep from another, as JSON.
+          checkpoint_every: seconds between two checkpoints of the members that are training.
+        """
+        from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
+
         if path is None:
             return cls(None)
         path = Path(path)
@@ -69,7 +89,7 @@ class SweepStore:
                 path / _SWEEP, lambda file: file.write_text(json.dumps(wanted, indent=2))
             )
         (path / _PARTS).mkdir(exist_ok=True)
-        store = cls(path)
+        store = cls(path, checkpoints=ChunkCheckpoints(path / CHECKPOINTS, checkpoint_every))
         for file in sorted((path / _PARTS).glob("members-*.parquet")):
             curves = file.with_name(file.name.replace("members-", "curves-"))
             store.parts.append((pd.read_parquet(file), pd.read_parquet(curves)))
@@ -79,7 +99,12 @@ class SweepStore:
     @staticmethod
     def _is_unused(path: Path) -> bool:
         """Returns whether a directory is empty, or was left by a sweep that was killed at once."""
-        return all(file.name == files.unfinished(path / _SWEEP).name for file in path.iterdir())
+        unused = (files.unfinished(path / _SWEEP).name, LOCK)
+        return all(file.name in unused for file in path.iterdir())
+
+    def owned(self) -> AbstractContextManager[None]:
+        """Owns the directory, as `lock.owned` does."""
+        return contextlib.nullcontext() if self.path is None else owned(self.path, _FOLDERS)
 
     def finished(self) -> set[int]:
         """Returns the numbers of the finished members."""
@@ -112,12 +137,35 @@ class SweepStore:
         """Keeps the tables of a chunk."""
         self.parts.append(tables)
         if self.path is not None:
-            # The first member's number makes the names unique, in any order of groups.
-            first = int(tables[0]["member"].iloc[0])
-            for name, table in reversed(list(zip(RESULTS, tables, strict=True))):
-                files.write_file(
-                    self.path / _PARTS / f"{name}-{first:06d}.parquet", table.to_parquet
-                )
+            self._waiting.append(tables)
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Writes the tables that are not on disk; a full disk leaves them for the next time."""
+        assert self.path is not None
+        folder = self.path / _PARTS
+        # In their order: a chunk that is on disk is not trained again.
+        while self._waiting and self._attempt(
+            _PARTS, lambda: _write_part(folder, self._waiting[0])
+        ):
+            self._waiting.pop(0)
+        # Only now: until then the members can be had from their checkpoint.
+        if self.checkpoints is not None and not self._waiting:
+            self.checkpoints.clear()
+
+    def _attempt(self, name: str, write: Callable[[], Any]) -> bool:
+        """Writes a file; returns whether it could be, and keeps the reason if not."""
+        try:
+            write()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            message = f"{name} in {self.path} could not be written: {reason}"
+            if name not in self.unwritten:
+                warnings.warn(f"{message}. The sweep goes on.", RuntimeWarning, stacklevel=4)
+            self.unwritten[name] = message
+            return False
+        self.unwritten.pop(name, None)
+        return True
 
     def offer_policy(
         self, policy: "Policy", score: float, *, member: Member, config: Config
@@ -139,6 +187,10 @@ class SweepStore:
         if self.path is None:
             return
         config = config.replace(env_params={**dict(config.env_params), **member.env_params})
+        self._attempt(_BEST, lambda: self._write_best(policy, score, member, config))
+
+    def _write_best(self, policy: "Policy", score: float, member: Member, config: Config) -> None:
+        assert self.path is not None
         unfinished, best = files.unfinished(self.path / _BEST), self.path / _BEST
         shutil.rmtree(unfinished, ignore_errors=True)
         directory = RunDirectory.create(unfinished, overwrite=True)
@@ -165,6 +217,8 @@ class SweepStore:
         """Returns all tables in the sweep's order and, with a path, writes them to disk."""
         if not self.parts:
             return pd.DataFrame(), pd.DataFrame()
+        if self.path is not None:
+            self._write_waiting()
         order = {"members": ["member"], "curves": ["member", "update"]}
         tables = []
         for i, name in enumerate(RESULTS):
@@ -176,8 +230,18 @@ class SweepStore:
                     table[column] = table[column].map(str)
             tables.append(table)
             if self.path is not None:
-                files.write_file(self.path / f"{name}.parquet", table.to_parquet)
-                files.write_file(
-                    self.path / f"{name}.csv", functools.partial(table.to_csv, index=False)
-                )
+                self._attempt(name, functools.partial(_write_table, self.path, name, table))
         return tables[0], tables[1]
+
+
+def _write_part(folder: Path, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    """Writes the tables of a chunk, those of the members last."""
+    # The first member's number makes the names unique, in any order of groups.
+    first = int(tables[0]["member"].iloc[0])
+    for name, table in reversed(list(zip(RESULTS, tables, strict=True))):
+        files.write_file(folder / f"{name}-{first:06d}.parquet", table.to_parquet)
+
+
+def _write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    files.write_file(folder / f"{name}.parquet", table.to_parquet)
+    files.write_file(folder / f"{name}.csv", functools.partial(table.to_csv, index=False))

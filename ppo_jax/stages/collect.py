@@ -33,6 +33,8 @@ class Collected(NamedTuple):
 
     rollout: RolloutState
     """State of the environments after the rollout."""
+    trajectory: Trajectory
+    """The rollout as it was seen and done."""
     batch: Batch
     """Data for the update, `[T, N]`."""
     ended: EpisodeStats
@@ -132,7 +134,7 @@ def collect(
     obs_stats = statistics.obs
     if obs_stats is not None:
         obs_stats = _merged_obs_stats(obs_stats, trajectory.obs, shard.axis_name)
-    return Collected(state, batch, ended, Statistics(obs_stats, reward_stats))
+    return Collected(state, trajectory, batch, ended, Statistics(obs_stats, reward_stats))
 
 
 def _evaluated(

@@ -30,6 +30,9 @@ from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.optimizers import Optimizer, Schedule, clip_actor_and_critic
 from ppo_jax.types import Batch, Scalars
 
+SKIPPED = "train/skipped_fraction"
+CRITIC_SKIPPED = "train/critic_skipped_fraction"
+
 LossFn = Callable[[Any, Batch, HParams], tuple[jax.Array, Scalars]]
 """`(params, batch, hparams) -> (loss, metrics)`, scalars."""
 
@@ -41,7 +44,7 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
 
     With `target_kl`, the first minibatch whose approximate KL exceeds it and all after it are
     computed but not applied, so that the trip count stays fixed under `vmap`. Metrics are means
-    over the minibatches that were applied.
+    over the minibatches that were applied. A step that is NaN or infinite is skipped alone.
     """
 
     def init(params: Any, hparams: HParams) -> Any:
@@ -65,8 +68,9 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
             new, metrics = step(old, samples)
             if hparams.target_kl is not None:
                 # The KL is that of the parameters before this step, so the step that exceeds the
-                # bound is the first that is not applied.
-                active &= metrics["train/approx_kl"] <= hparams.target_kl
+                # bound is the first that is not applied. A KL of NaN exceeds nothing: the guard
+                # skips its step alone.
+                active &= ~(metrics["train/approx_kl"] > hparams.target_kl)
                 new = jax.tree.map(partial(jnp.where, active), new, old)
             return (new, active), (metrics, active)
 
@@ -74,9 +78,8 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
         (end, _), (metrics, applied) = _run_epochs(
             step_while_near, start, inputs, config=config, losses=losses
         )
-        # The first minibatch is always applied, because the KL before it is 0, so the mean is over
-        # at least one.
-        metrics = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
+        # The first minibatch is always within the bound, because the KL before it is 0.
+        metrics = _averaged(metrics, applied)
         if hparams.target_kl is not None:
             metrics["train/gradient_steps"] = jnp.sum(applied)
         return unravel(end.params), end.opt_state, metrics
@@ -167,6 +170,9 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
             (_, metrics), gradient = mean_over(
                 jax.value_and_grad(loss, has_aux=True)(flat), axis_name
             )
+            if config.max_skipped_updates:
+                # The line search accepts no step from such a gradient; this only reports it.
+                metrics[SKIPPED] = 1.0 - _is_finite(gradient)
             # The gradient is that of a loss, and the objective rises against it.
             step = _natural_step(product, -gradient, max_kl=hparams.max_kl, iterations=iterations)
             found = line_search(
@@ -222,6 +228,9 @@ def _gradient_step(
     Parameters stay one vector from step to step. Optimisers work elementwise except for norms, and
     the norm of a vector is one kernel, while that of a tree is one for each leaf.
 
+    Unless the guard is off, a step is skipped if its gradient, or the parameters or the optimiser's
+    state after it, are not finite: both stay as they were.
+
     Args:
       losses: the losses of the algorithm, which know the devices that share the minibatch.
       loss_fn: the loss that is descended.
@@ -245,9 +254,40 @@ def _gradient_step(
         # Averaging before clipping: the norm of a device's share is not that of the gradient.
         flat, _ = ravel_pytree(grads if clip is None else clip(grads))
         updates, opt_state = tx.update(flat, old.opt_state, old.params)
-        return _FlatLearner(jnp.add(old.params, updates), opt_state), metrics
+        new = _FlatLearner(jnp.add(old.params, updates), opt_state)
+        if losses.config.max_skipped_updates:
+            # Not `optax.apply_if_finite`, which applies the NaN after some failures in a row. The
+            # new learner is checked as well: a finite gradient may overflow a squared one.
+            is_applied = _is_finite((flat, new))
+            new = jax.tree.map(partial(jnp.where, is_applied), new, old)
+            metrics[SKIPPED] = 1.0 - is_applied
+        return new, metrics
 
     return step
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    """Returns whether no number is NaN or infinite, in one reduction for each shape of leaves."""
+    by_shape: dict[tuple[int, ...], jax.Array] = {}
+    for x in jax.tree.leaves(tree):
+        before = by_shape.get(x.shape)
+        by_shape[x.shape] = jnp.isfinite(x) if before is None else before & jnp.isfinite(x)
+    return jnp.all(jnp.array([jnp.all(x) for x in by_shape.values()]))
+
+
+def _averaged(metrics: Scalars, computed: jax.Array | None = None) -> Scalars:
+    """Returns means over gradient steps: of all, or of the ones that `computed` selects.
+
+    Steps that the guard skipped count in their own fraction alone. If all were, means are NaN.
+    """
+    if SKIPPED not in metrics:
+        return jax.tree.map(lambda x: jnp.mean(x, where=computed), metrics)
+    skipped = metrics[SKIPPED]
+    was_applied = skipped == 0.0
+    if computed is not None:
+        was_applied &= computed
+    means = jax.tree.map(lambda x: jnp.mean(x, where=was_applied), metrics)
+    return means | {SKIPPED: jnp.mean(skipped, where=computed)}
 
 
 def _gradient(
@@ -290,7 +330,10 @@ def _make_critic_fit(
         start = _FlatLearner(flat, opt_state)
         end, metrics = _run_epochs(step, start, inputs, config=config, losses=losses)
         # All minibatches count: `target_kl` stops the policy, which this does not change.
-        return unravel(end.params), end.opt_state, jax.tree.map(jnp.mean, metrics)
+        metrics = _averaged(metrics)
+        if SKIPPED in metrics:  # the policy's steps have the name
+            metrics[CRITIC_SKIPPED] = metrics.pop(SKIPPED)
+        return unravel(end.params), end.opt_state, metrics
 
     return fit
 
@@ -387,13 +430,19 @@ def adaptive_penalty(make_rule: MakeUpdateRule) -> MakeUpdateRule:
                 params, state.inner, inputs._replace(hparams=hparams)
             )
             kl = mean_over(losses.kl(params, inputs.batch), losses.shard.axis_name)
-            kl_coef = objectives.adapt_kl_coef(state.kl_coef, kl, d_targ=hparams.d_targ)
+            adapted = objectives.adapt_kl_coef(state.kl_coef, kl, d_targ=hparams.d_targ)
+            kl_coef = _unless_skipped(metrics, adapted, state.kl_coef)
             metrics |= {"train/update_kl": kl, "train/kl_coef": state.kl_coef}
             return params, AdaptivePenaltyState(inner, kl_coef), metrics
 
         return rule._replace(init=init, update=update)
 
     return make
+
+
+def _unless_skipped(metrics: Scalars, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns `new`, or `old` if every step was skipped: the KL of no update tells nothing."""
+    return jnp.where(metrics[SKIPPED] == 1.0, old, new) if SKIPPED in metrics else new
 
 
 class AdaptiveRateState(NamedTuple):
@@ -425,7 +474,8 @@ def adaptive_learning_rate(rule: UpdateRule, schedule: Schedule, losses: Losses)
         params, inner, metrics = rule.update(params, state.inner, annealed)
         kl = mean_over(losses.kl(params, inputs.batch), losses.shard.axis_name)
         metrics["train/update_kl"] = kl
-        return params, AdaptiveRateState(inner, adapt(state.factor, kl, inputs.hparams)), metrics
+        factor = _unless_skipped(metrics, adapt(state.factor, kl, inputs.hparams), state.factor)
+        return params, AdaptiveRateState(inner, factor), metrics
 
     return rule._replace(init=init, update=update)
 

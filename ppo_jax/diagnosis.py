@@ -1,0 +1,163 @@
+"""Diagnosis of updates that are NaN or infinite: the first such quantity, and the operation."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from ppo_jax.config import Config
+from ppo_jax.hparams import HParams
+from ppo_jax.policy.policy import Policy
+from ppo_jax.resolve import resolve
+from ppo_jax.stages.collect import Collected, collect
+from ppo_jax.stages.losses import Losses
+from ppo_jax.trainer import make_trainer
+from ppo_jax.types import Batch, Scalars, Shard, TrainState, Trajectory
+
+Diagnosis = Callable[[TrainState, HParams], str | None]
+"""`(state, hparams) -> name` of the first quantity that is NaN or infinite; None if none is."""
+
+
+def make_diagnosis(config: Config) -> Diagnosis:
+    """Returns a function that repeats the next update and names what is NaN or infinite in it.
+
+    Quantities are searched in the order in which an update computes them: policy and statistics,
+    the rollout step by step, values, advantages, losses, gradients. The state is that of a single
+    training before the update; hyperparameters are complete.
+
+    Args:
+      config: of the training.
+    """
+    # The environments are gathered on one device: several would only divide the same rollout.
+    resolved = resolve(config.replace(num_devices=1))
+    losses = Losses(
+        resolved.config,
+        resolved.spec,
+        resolved.algorithm.objective,
+        Shard(config.num_envs),
+        per_episode=resolved.algorithm.whole_episodes,
+    )
+
+    @jax.jit
+    def repeat(state: TrainState, hparams: HParams) -> tuple[Collected, Any, Any]:
+        policy = Policy(state.learner.params, state.statistics.obs, spec=resolved.spec)
+        # The key that the next update splits in the same way.
+        rollout_key, *_ = jax.random.split(state.key, 3)
+        collected = collect(
+            policy,
+            state.rollout,
+            state.statistics,
+            config=resolved.config,
+            algorithm=resolved.algorithm,
+            env=resolved.env,
+            env_params=state.env_params,
+            hparams=hparams,
+            key=rollout_key,
+            shard=Shard(config.num_envs),
+        )
+        batch = collected.batch._replace(
+            advantages=losses.normalize_advantages(collected.batch.advantages, collected.batch.mask)
+        )
+        return collected, *_losses_and_gradients(losses, policy.params, batch, hparams)
+
+    def diagnose(state: TrainState, hparams: HParams) -> str | None:
+        state = jax.device_put(state, jax.devices()[0])
+        collected, metrics, gradients = repeat(state, jax.tree.map(jnp.float32, hparams))
+        batch = collected.batch
+        return (
+            _first_leaf({"parameters": state.learner.params, "statistics": state.statistics})
+            or _first_step(collected.trajectory)
+            or _first_leaf({"values": batch.value, "log-probabilities": batch.log_prob})
+            or _first_leaf({"advantages": batch.advantages, "targets": batch.targets})
+            or _first_leaf(metrics)
+            or _first_leaf({"gradient": gradients})
+        )
+
+    return diagnose
+
+
+def _losses_and_gradients(losses: Losses, params: Any, batch: Batch, hparams: HParams) -> Any:
+    """Returns the metrics of the losses and their gradients, over the whole batch."""
+    # Separate losses rather than the joint one, which not every algorithm descends.
+    parts = [losses.policy] if batch.targets is None else [losses.policy, losses.value]
+    metrics: Scalars = {}
+    gradients = []
+    for loss in parts:
+        (_, scalars), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, hparams)
+        metrics |= scalars
+        gradients.append(gradient)
+    return metrics, gradients[0] if len(parts) == 1 else jax.tree.map(jnp.add, *gradients)
+
+
+def _first_step(trajectory: Trajectory) -> str | None:
+    """Returns the first quantity of the rollout that is not finite, with its step."""
+    # In the order in which a step computes them.
+    quantities = {
+        "observation": trajectory.obs,
+        "parameters of the action distribution": trajectory.action_params,
+        "action": trajectory.action,
+        "reward": trajectory.reward,
+        "next observation": trajectory.final_obs,
+    }
+    found: tuple[int, int, str] | None = None
+    for name, tree in quantities.items():
+        for leaf in jax.tree.leaves(tree):
+            bad = ~np.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=-1)
+            if bad.any():
+                step, env = (int(index[0]) for index in np.nonzero(bad))
+                if found is None or step < found[0]:
+                    found = (step, env, name)
+    if found is None:
+        return None
+    step, env, name = found
+    return f"{name} of environment {env} at step {step} of the rollout"
+
+
+def _first_leaf(tree: Any) -> str | None:
+    """Returns the path of the first array of a tree that is not finite."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not np.isfinite(leaf).all():
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
+def make_operation_finder(config: Config) -> Diagnosis:
+    """Returns a function that repeats the next update and names the operation that made a NaN.
+
+    Every operation is checked, so that the update takes several times as long as usual. None is
+    returned for infinities, which many operations make on purpose.
+
+    Args:
+      config: of the training.
+    """
+    trainer = make_trainer(config.replace(num_devices=1))
+    checked = jax.jit(checkify.checkify(trainer.step, errors=checkify.nan_checks))
+
+    def find(state: TrainState, hparams: HParams) -> str | None:
+        state = jax.device_put(state, jax.devices()[0])
+        error, _ = checked(state, jax.tree.map(jnp.float32, hparams))
+        exception = error.get_exception()
+        if exception is None:
+            return None
+        operation = f"the operation {getattr(exception, 'prim', 'of an unknown name')}"
+        place = _place(getattr(exception, "traceback_info", None))
+        return operation if place is None else f"{operation} at {place}"
+
+    return find
+
+
+def _place(recorded: Any) -> str | None:
+    """Returns file, line and function of an operation, in code of this package or of a user."""
+    # JAX records the traceback of every operation; its type has no public name.
+    if not hasattr(recorded, "as_python_traceback"):
+        return None
+    libraries = tuple(str(Path(str(module.__file__)).parent) for module in (jax, flax))
+    frames = traceback.extract_tb(recorded.as_python_traceback())
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    return f"{own[-1].filename}:{own[-1].lineno} ({own[-1].name})" if own else None

@@ -1,0 +1,84 @@
+"""Trainings that failed: their updates were NaN or infinite."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ppo_jax.config import Config
+from ppo_jax.diagnosis import make_diagnosis, make_operation_finder
+from ppo_jax.hparams import HParams
+from ppo_jax.population.member import Guard
+from ppo_jax.stages.metrics import Metrics
+from ppo_jax.stages.update_rules import CRITIC_SKIPPED, SKIPPED
+from ppo_jax.types import TrainState
+
+
+class Failure(NamedTuple):
+    """A seed whose training failed, because its updates were NaN or infinite."""
+
+    seed: int
+    update: int
+    """Number of the update with which it failed, from 1."""
+    timesteps: int
+    """Environment steps of the seed up to and including the update."""
+    cause: str | None
+    """The first quantity of the next update that was not finite; None if all of them were."""
+
+    def __str__(self) -> str:
+        cause = f"; the first quantity that is not finite is {self.cause}" if self.cause else ""
+        return (
+            f"seed {self.seed} failed with update {self.update}, after {self.timesteps:,} steps: "
+            f"its updates would be NaN or infinite{cause}. The last finite policy is kept. Try a "
+            "lower learning_rate, or max_grad_norm."
+        )
+
+
+FindFailures = Callable[[TrainState, Any, Guard], list[Failure]]
+"""`(state, failed_before [seeds], guard) -> failures` of the seeds that failed since."""
+
+
+def failure_finder(
+    config: Config, hparams: HParams, seeds: Sequence[int], *, debug_nans: bool
+) -> FindFailures:
+    """Returns a function that describes new failures.
+
+    Args:
+      config: of the training.
+      hparams: complete.
+      seeds: of the training.
+      debug_nans: name the operation that made the first NaN as well.
+    """
+    name_quantity, name_operation = make_diagnosis(config), make_operation_finder(config)
+
+    def diagnose(state: TrainState, hparams: HParams) -> str | None:
+        quantity = name_quantity(state, hparams)
+        operation = name_operation(state, hparams) if debug_nans else None
+        return quantity if operation is None else f"{quantity}; {operation} made the first NaN"
+
+    def find(state: TrainState, failed_before: Any, guard: Guard) -> list[Failure]:
+        found = []
+        for i in np.flatnonzero(~failed_before & (guard.failed_at >= 0)).tolist():
+            # Updates are counted from 1 in files and messages, and from 0 on the device.
+            update = int(guard.failed_at[i]) + 1
+            # A training of one seed without an axis of seeds has a scalar key.
+            one = jax.tree.map(lambda x, i=i: x[i], state) if state.key.ndim else state
+            cause = diagnose(one, hparams)
+            found.append(Failure(seeds[i], update, update * config.batch_size, cause))
+        return found
+
+    return find
+
+
+def fail_at_first_skip(guard: Guard, metrics: Metrics, update: int) -> Guard:
+    """Returns the guard with those seeds failed that skipped a step in an update.
+
+    Args:
+      guard: `[seeds]`.
+      metrics: of the update alone, `[1, seeds]`.
+      update: its index.
+    """
+    skipped = sum(metrics[name][0] for name in (SKIPPED, CRITIC_SKIPPED) if name in metrics)
+    fails = (guard.failed_at < 0) & (np.asarray(skipped) > 0)
+    return guard._replace(failed_at=np.where(fails, np.int32(update), guard.failed_at))

@@ -1,0 +1,57 @@
+"""Directories that one process at a time writes to."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from ppo_jax.errors import ConfigError
+from ppo_jax.runs import files
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def owned(path: Path, folders: tuple[str, ...] = ()) -> Iterator[None]:
+    """Owns a directory: a second process is refused until this one leaves or dies.
+
+    Files that killed processes left under temporary names are removed.
+
+    Args:
+      path: the directory, which exists.
+      folders: names of folders in it that have such files, too.
+
+    Raises:
+      ConfigError: another process owns it, or it cannot be written to.
+    """
+    # The system releases the lock of a process that dies, however that happens.
+    lock = filelock.FileLock(path / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise ConfigError(
+            f"a run_dir must be written by one process at a time; another one uses {path}. "
+            "Wait until it ends, or choose another directory."
+        ) from error
+    except OSError as error:
+        raise not_writable(path, error) from error
+    try:
+        # Only the owner may remove them: another process could be writing one.
+        for folder in (path, *(path / name for name in folders)):
+            files.remove_leftovers(folder)
+        yield
+    finally:
+        # Removed while it is locked: another process that has opened it finds it unlinked after
+        # it got the lock, and tries again. Windows removes no open file.
+        with contextlib.suppress(OSError):
+            (path / LOCK).unlink()
+        lock.release()
+
+
+def not_writable(path: Path, error: OSError) -> ConfigError:
+    """Returns the error of a directory that cannot be made or written to."""
+    return ConfigError(
+        f"run_dir must be a directory that can be written; {path} cannot: {error.strerror}. "
+        "Choose another."
+    )

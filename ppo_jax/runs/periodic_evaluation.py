@@ -1,0 +1,101 @@
+"""Evaluations while a run trains: always at the same updates, on the same episodes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.envs.environment import Environment
+from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
+from ppo_jax.policy.policy import Policy
+
+Evaluate = Callable[[Policy], Evaluation]
+"""`policy -> evaluation`, of one policy or of a stack of them."""
+
+
+def make_evaluate(
+    env: Environment, keys: jax.Array, num_episodes: int, *, greedy: bool = True
+) -> Evaluate:
+    """Returns the evaluation of the policies of a training, which is compiled once.
+
+    Args:
+      env: the environment, with its parameters.
+      keys: the key of the training, or those of its seeds. Each call plays the same episodes.
+      num_episodes: episodes for each seed.
+      greedy: take the most likely actions instead of sampling.
+    """
+    episode_keys = jax.vmap(evaluation_key)(keys) if keys.ndim else evaluation_key(keys)
+
+    def one(policy: Policy, key: jax.Array) -> Evaluation:
+        return evaluate(policy, env, env.params, key, num_episodes, greedy=greedy)
+
+    compiled = jax.jit(jax.vmap(one) if keys.ndim else one)
+    return lambda policy: compiled(policy, episode_keys)
+
+
+class Best(NamedTuple):
+    """The policy of each seed that had the highest mean return so far."""
+
+    policy: Policy | None
+    """None before the first evaluation."""
+    returns: np.ndarray  # [seeds]
+    updates: np.ndarray  # [seeds], with which the policies were evaluated
+
+
+class PeriodicEvaluation:
+    """Evaluates the policy every few updates, and keeps the best of each seed."""
+
+    def __init__(
+        self, evaluate: Evaluate, seeds: Sequence[int], batch_size: int, every: int | None
+    ) -> None:
+        """Prepares the evaluations; nothing is evaluated yet.
+
+        Args:
+          evaluate: evaluates the policies of all seeds.
+          seeds: of the training.
+          batch_size: environment steps of an update, for each seed.
+          every: updates between two evaluations; None for no evaluation.
+        """
+        self._evaluate, self._seeds = evaluate, seeds
+        self._batch_size, self._every = batch_size, every
+        self.best = Best(None, np.full(len(seeds), -np.inf), np.zeros(len(seeds), int))
+
+    def updates_left(self, updates: int) -> int | None:
+        """Returns the updates until the next evaluation; None if there is none."""
+        return None if self._every is None else self._every - updates % self._every
+
+    def after(self, updates: int, policy: Policy) -> list[dict[str, Any]]:
+        """Evaluates the policy after a number of updates, and returns a row for each seed."""
+        evaluation = self._evaluate(policy)
+        returns = np.reshape(evaluation.returns, (len(self._seeds), -1))
+        lengths = np.reshape(evaluation.lengths, returns.shape)
+        means = returns.mean(axis=1)
+        # A return that was reached again is no better: a run that continues repeats evaluations.
+        is_better = means > self.best.returns
+        # Seeds have their best policies at different updates.
+        old = policy if self.best.policy is None else self.best.policy
+        self.best = Best(
+            jax.tree.map(lambda new, x: _choose(is_better, new, x), policy, old),
+            np.where(is_better, means, self.best.returns),
+            np.where(is_better, updates, self.best.updates),
+        )
+        return [
+            {
+                "update": updates,
+                "timesteps": updates * self._batch_size,
+                "seed": seed,
+                "eval/return": float(means[i]),
+                "eval/return_std": float(returns[i].std()),
+                "eval/length": float(lengths[i].mean()),
+            }
+            for i, seed in enumerate(self._seeds)
+        ]
+
+
+def _choose(is_better: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Chooses for each seed; without an axis of seeds there is a single one."""
+    if len(is_better) == 1:
+        return jnp.copy(new if is_better[0] else old)
+    return jnp.where(is_better.reshape(-1, *[1] * (new.ndim - 1)), new, old)

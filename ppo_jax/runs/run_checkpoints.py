@@ -1,0 +1,109 @@
+"""Checkpoints of a run: a snapshot between two pieces, and how it is written and read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ppo_jax.errors import ConfigError
+from ppo_jax.population.member import Guard
+from ppo_jax.runs import checkpoint
+from ppo_jax.runs.checkpoint import OF_RUN
+from ppo_jax.runs.checkpoint_writer import CheckpointWriter, find_newest
+from ppo_jax.runs.failure import Failure
+from ppo_jax.runs.metrics_log import LogState
+from ppo_jax.runs.training import Training
+from ppo_jax.types import TrainState
+
+
+class Snapshot(NamedTuple):
+    """Everything that continues a run, between two pieces."""
+
+    state: TrainState
+    guard: Guard  # [seeds], in NumPy
+    log: LogState
+    updates: int
+    failures: tuple[Failure, ...]
+
+
+def save_snapshot(
+    writer: CheckpointWriter, snapshot: Snapshot, settings: Mapping[str, Any], batch_size: int
+) -> None:
+    """Starts to write a snapshot.
+
+    Args:
+      writer: of the run's checkpoints.
+      snapshot: between two pieces.
+      settings: of the training, as `settings_to_plain` returns them.
+      batch_size: environment steps of an update.
+    """
+    record = {
+        **settings,
+        "updates": snapshot.updates,
+        "logged_updates": snapshot.log.updates,
+        "failures": [failure._asdict() for failure in snapshot.failures],
+    }
+    writer.save(snapshot.updates * batch_size, _tree(snapshot), record)
+
+
+def read_newest(folder: Path, training: Training) -> Snapshot | None:
+    """Reads the newest checkpoint that is whole; None if there is none.
+
+    Args:
+      folder: of the checkpoints.
+      training: the compiled training, which the checkpoint has to fit.
+
+    Raises:
+      ConfigError: all are damaged, or the newest does not fit the training.
+    """
+    found = find_newest(folder)
+    return None if found is None else _restored(training, found.arrays, found.record, found.path)
+
+
+def _restored(
+    training: Training, arrays: dict[str, np.ndarray], record: dict[str, Any], path: Path
+) -> Snapshot:
+    """Returns a checkpoint's snapshot, placed on the devices as the training has it."""
+    updates, logged = record["updates"], record["logged_updates"]
+    guard_shape: Any = jax.ShapeDtypeStruct(training.metric_shapes.num_updates.shape, np.int32)
+    snapshot = Snapshot(
+        state=training.state_shapes,
+        guard=Guard(guard_shape, guard_shape),
+        log=LogState(
+            logged,
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((updates - logged, *x.shape), x.dtype),
+                training.metric_shapes,
+            )
+            if updates > logged
+            else None,
+        ),
+        updates=updates,
+        failures=tuple(Failure(**failure) for failure in record["failures"]),
+    )
+    found = checkpoint.unflatten(_tree(snapshot), arrays, record["keys"], path)
+    if found["key"].dtype != training.state_shapes.key.dtype:
+        implementation = record["keys"]["key"]
+        raise ConfigError(
+            f"a run continues with its implementation of random keys; {path} has {implementation}. "
+            f"Call jax.config.update('jax_default_prng_impl', '{implementation}') first."
+        )
+    # The host's part; `unflatten` put it on a device.
+    on_host = jax.tree.map(np.array, found[OF_RUN])
+    state = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding),
+        TrainState(**{name: x for name, x in found.items() if name != OF_RUN}),
+        training.state_shapes,
+    )
+    return snapshot._replace(
+        state=state,
+        guard=on_host["guard"],
+        log=snapshot.log._replace(pending=on_host["log"]),
+    )
+
+
+def _tree(snapshot: Snapshot) -> dict[str, Any]:
+    """Returns the arrays of a snapshot: those of the state have the names of `save_state`."""
+    return {**vars(snapshot.state), OF_RUN: {"guard": snapshot.guard, "log": snapshot.log.pending}}
