@@ -25,7 +25,7 @@ from ppo_jax import envs, flags, presets
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, require_positive_integer, unknown_name
 from ppo_jax.hparams import HParams
-from ppo_jax.runs.directory import RunDirectory
+from ppo_jax.runs.directory import CHECKPOINTS, RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +188,11 @@ def _run_training(run: Callable[[], Any], config: Config) -> int:
         _say(f"ppo-jax: error: {problem}")
     # A training that failed is not one to continue.
     if result.evaluation is None and not result.failures:
+        has_checkpoint = (result.run_dir / CHECKPOINTS).is_dir()
+        what = f"ppo-jax resume {result.run_dir} continues the run"
         print(
             f"stopped after {result.timesteps:,} steps{' of each seed' * (len(result.seeds) > 1)}; "
-            f"ppo-jax resume {result.run_dir} continues the run"
+            f"{what if has_checkpoint else f'the policy so far is in {result.run_dir}'}"
         )
         return 128 + (result.signal or signal.SIGINT)
     if result.evaluation is not None:

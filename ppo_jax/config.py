@@ -87,9 +87,9 @@ class TrainingSettings:
     line_search_steps: int | None = _algorithm_setting()
     """TRPO only: step lengths that are tried, each half of the one before."""
     max_skipped_updates: int = 10
-    """Gradient steps that are NaN or infinite are skipped. A run stops after this many updates in a
-    row in which all steps were skipped, or after half of its updates. 0 turns the guard off: such
-    steps are taken."""
+    """Gradient steps that are NaN or infinite are skipped. A run stops after this many consecutive
+    updates in which every step was skipped, or after half of its updates if that is fewer. 0 turns
+    the guard off: such steps are taken."""
     exact_kl: bool = False
     """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 

@@ -82,7 +82,7 @@ def test_a_device_that_runs_out_of_memory_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(runs, "compile_training", without_memory)
     with pytest.raises(
-        ConfigError, match="which ran out; it takes .* with 2 environments. About 1"
+        ConfigError, match="which ran out; it takes .* with 2 environments. Half as many, 1,"
     ):
         ppo_jax.train(CONFIG, progress=False)
     other = pytest.raises(jax.errors.JaxRuntimeError, match="another")

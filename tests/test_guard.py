@@ -180,7 +180,7 @@ def test_the_first_quantity_that_is_not_finite_is_named(params, changes, name):
     assert diagnose(state.replace(learner=broken), hparams).startswith("parameters/")
 
 
-def test_a_training_stops_after_skipped_updates_in_a_row(tmp_path):
+def test_a_training_stops_after_consecutive_skipped_updates(tmp_path):
     whole = config(env_params={"bad_rewards": 1.0}, max_skipped_updates=3)
     with pytest.warns(
         RuntimeWarning, match="seed 0 failed with update 3, after 96 steps.*reward of"

@@ -509,3 +509,43 @@ def test_the_best_policy_of_the_evaluations_is_kept(tmp_path):
     without = train(CONFIG, tmp_path / "without")
     with pytest.raises(ConfigError, match="has none. Train with eval_every"):
         ppo_jax.load(without.run_dir, best=True)
+
+
+def test_a_sweep_that_is_stopped_after_a_chunk_keeps_the_checkpoint_of_the_next(
+    tmp_path, stopped_after
+):
+    path = tmp_path / "sweep"
+    common = {"seeds": 2, "eval_episodes": 2, "num_rows": 3, "chunk": 2, "run_dir": path}
+    said = []
+    train = functools.partial(
+        ppo_jax.sweep, CONFIG, {"learning_rate": [1e-3, 1e-2]}, progress=False, **common
+    )
+    # Nine updates are pieces of 1, 2, 4 and 2; the second chunk is stopped in its middle.
+    stopped_after(8, sweeps)
+    result = train()
+    assert len(result.members) == 2
+    assert not result.is_complete
+    # On the disk when the sweep returns: a process that ends now loses nothing.
+    assert len(list_checkpoints(path / "checkpoints")) == 1
+    stopped_after(None, sweeps)
+    assert train(say=said.append).is_complete
+    assert [line for line in said if line.startswith("continuing 2 members after")]
+
+
+def test_a_checkpoint_of_a_sweep_that_cannot_be_written_is_told(
+    tmp_path, monkeypatch, stopped_after
+):
+    FullDisk(monkeypatch, checkpoint.files, "write_directory")
+    stopped_after(3, sweeps)
+    common = {"seeds": 1, "eval_episodes": 2, "num_rows": 3, "run_dir": tmp_path / "sweep"}
+    result = ppo_jax.sweep(CONFIG, {"learning_rate": [1e-3, 1e-2]}, progress=False, **common)
+    assert any("could not be written: No space" in problem for problem in result.unwritten)
+
+
+def test_a_training_that_does_not_fail_is_not_built_for_a_diagnosis(monkeypatch):
+    def refuse(config):
+        raise AssertionError("nothing failed")
+
+    for name in ("make_diagnosis", "make_operation_finder"):
+        monkeypatch.setattr(f"ppo_jax.runs.failure.{name}", refuse)
+    ppo_jax.train(CONFIG, eval_episodes=2, progress=False)

@@ -160,7 +160,7 @@ def test_a_member_that_fails_is_frozen_and_the_others_are_untouched():
     rates = [RATES[0], 1e38, RATES[2]]
     result = sweep(CONFIG, {"learning_rate": rates}, seeds=2, chunk=4)
     failed = result.members["learning_rate"] == 1e38
-    # Half of the six updates in a row were skipped.
+    # In three consecutive updates, half of the six, every step was skipped.
     assert result.members.loc[failed, "failed_at"].isin([2, 3]).all()
     assert result.members.loc[~failed, "failed_at"].isna().all()
     assert np.isfinite(result.members["eval/return"]).all()

@@ -21,8 +21,8 @@ from ppo_jax.types import TrainState
 class Guard(NamedTuple):
     """Record of the updates of a training that were not finite."""
 
-    skipped_in_a_row: jax.Array | np.ndarray
-    """[], the number of last updates in which every gradient step was skipped."""
+    consecutive_skips: jax.Array | np.ndarray
+    """[], the updates since the last one in which a gradient step was taken."""
     failed_at: jax.Array | np.ndarray
     """[], index of the update with which the training failed; −1 while it has not."""
 
@@ -86,7 +86,7 @@ def make_member(
         # The accumulators need the names of the metrics before the first step.
         _, shapes = jax.eval_shape(trainer.step, state, hparams)
         curves = jax.tree.map(lambda _: jnp.zeros(num_rows), shapes)
-        return MemberState(state, unharmed(), curves)
+        return MemberState(state, initial_guard(), curves)
 
     def advance(
         member: MemberState, hparams: HParams, first: jax.Array, count: jax.Array
@@ -119,7 +119,7 @@ GuardedStep = Callable[[TrainState, Guard, jax.Array, HParams], tuple[TrainState
 """`(state, guard, index, hparams) -> (state, guard, metrics)`."""
 
 
-def unharmed(shape: tuple[int, ...] = ()) -> Guard:
+def initial_guard(shape: tuple[int, ...] = ()) -> Guard:
     """Returns the guard of trainings before their first update."""
     return Guard(jnp.zeros(shape, jnp.int32), jnp.full(shape, -1, jnp.int32))
 
@@ -127,9 +127,9 @@ def unharmed(shape: tuple[int, ...] = ()) -> Guard:
 def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -> GuardedStep:
     """Returns a step that tells when a training has failed, and keeps the policy from then on.
 
-    A training fails with an update that would make parameters NaN or infinite, or with the last of
-    `max_skipped_updates` updates in a row in which every gradient step was skipped (0: no number of
-    them fails). Half of all updates are too many in any case.
+    A training fails with an update that would make parameters NaN or infinite. It also fails once
+    every gradient step was skipped in `max_skipped_updates` consecutive updates, or in half of all
+    updates if that is fewer. With 0 no number of skipped updates fails.
     """
     limit = min(max_skipped_updates, math.ceil(num_updates / 2))
 
@@ -137,11 +137,11 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
         state: TrainState, guard: Guard, index: jax.Array, hparams: HParams
     ) -> tuple[TrainState, Guard, Metrics]:
         new, metrics = trainer.step(state, hparams)
-        skipped_in_a_row = jnp.where(all_steps_skipped(metrics), guard.skipped_in_a_row + 1, 0)
+        consecutive_skips = jnp.where(all_steps_skipped(metrics), guard.consecutive_skips + 1, 0)
         # Rules of a user's own need not skip anything.
         fails = ~is_finite(new.learner.params)
         if limit:
-            fails |= skipped_in_a_row >= limit
+            fails |= consecutive_skips >= limit
         had_failed = guard.failed_at >= 0
         failed_at = jnp.where(~had_failed & fails, index, guard.failed_at)
         # A select instead of a branch: members of a vmap take both sides anyway. Learner and
@@ -151,7 +151,7 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
             learner=jax.tree.map(keep, state.learner, new.learner),
             statistics=jax.tree.map(keep, state.statistics, new.statistics),
         )
-        return new, Guard(skipped_in_a_row, failed_at), metrics
+        return new, Guard(consecutive_skips, failed_at), metrics
 
     return step
 

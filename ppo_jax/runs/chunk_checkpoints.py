@@ -29,11 +29,6 @@ class ChunkCheckpoints:
         """True if it is time for a checkpoint."""
         return self._writer.is_due
 
-    @property
-    def error(self) -> str | None:
-        """The reason why the last checkpoint could not be written; None if it was."""
-        return self._writer.error
-
     def save(self, number: int, tree: Any, record: Mapping[str, Any]) -> None:
         """Starts to write a state; see `CheckpointWriter.save`."""
         self._writer.save(number, tree, record)
@@ -70,3 +65,8 @@ class ChunkCheckpoints:
         self._writer.wait()
         for path in list_checkpoints(self._writer.folder):
             files.remove_directory(path)
+
+    def finish(self) -> str | None:
+        """Waits for the last checkpoint; returns the reason if it could not be written."""
+        self._writer.wait()
+        return self._writer.error

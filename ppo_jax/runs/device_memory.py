@@ -52,14 +52,9 @@ def exhaustion_explained(num_bytes: int, num_envs: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise
-        stats = jax.devices()[0].memory_stats() or {}
-        # The largest free block is what the training could have had.
-        free = stats.get("largest_free_block_bytes") or (
-            stats.get("bytes_limit", num_bytes) - stats.get("bytes_in_use", num_bytes // 2)
-        )
-        fitting = max(1, int(num_envs * min(0.5, free / max(num_bytes, 1))))
         raise ConfigError(
             "a training must fit the free memory of its device, which ran out; it takes "
-            f"{num_bytes / 2**20:,.0f} MiB with {num_envs} environments. About {fitting} may fit: "
-            "lower num_envs or num_steps, or end other programs on the device."
+            f"{num_bytes / 2**20:,.0f} MiB with {num_envs} environments. Half as many, "
+            f"{max(1, num_envs // 2)}, take about half of it: lower num_envs or num_steps, or end "
+            "other programs on the device."
         ) from error

@@ -256,7 +256,7 @@ class RunDirectory:
         import numpy as np
 
         from ppo_jax.runs.periodic_evaluation import Best
-        from ppo_jax.runs.policy_files import load_policy, read_notes
+        from ppo_jax.runs.policy_files import load_policy_and_notes
 
         path = self.path / BEST
         if not path.is_dir():
@@ -264,9 +264,8 @@ class RunDirectory:
                 f"a run has a best policy if it was evaluated while it trained; {self.path} has "
                 "none. Train with eval_every (--eval-every)."
             )
-        notes = read_notes(path)
-        returns, updates = np.array(notes["returns"]), np.array(notes["updates"])
-        return Best(load_policy(path, network), returns, updates)
+        policy, notes = load_policy_and_notes(path, network)
+        return Best(policy, np.array(notes["returns"]), np.array(notes["updates"]))
 
     def read_policy(self, network: Any = None) -> "Policy":
         """Reads the trained policy; a `ConfigError` if the run has none yet."""

@@ -1,5 +1,6 @@
 """Trainings that failed: their updates were NaN or infinite."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 
 from ppo_jax.config import Config
-from ppo_jax.diagnosis import make_diagnosis, make_operation_finder
+from ppo_jax.diagnosis import Diagnosis, make_diagnosis, make_operation_finder
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard
 from ppo_jax.stages.metrics import Metrics
@@ -50,12 +51,16 @@ def failure_finder(
       seeds: of the training.
       debug_nans: name the operation that made the first NaN as well.
     """
-    name_quantity, name_operation = make_diagnosis(config), make_operation_finder(config)
 
-    def diagnose(state: TrainState, hparams: HParams) -> str | None:
-        quantity = name_quantity(state, hparams)
-        operation = name_operation(state, hparams) if debug_nans else None
-        return quantity if operation is None else f"{quantity}; {operation} made the first NaN"
+    # Made by the first failure: each builds the training again.
+    @functools.cache
+    def diagnoses() -> list[Diagnosis]:
+        both = [make_diagnosis, make_operation_finder] if debug_nans else [make_diagnosis]
+        return [make(config) for make in both]
+
+    def diagnose(state: TrainState) -> str | None:
+        quantity, *operation = (diagnosis(state, hparams) for diagnosis in diagnoses())
+        return f"{quantity}; {operation[0]} made the first NaN" if any(operation) else quantity
 
     def find(state: TrainState, failed_before: Any, guard: Guard) -> list[Failure]:
         found = []
@@ -64,7 +69,7 @@ def failure_finder(
             update = int(guard.failed_at[i]) + 1
             # A training of one seed without an axis of seeds has a scalar key.
             one = jax.tree.map(lambda x, i=i: x[i], state) if state.key.ndim else state
-            cause = diagnose(one, hparams)
+            cause = diagnose(one)
             found.append(Failure(seeds[i], update, update * config.batch_size, cause))
         return found
 

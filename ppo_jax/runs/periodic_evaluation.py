@@ -58,7 +58,7 @@ class PeriodicEvaluation:
           batch_size: environment steps of an update, for each seed.
           every: updates between two evaluations; None for no evaluation.
         """
-        self._evaluate, self._seeds = evaluate, seeds
+        self.evaluate, self._seeds = evaluate, seeds
         self._batch_size, self._every = batch_size, every
         self.best = Best(None, np.full(len(seeds), -np.inf), np.zeros(len(seeds), int))
 
@@ -68,7 +68,7 @@ class PeriodicEvaluation:
 
     def after(self, updates: int, policy: Policy) -> list[dict[str, Any]]:
         """Evaluates the policy after a number of updates, and returns a row for each seed."""
-        evaluation = self._evaluate(policy)
+        evaluation = self.evaluate(policy)
         returns = np.reshape(evaluation.returns, (len(self._seeds), -1))
         lengths = np.reshape(evaluation.lengths, returns.shape)
         means = returns.mean(axis=1)

@@ -26,15 +26,10 @@ def save_policy(policy: Policy, path: Path, notes: Mapping[str, Any] | None = No
     Args:
       policy: the policy.
       path: directory to be written; one of the same name is replaced.
-      notes: types of JSON that `read_notes` returns.
+      notes: types of JSON that `load_policy_and_notes` returns.
     """
     arrays, record = encode_policy(policy)
     checkpoint.write(path, arrays, {**record, "notes": dict(notes or {})})
-
-
-def read_notes(path: Path) -> dict[str, Any]:
-    """Reads the notes of a policy's files."""
-    return checkpoint.read(path)[1].get("notes", {})
 
 
 def encode_policy(policy: Policy) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -46,7 +41,12 @@ def encode_policy(policy: Policy) -> tuple[dict[str, np.ndarray], dict[str, Any]
 
 
 def load_policy(path: Path, network: Any = None) -> Policy:
-    """Reads a policy that `save_policy` wrote.
+    """Reads a policy that `save_policy` wrote; see `load_policy_and_notes`."""
+    return load_policy_and_notes(path, network)[0]
+
+
+def load_policy_and_notes(path: Path, network: Any = None) -> tuple[Policy, dict[str, Any]]:
+    """Reads a policy that `save_policy` wrote, with its notes.
 
     Args:
       path: the directory.
@@ -70,7 +70,8 @@ def load_policy(path: Path, network: Any = None) -> Policy:
     except Exception as error:
         raise ConfigError(f"{path} must hold a policy; its spec breaks a rule: {error}.") from error
     found = checkpoint.unflatten(template, arrays, {}, path)
-    return Policy(params=found["params"], obs_stats=found["obs_stats"], spec=spec)
+    policy = Policy(params=found["params"], obs_stats=found["obs_stats"], spec=spec)
+    return policy, record.get("notes", {})
 
 
 def _initial(spec: PolicySpec, has_obs_stats: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.evaluation import Evaluation
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
-from ppo_jax.population.member import unharmed
+from ppo_jax.population.member import initial_guard
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs import device_memory
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
@@ -333,20 +333,24 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
         training = compile_training(plan.trainer, config, keys, hparams)
-        writer = None
-        start = _start(plan, training, directory, is_resumed=is_resumed)
-        if directory is not None:
-            # A policy that cannot be saved is an error now, and not after hours of training.
-            encode_policy(plan.trainer.policy(start.state))
-            writer = RunWriter(directory, config, hparams, plan.checkpoint_every)
-        compiled = time.perf_counter()
-        evaluate_policy = make_evaluate(plan.trainer.env, keys, plan.eval_episodes)
-        periodic = PeriodicEvaluation(
-            evaluate_policy, plan.seeds, config.batch_size, plan.eval_every
+        writer, periodic = (
+            None,
+            PeriodicEvaluation(
+                make_evaluate(plan.trainer.env, keys, plan.eval_episodes),
+                plan.seeds,
+                config.batch_size,
+                plan.eval_every,
+            ),
         )
-        if is_resumed and directory is not None and (directory.path / BEST).is_dir():
-            periodic.best = directory.read_best(config.network)
         with device_memory.exhaustion_explained(training.num_bytes, config.num_envs):
+            start = _start(plan, training, directory, is_resumed=is_resumed)
+            if directory is not None:
+                # A policy that cannot be saved is an error now, and not after hours of training.
+                encode_policy(plan.trainer.policy(start.state))
+                writer = RunWriter(directory, config, hparams, plan.checkpoint_every)
+            if is_resumed and directory is not None and (directory.path / BEST).is_dir():
+                periodic.best = directory.read_best(config.network)
+            compiled = time.perf_counter()
             end, rows, evaluations = _run_updates(
                 plan, training, start, periodic, writer=writer, bar=bar, interrupt=interrupt
             )
@@ -358,14 +362,13 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
     for failure in end.failures:
         warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
     policy = plan.trainer.policy(end.state)
+    if writer is not None:
+        writer.write_policy(policy)
     evaluation = None
     if end.updates == config.num_updates:
-        evaluation = evaluate_policy(policy)
-    if writer is not None:
-        summary = None
-        if evaluation is not None:
-            summary = summarize(evaluation, plan.seeds, greedy=True)
-        writer.write_results(policy, summary)
+        evaluation = periodic.evaluate(policy)
+        if writer is not None:
+            writer.write_evaluation(summarize(evaluation, plan.seeds, greedy=True))
     return Run(
         state=end.state,
         policy=policy,
@@ -388,7 +391,7 @@ def _start(
     plan: _Plan, training: Training, directory: RunDirectory | None, *, is_resumed: bool
 ) -> Snapshot:
     """Returns the snapshot from which a training goes on, and prepares the files for it."""
-    guard = jax.tree.map(np.asarray, unharmed((len(plan.seeds),)))
+    guard = jax.tree.map(np.asarray, initial_guard((len(plan.seeds),)))
     beginning = functools.partial(Snapshot, guard=guard, log=EMPTY_LOG, updates=0, failures=())
     if directory is None:
         return beginning(training.start())

@@ -73,11 +73,13 @@ class RunWriter:
         self._checkpoints.wait()
         self._note("checkpoint", self._checkpoints.error)
 
-    def write_results(self, policy: Policy, evaluation: Mapping[str, Any] | None) -> None:
-        """Writes the policy and, if there is one, its evaluation."""
+    def write_policy(self, policy: Policy) -> None:
+        """Writes the trained policy."""
         self._attempt("policy", lambda: self._directory.write_policy(policy))
-        if evaluation is not None:
-            self._attempt("evaluation", lambda: self._directory.write_evaluation(evaluation))
+
+    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """Writes the evaluation of the trained policy."""
+        self._attempt("evaluation", lambda: self._directory.write_evaluation(evaluation))
 
     def _attempt(self, name: str, write: Any) -> None:
         try:

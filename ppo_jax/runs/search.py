@@ -423,4 +423,5 @@ def _result(
         run_seconds=seconds[1],
         is_complete=is_complete,
         best_policy=store.best_policy,
+        unwritten=tuple(store.unwritten.values()),
     )

@@ -8,8 +8,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +101,20 @@ class SweepStore:
         unused = (files.unfinished(path / _SWEEP).name, LOCK)
         return all(file.name in unused for file in path.iterdir())
 
-    def owned(self) -> AbstractContextManager[None]:
-        """Owns the directory, as `lock.owned` does."""
-        return contextlib.nullcontext() if self.path is None else owned(self.path, _FOLDERS)
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Owns the directory, as `lock.owned` does, until the last checkpoint is written."""
+        if self.path is None or self.checkpoints is None:
+            yield
+            return
+        with owned(self.path, _FOLDERS):
+            try:
+                yield
+            finally:
+                # The thread that writes it ends with the process.
+                error = self.checkpoints.finish()
+                if error is not None:
+                    self.unwritten[CHECKPOINTS] = error
 
     def finished(self) -> set[int]:
         """Returns the numbers of the finished members."""
@@ -139,6 +149,9 @@ class SweepStore:
         if self.path is not None:
             self._waiting.append(tables)
             self._write_waiting()
+            # Only now: until then the members can be had from their checkpoint.
+            if self.checkpoints is not None and not self._waiting:
+                self.checkpoints.clear()
 
     def _write_waiting(self) -> None:
         """Writes the tables that are not on disk; a full disk leaves them for the next time."""
@@ -149,9 +162,6 @@ class SweepStore:
             _PARTS, lambda: _write_part(folder, self._waiting[0])
         ):
             self._waiting.pop(0)
-        # Only now: until then the members can be had from their checkpoint.
-        if self.checkpoints is not None and not self._waiting:
-            self.checkpoints.clear()
 
     def _attempt(self, name: str, write: Callable[[], Any]) -> bool:
         """Writes a file; returns whether it could be, and keeps the reason if not."""

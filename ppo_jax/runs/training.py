@@ -12,7 +12,7 @@ from ppo_jax.config import Config
 from ppo_jax.devices import member_sharding
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
-from ppo_jax.population.member import Guard, guarded_step, unharmed
+from ppo_jax.population.member import Guard, guarded_step, initial_guard
 from ppo_jax.runs import device_memory
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
@@ -87,7 +87,7 @@ def compile_training(
     start = jax.jit(init, out_shardings=sharding).lower(keys, hparams).compile()
     placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None, None))
     state_shapes = output_shapes(start)
-    guard = jax.eval_shape(lambda: unharmed(keys.shape))
+    guard = jax.eval_shape(lambda: initial_guard(keys.shape))
     lowered = placed.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
     program = lowered.compile()
     num_bytes = max(map(device_memory.num_bytes, (start, program)))

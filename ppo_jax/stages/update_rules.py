@@ -256,8 +256,9 @@ def _gradient_step(
         updates, opt_state = tx.update(flat, old.opt_state, old.params)
         new = _FlatLearner(jnp.add(old.params, updates), opt_state)
         if losses.config.max_skipped_updates:
-            # Not `optax.apply_if_finite`, which applies the NaN after some failures in a row. The
-            # new learner is checked as well: a finite gradient may overflow a squared one.
+            # `optax.apply_if_finite` would apply the NaN after a number of consecutive failures.
+            # The new learner is checked as well, because the square of a finite gradient may
+            # overflow in the optimiser's state.
             is_applied = _is_finite((flat, new))
             new = jax.tree.map(partial(jnp.where, is_applied), new, old)
             metrics[SKIPPED] = 1.0 - is_applied
