@@ -12,6 +12,7 @@ from ppo_jax import Config, ConfigError, HParams, load_state, make_trainer, save
 from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.runs.checkpoint import flatten
+from ppo_jax.runs.policy_files import load_policy, save_policy
 
 SMALL = {
     "num_envs": 2,
@@ -79,17 +80,22 @@ def saved(tmp_path_factory):
     return path
 
 
-def test_every_changed_byte_is_noticed_and_named(saved, tmp_path):
+@pytest.mark.parametrize("kind", ["state", "policy"])
+def test_every_changed_byte_is_noticed_and_named(kind, saved, tmp_path):
+    source, read = saved, load_state
+    if kind == "policy":
+        found, source, read = load_state(saved), tmp_path / "policy", load_policy
+        save_policy(make_trainer(found.config).policy(found.state), source)
     rng = np.random.default_rng(0)
     for i in range(500):
         name = ("state.safetensors", "manifest.json")[i % 2]
         path = tmp_path / "damaged"
-        shutil.copytree(saved, path, dirs_exist_ok=True)
+        shutil.copytree(source, path, dirs_exist_ok=True)
         content = bytearray((path / name).read_bytes())
         content[rng.integers(len(content))] ^= rng.integers(1, 256)
         (path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=f"damaged is damaged: {name} is"):
-            load_state(path)
+            read(path)
 
 
 @pytest.mark.parametrize(

@@ -369,11 +369,42 @@ def test_a_run_survives_kill_9_at_50_moments(tmp_path):
     kill_checks(tmp_path, 50)
 
 
+def test_a_second_signal_ends_the_command_at_once():
+    # Derives a key for minutes without a return to Python, as a program that is compiled or run.
+    code = (
+        "import hashlib\n"
+        "from ppo_jax.runs.interrupt import deferred_interrupt, exit_at_second_signal\n"
+        "with exit_at_second_signal(), deferred_interrupt():\n"
+        "    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+        "print('never')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert time.monotonic() - started < 2.0
+    assert process.returncode == 143
+    assert out == ""
+    assert "again to exit at once" in err
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_command_within_a_piece(number, status, tmp_path):
     path = tmp_path / "run"
     arguments = ["--num-envs", "2", "--num-steps", "8", "--hidden-sizes", "4", "--quiet"]
-    arguments += ["--total-timesteps", "1e9", "--log-every", "1", "--run-dir", str(path)]
+    arguments += ["--total-timesteps", "1e9", "--log-every", "64", "--run-dir", str(path)]
     # A process in a shell's background ignores Ctrl-C from its start.
     code = (
         "import signal, sys\nfrom ppo_jax.cli import main\n"
@@ -398,7 +429,11 @@ def test_a_signal_ends_the_command_within_a_piece(number, status, tmp_path):
     assert process.returncode == status
     assert f"ppo-jax resume {path} continues the run" in out
     assert "again to exit at once" in err
-    assert seconds < 3.0, seconds  # a piece of a second, and two
+    # Rows of the same piece have the same speed. A piece takes longer on a busy machine.
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["time/steps_per_second"] for line in lines]
+    piece = max(64 * 16 * rates.count(rate) / rate for rate in set(rates))
+    assert seconds < max(piece, 1.0) + 2.0, (seconds, piece)
     assert len(list_checkpoints(path / "checkpoints")) == 1
 
 
