@@ -135,7 +135,8 @@ class PolicySettings:
         if isinstance(self.hidden_sizes, int):
             self._set("hidden_sizes", (self.hidden_sizes,))
         # Lists of a JSON file or a notebook become tuples, which are hashable.
-        for name in ("hidden_sizes", "actor_keys", "critic_keys"):
+        self._set("hidden_sizes", _as_tuple("hidden_sizes", self.hidden_sizes))
+        for name in ("actor_keys", "critic_keys"):
             if getattr(self, name) is not None:
                 self._set(name, _as_tuple(name, getattr(self, name)))
         layers = _as_tuple("conv_layers", self.conv_layers)

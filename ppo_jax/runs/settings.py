@@ -89,7 +89,9 @@ def settings_from_plain(
 
 def _array(name: str, values: list[Any]) -> np.ndarray:
     try:
-        return np.array(values, np.float32)
+        # A number beyond single precision becomes infinite, which the range refuses or allows.
+        with np.errstate(over="ignore"):
+            return np.array(values, np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{name} must be numbers; got {values}.") from error
 
@@ -100,7 +102,7 @@ def _require_registered(fields: Mapping[str, Any], path: Path) -> None:
     from ppo_jax.algorithms import ALGORITHMS
 
     for kind, known in {"env": envs.names(), "algorithm": ALGORITHMS}.items():
-        if fields[kind] not in known:
+        if not isinstance(fields[kind], str) or fields[kind] not in known:
             raise ConfigError(
                 f"the {kind} of a run must be registered before the run is read; {path} "
                 f"names {fields[kind]!r}. Import the module that registers it, or pass "
