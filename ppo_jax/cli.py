@@ -135,14 +135,18 @@ class ResumeCommand:
     total_timesteps: int | None = None
     """Environment steps in all, over all environments; the run's own number by default. A schedule
     of the learning rate is that of the new total."""
+    num_devices: int | None = None
+    """Devices that share the environments from now on; as in the run by default, here and below."""
     checkpoint_every: float | None = None
-    """Seconds between two checkpoints; as in the run by default, here and below."""
+    """Seconds between two checkpoints."""
     eval_episodes: int | None = None
     """Episodes of the evaluation at the end, for each seed."""
     eval_every: int | None = None
     """Updates between two evaluations while it trains."""
     log_every: int | None = None
     """Updates per row of metrics.jsonl."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in every run, as in `train`."""
     quiet: bool = False
     """Show no progress."""
 
@@ -150,6 +154,10 @@ class ResumeCommand:
         """Runs the command; returns its exit status."""
         directory = RunDirectory.open(self.run_dir)
         config, seeds = directory.read_config()[0], directory.read_seeds()
+        if self.num_devices is not None:
+            config = config.replace(num_devices=self.num_devices)
+        if self.deterministic:
+            _use_deterministic_operations()
         _prepare_devices(config, None if isinstance(seeds, int) else len(seeds))
 
         from ppo_jax.runs.run import resume
@@ -158,6 +166,7 @@ class ResumeCommand:
             lambda: resume(
                 self.run_dir,
                 total_timesteps=self.total_timesteps,
+                num_devices=self.num_devices,
                 checkpoint_every=self.checkpoint_every,
                 eval_episodes=self.eval_episodes,
                 eval_every=self.eval_every,
@@ -231,6 +240,8 @@ class SweepCommand:
     """Show no progress."""
     checkpoint_every: float = 60.0
     """Seconds between two checkpoints of the members that are training; 0 for none."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in every run, as in `train`."""
     eval_episodes: int = 64
     """Number of episodes of each member's final evaluation."""
     search: Literal["halving", "pbt"] | None = None
@@ -273,6 +284,8 @@ class SweepCommand:
         # The remaining names with a single value are parameters of the environment.
         varied |= {name: [value] for name, value in fixed.items()}
         run_dir = self.run_dir or _new_run_dir(self.env, self.search or "sweep")
+        if self.deterministic:
+            _use_deterministic_operations()
         _enable_compilation_cache()
         _make_cpu_devices(_num_cores())
         common: dict[str, Any] = {

@@ -39,7 +39,7 @@ def make_env_mesh(num_devices: int) -> Mesh | None:
     if len(devices) < num_devices:
         raise ConfigError(
             f"num_devices must be at most the devices there are; got {num_devices} and "
-            f"{len(devices)}. On a CPU, call "
+            f"{len(devices)}. Lower num_devices. On a CPU, call "
             f"jax.config.update('jax_num_cpu_devices', {num_devices}) before anything is computed."
         )
     return Mesh(np.array(devices[:num_devices]), (ENV_AXIS,))

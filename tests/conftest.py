@@ -7,19 +7,19 @@ import os
 import sys
 from pathlib import Path
 
-# Most of a session is spent on compiling, which takes half the time without optimisations. The flag
-# is set before JAX is imported, and processes that tests start inherit it.
+# Most of a session is spent on compiling, which takes half the time without optimisations, and
+# nothing for a program that was compiled before. The variables are set before JAX is imported, and
+# processes that tests start inherit them.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".lstrip()
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-cache = Path(__file__).parent.parent / ".cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", str(cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 optimized_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
 """Compiles with all optimisations, as users do: for long runs, and for tests of bit-identity."""

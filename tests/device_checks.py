@@ -3,14 +3,19 @@
 Devices are made before anything is computed, which a test session has long done.
 """
 
+import functools
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer, sweep, train
+from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer, resume, sweep, train
 from ppo_jax.devices import over_members
 from ppo_jax.population.pbt import make_pbt
+from tests.test_resume import check_resume, rows_of, stop_after
 
 PARAMS = {"max_steps_in_episode": 16}
 
@@ -166,6 +171,38 @@ def check_the_seeds_of_a_training_are_divided():
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
 
+def check_runs_over_devices_resume_exactly(folder):
+    """Stops two runs repeatedly: one that shares environments, one whose seeds are divided."""
+    changes = {"memory": "gru", "memory_size": 4, "num_minibatches": 2}
+    shared = config("ppo", 4, normalize_obs=True, normalize_reward=True, **changes)
+    divided = config("ppo_adaptive", 1).replace(num_envs=2)
+    for name, described, num_seeds in (("shared", shared, None), ("divided", divided, 4)):
+        described = described.replace(total_timesteps=9 * described.batch_size)
+        with pytest.MonkeyPatch.context() as patch:
+            run = check_resume(
+                described,
+                folder / name,
+                functools.partial(stop_after, patch),
+                num_seeds=num_seeds,
+                checkpoint_every=1e-9,
+            )
+        assert len(run.state.updates_done.sharding.device_set) == 4
+
+
+def check_a_run_continues_on_other_devices(path):
+    """Extends a finished run of four devices on two, and then on one."""
+    total = 9 * 128
+    for num_devices in (2, 1):
+        before, total = total, total + 2 * 128
+        message = f"made with num_devices {2 * num_devices}, now {num_devices}. .* other random"
+        with pytest.warns(RuntimeWarning, match=message):
+            run = resume(path, total_timesteps=total, num_devices=num_devices, progress=False)
+        assert (run.timesteps_before, run.timesteps) == (before, total)
+        assert len(run.state.rollout.obs.sharding.device_set) == num_devices
+    assert [row["update"] for row in rows_of(path)] == [4, 8, 12, 13]
+    assert np.isfinite(run.metrics["train/value_loss"]).all()
+
+
 def check_one_device_too_many_is_an_error():
     with pytest.raises(ConfigError, match="at most the devices there are; got 16 and 8"):
         make_trainer(config("ppo", 16, num_envs=16))
@@ -190,4 +227,7 @@ if __name__ == "__main__":
     check_devices_see_different_data()
     check_the_seeds_of_a_training_are_divided()
     check_one_device_too_many_is_an_error()
+    with tempfile.TemporaryDirectory() as folder:
+        check_runs_over_devices_resume_exactly(Path(folder))
+        check_a_run_continues_on_other_devices(Path(folder) / "shared" / "stopped")
     print("all checks passed")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.cli import _new_run_dir, _spell_out, main
 from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.envs.wrappers import WRAPPERS
+from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.stages.optimizers import SCHEDULES
 
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--hidden-sizes", "8", "--eval-episodes", "3"]
 
 
-def test_train_then_eval(tmp_path, capsys):
+def test_train_then_eval_then_resume(tmp_path, capsys):
     path = str(tmp_path / "run")
     arguments = ["--total-timesteps", "200", "--run-dir", path, "--learning-rate", "3e-4"]
     assert main(["train", "CartPole-v1", *SMALL, *arguments, "--seeds", "2"]) == 0
@@ -34,6 +36,24 @@ def test_train_then_eval(tmp_path, capsys):
 
     assert main(["train", "CartPole-v1", *SMALL, *arguments]) == 2
     assert "must be new or empty" in capsys.readouterr().err
+
+    assert main(["resume", path, "--num-devices", "3"]) == 2
+    assert "num_envs must be divisible by num_devices; got 4 and 3" in capsys.readouterr().err
+    assert main(["resume", path, "--total-timesteps", "256", "--eval-episodes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "trained CartPole-v1 with ppo: 128 steps" in out  # 64 more of each seed
+    assert "over 2 greedy episodes" in out
+
+
+@pytest.mark.parametrize("command", ["resume", "sweep"])
+def test_deterministic_operations_are_asked_for(command, tmp_path, monkeypatch, capsys):
+    directory = RunDirectory.create(tmp_path / "run", overwrite=False)
+    directory.write_config(Config(num_envs=4), HParams(), seeds=[0])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Both are refused afterwards: there is no checkpoint, and no seed.
+    arguments = {"resume": [str(directory.path)], "sweep": ["--seeds", "0"]}
+    assert main([command, *arguments[command], "--deterministic"]) == 2
+    assert os.environ["XLA_FLAGS"].split()[1:] == ["--xla_gpu_deterministic_ops=true"]
 
 
 def test_a_diverged_training_is_an_error(tmp_path, capsys):

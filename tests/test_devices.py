@@ -91,9 +91,8 @@ def test_chunks_of_a_minibatch_add_up_to_its_gradient():
 
 
 def test_on_eight_devices():
-    script = Path(__file__).parent / "device_checks.py"
-    root = str(script.parent.parent)
-    command = [sys.executable, str(script)]
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "tests.device_checks"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert result.stdout == "all checks passed\n", result.stderr
 

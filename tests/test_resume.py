@@ -54,15 +54,15 @@ class StopsAfter:
         pass
 
 
+def stop_after(patch, pieces, module=runs):
+    """Sets the number of pieces after which trainings are stopped; None for never."""
+    limit = 10**9 if pieces is None else pieces
+    patch.setattr(module, "deferred_interrupt", lambda: StopsAfter(limit))
+
+
 @pytest.fixture
 def stopped_after(monkeypatch):
-    """Sets the number of pieces after which trainings are stopped; None for never."""
-
-    def set_pieces(pieces, module=runs):
-        limit = 10**9 if pieces is None else pieces
-        monkeypatch.setattr(module, "deferred_interrupt", lambda: StopsAfter(limit))
-
-    return set_pieces
+    return functools.partial(stop_after, monkeypatch)
 
 
 def train(config, path, **arguments):

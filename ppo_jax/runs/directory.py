@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"  # the name in `lock`, whose library the command line loads late
 OPTIONS = ("checkpoint_every", "eval_episodes", "eval_every", "log_every")
 """Arguments of `train` that do not change the training."""
+_CHANGEABLE = ("total_timesteps", "num_devices")  # settings with which a run may continue
 _LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
 _FILES = (CONFIG, METRICS, EVALUATION, EVALUATIONS, _OLD_POLICY)
 _FOLDERS = (POLICY, BEST, CHECKPOINTS)
@@ -154,7 +156,7 @@ class RunDirectory:
         """Writes the settings with which a run goes on, under its earlier record.
 
         Args:
-          config: of the run, with another `total_timesteps` if it is extended.
+          config: of the run; `total_timesteps` and `num_devices` may differ.
           hparams: complete hyperparameters.
           options: arguments of the run that do not change its training.
           updates: updates that are done.
@@ -169,8 +171,10 @@ class RunDirectory:
     def require_same_run(self, config: Config, hparams: HParams, seeds: int | list[int]) -> None:
         """Raises a `ConfigError` unless these settings continue the run.
 
+        Warns if the run continues on another number of devices.
+
         Args:
-          config: may have another `total_timesteps`.
+          config: may have another `total_timesteps` and another `num_devices`.
           hparams: complete hyperparameters.
           seeds: the seed, or the list of seeds.
         """
@@ -182,15 +186,24 @@ class RunDirectory:
             differences += [
                 f"{name} (was {found.get(name)}, now {asked[group].get(name)})"
                 for name in sorted(found.keys() | asked[group].keys())
-                if name != "total_timesteps" and found.get(name) != asked[group].get(name)
+                if name not in _CHANGEABLE and found.get(name) != asked[group].get(name)
             ]
         if record["seeds"] != seeds:
             differences.append(f"seeds (was {record['seeds']}, now {seeds})")
         if differences:
             raise ConfigError(
-                "a run continues with its own settings, apart from total_timesteps; "
+                f"a run continues with its own settings, apart from {' and '.join(_CHANGEABLE)}; "
                 f"{self.path} differs in {', '.join(differences)}. Leave them as they were, or "
                 "start another run."
+            )
+        before = record["config"].get("num_devices")
+        if before != config.num_devices:
+            warnings.warn(
+                f"{self.path} was made with num_devices {before}, now {config.num_devices}. The "
+                "training continues, but with other random numbers, because each device draws "
+                "its own.",
+                RuntimeWarning,
+                stacklevel=3,
             )
 
     def read_config(self, network: Any = None) -> tuple[Config, HParams]:

@@ -133,8 +133,8 @@ def train(
         `checkpoints`; None writes nothing.
       overwrite: replace a run that is there already.
       resume: continue the run in `run_dir` from its newest checkpoint; start it if there is none.
-        Only `total_timesteps` may differ from the run's settings. A schedule of the learning rate
-        is that of the new total.
+        Only `total_timesteps` and `num_devices` may differ from the run's settings. A schedule of
+        the learning rate is that of the new total.
       checkpoint_every: seconds between two checkpoints; 0 for none. The last state of a training
         is a checkpoint as well, so that a finished run can be extended.
       eval_episodes: episodes of the greedy evaluation at the end, for each seed.
@@ -235,6 +235,7 @@ def resume(
     run_dir: str | Path,
     *,
     total_timesteps: int | None = None,
+    num_devices: int | None = None,
     checkpoint_every: float | None = None,
     eval_episodes: int | None = None,
     eval_every: int | None = None,
@@ -248,6 +249,8 @@ def resume(
       run_dir: directory that `train` wrote.
       total_timesteps: extends the run; None keeps its number. A schedule of the learning rate is
         that of the new total.
+      num_devices: devices that share the environments from now on, with a warning if their number
+        changes; None keeps it.
       checkpoint_every: see `train`; None, here and below, is the value of the run.
       eval_episodes: see `train`.
       eval_every: see `train`.
@@ -261,8 +264,8 @@ def resume(
     directory = RunDirectory.open(run_dir)
     config, hparams = directory.read_config(network)
     seeds, options = directory.read_seeds(), directory.read_options()
-    if total_timesteps is not None:
-        config = config.replace(total_timesteps=total_timesteps)
+    changes = {"total_timesteps": total_timesteps, "num_devices": num_devices}
+    config = config.replace(**{name: x for name, x in changes.items() if x is not None})
     asked = {
         "checkpoint_every": checkpoint_every,
         "eval_episodes": eval_episodes,
