@@ -71,16 +71,15 @@ class TrainCommand:
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
+        if self.resume and self.run_dir is None:
+            raise ConfigError(
+                "--resume continues the run in a directory; got no --run-dir. Name it, so that "
+                "the next start finds the same directory."
+            )
         config = self.config.config
         hparams = flags.hparams_type(config.algorithm)(**vars(self.hparams))
         envs.check_name(config.env)
-        # Said before the run instead of rounding silently.
-        timesteps = config.num_updates * config.batch_size
-        if timesteps != config.total_timesteps:
-            _say(
-                f"{config.total_timesteps:,} steps are not a whole number of updates of "
-                f"{config.batch_size:,}: {timesteps:,} will run."
-            )
+        _say_rounded(config)
         if self.deterministic:
             _use_deterministic_operations()
         if self.dry_run:
@@ -156,6 +155,8 @@ class ResumeCommand:
         config, seeds = directory.read_config()[0], directory.read_seeds()
         if self.num_devices is not None:
             config = config.replace(num_devices=self.num_devices)
+        if self.total_timesteps is not None:
+            _say_rounded(config.replace(total_timesteps=self.total_timesteps))
         if self.deterministic:
             _use_deterministic_operations()
         _prepare_devices(config, None if isinstance(seeds, int) else len(seeds))
@@ -177,6 +178,16 @@ class ResumeCommand:
         )
 
 
+def _say_rounded(config: Config) -> None:
+    """Says before a run, instead of rounding silently, how many steps will run."""
+    timesteps = config.num_updates * config.batch_size
+    if timesteps != config.total_timesteps:
+        _say(
+            f"{config.total_timesteps:,} steps are not a whole number of updates of "
+            f"{config.batch_size:,}: {timesteps:,} will run."
+        )
+
+
 def _run_training(run: Callable[[], Any], config: Config) -> int:
     """Trains, and says what came of it; returns the exit status."""
     from ppo_jax.runs.interrupt import exit_at_second_signal
@@ -195,8 +206,8 @@ def _run_training(run: Callable[[], Any], config: Config) -> int:
     )
     for problem in (*result.failures, *result.unwritten):
         _say(f"ppo-jax: error: {problem}")
-    # A training that failed is not one to continue.
-    if result.evaluation is None and not result.failures:
+    # A training whose seeds have all failed is not one to continue.
+    if result.evaluation is None and len(result.failures) < len(result.seeds):
         has_checkpoint = (result.run_dir / CHECKPOINTS).is_dir()
         what = f"ppo-jax resume {result.run_dir} continues the run"
         print(
@@ -310,8 +321,10 @@ class SweepCommand:
         if not result.is_complete:
             print(f"stopped; the same command with --run-dir {run_dir} continues it")
             return 128 + (result.signal or signal.SIGINT)
+        if result.unwritten:  # a report needs all tables
+            return 1
         _print_report(run_dir)
-        return 1 if result.unwritten else 0
+        return 0
 
     def _train(self, config: Config, space: dict[str, Any], common: dict[str, Any]) -> Any:
         """Runs the sweep or the search."""

@@ -174,12 +174,17 @@ def _not_finite(env: Environment, played: _Played) -> Iterator[str]:
 
 def _same(one: Any, other: Any, *, exactly: bool = True) -> bool:
     """Returns whether two trees have the same values; random keys are compared by their data."""
-    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+
+    def values(tree: Any) -> list[Any]:
+        return [
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            for x in map(jnp.asarray, jax.tree.leaves(tree))
+        ]
+
     tolerance = 0.0 if exactly else 1e-4
     return all(
         np.allclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
-        for x, y in leaves
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        for x, y in zip(values(one), values(other), strict=True)
     )
 
 
@@ -297,10 +302,12 @@ def _resetting(env: Environment, played: _Played) -> Iterator[str]:
         counts = (change[~done] == 1).all() and (~done).any()
         # The counter falls to 0 where the episode ends, and rises everywhere else.
         is_reset |= bool(counts and not (change[done] == 1).any() and (after[done] == 0).all())
-    # Where all episodes start alike, no episode should end like that.
+    # Where all episodes start alike, and not all observations are alike, no episode should end so.
     starts = [np.asarray(x) for x in jax.tree.leaves(played.reset_obs)]
     ends = [np.asarray(x)[done] for x in jax.tree.leaves(played.step.obs)]
-    if done.sum() >= _SUSPICIOUS and all((x == x[:1, :1]).all() for x in starts):
+    within = [np.asarray(x)[~done] for x in jax.tree.leaves(played.step.obs)]
+    differ = any((x[0, 0] != inner).any() for x, inner in zip(starts, within, strict=True))
+    if done.sum() >= _SUSPICIOUS and differ and all((x == x[:1, :1]).all() for x in starts):
         is_reset |= all((end == x[0, 0]).all() for x, end in zip(starts, ends, strict=True))
     if is_reset:
         yield (
@@ -312,7 +319,10 @@ def _resetting(env: Environment, played: _Played) -> Iterator[str]:
 def _unclipped_actions(env: Environment, played: _Played) -> Iterator[str]:
     """Finds steps that take continuous actions beyond their bounds."""
     space = env.action_space
-    if not isinstance(space, Box) or not space.high or not np.isfinite(space.high).all():
+    # There is nothing to clip to without bounds on both sides.
+    if not isinstance(space, Box) or not space.low or not space.high:
+        return
+    if not np.isfinite([*space.low, *space.high]).all():
         return
     key, state, _, params = _repeated(env, played, 0)
     bounds = [np.reshape(x, space.shape).astype(space.dtype) for x in _bounds(space)]
@@ -323,7 +333,7 @@ def _unclipped_actions(env: Environment, played: _Played) -> Iterator[str]:
         if not _same(step(key, state, bound, params), step(key, state, outside, params)):
             yield (
                 "a step must clip continuous actions to their bounds, because a Gaussian policy "
-                f"exceeds them; {env.name} acts on {outside.ravel().tolist()} otherwise than on "
+                f"exceeds them; {env.name} treats {outside.ravel().tolist()} differently than "
                 f"{bound.ravel().tolist()}. Call jnp.clip first."
             )
             return

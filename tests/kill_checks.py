@@ -83,7 +83,7 @@ def main(folder, num_kills, seed):
     warnings.simplefilter("ignore")
     rng = random.Random(seed)
     # About as many as the lives can do, and some for the end.
-    num_updates = 500 * num_kills + 500
+    num_updates = 600 * num_kills + 500
     without = 0
     for _ in range(num_kills):
         child, reader = fork(folder, num_updates)

@@ -157,7 +157,7 @@ FAULTS = {
     ),
     "unclipped": (
         sound()._replace(step=unclipped),
-        r"must clip continuous actions .*; mine acts on \[-10.0\] otherwise than on \[-1.0\]",
+        r"must clip continuous actions .*; mine treats \[-10.0\] differently than \[-1.0\]",
     ),
     "mask": (masked(False), "an action mask must allow some action; mine has one that allows none"),
     "shapes": (
@@ -165,6 +165,47 @@ FAULTS = {
         r"observations must be as observation_space describes them; reset of mine",
     ),
 }
+
+
+def bounded_above():
+    """Actions that have one bound: there is nothing to clip to below."""
+
+    def step_above(key, state, action, params):
+        return step(key, state, jnp.minimum(action, 1.0) * 0.1, params)
+
+    space = Box((1,), low=(-np.inf,), high=(1.0,))
+    return sound()._replace(step=step_above, action_space=space)
+
+
+@struct.dataclass
+class KeyedState(State):
+    key: jax.Array = None
+
+
+def keyed(key_of):
+    """The sound environment with a random key in its state, `key_of(key, previous)`."""
+
+    def keyed_reset(key, params):
+        obs, state = reset(key, params)
+        return obs, KeyedState(state.time, state.x, key_of(key, key))
+
+    def keyed_step(key, state, action, params):
+        after = step(key, State(state.time, state.x), action, params)
+        state = KeyedState(after.state.time, after.state.x, key_of(key, state.key))
+        return after._replace(state=state)
+
+    return sound()._replace(reset=keyed_reset, step=keyed_step)
+
+
+def unseeded_key(key, previous):
+    del key, previous
+    return jax.random.key(random.randrange(2**30))
+
+
+FAULTS["unseeded key"] = (
+    keyed(unseeded_key),
+    "equal keys, states and actions must give equal results; mine gives others",
+)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -177,7 +218,11 @@ def test_a_fault_has_its_sentence(name):
     assert len(str(error.value).splitlines()) == 1, str(error.value)
 
 
-@pytest.mark.parametrize("env", [sound(), masked(True)], ids=["continuous", "masked"])
+@pytest.mark.parametrize(
+    "env",
+    [sound(), masked(True), bounded_above(), keyed(lambda key, previous: previous)],
+    ids=["continuous", "masked", "bounded above", "keyed"],
+)
 def test_a_sound_environment_has_no_fault(env):
     check_env(env)
     check_env(env, Params(max_steps_in_episode=3), num_steps=32)

@@ -141,6 +141,8 @@ def test_envs_lists_what_can_be_trained(capsys):
         (["train", "CartPole-v1", "--gamma", "nan"], "gamma must be in [0, 1]; got nan."),
         (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be a positive integer"),
         (["eval", "/nowhere"], "a run's directory must hold config.json; /nowhere does not."),
+        (["train", "--resume"], "--resume continues the run in a directory; got no --run-dir."),
+        (["sweep", "--run-dir", "/dev/null/x", "--seeds", "1"], "must be a directory that can be"),
         (["eval", "/nowhere", "--episodes", "0"], "episodes must be a positive integer; got 0."),
     ],
 )

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -244,6 +245,41 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
         ppo_jax.resume(path, progress=False)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_one_before_is_used(
+    finished, tmp_path, monkeypatch
+):
+    path = copied(finished, tmp_path)
+    older, newest = list_checkpoints(path / "checkpoints")
+    read = checkpoint.read
+
+    def fail_or_read(where):
+        if where == newest:
+            raise OSError(5, "Input/output error")
+        return read(where)
+
+    monkeypatch.setattr(checkpoint, "read", fail_or_read)
+    with pytest.warns(RuntimeWarning, match=f"{newest.name} cannot be read: Input/output error"):
+        assert ppo_jax.resume(path, progress=False).timesteps_before == int(older.name)
+
+
+def test_a_state_that_is_no_checkpoint_of_a_run_is_refused(finished, tmp_path):
+    path = copied(finished, tmp_path)
+    foreign = path / "checkpoints" / "000000999999"
+    ppo_jax.save_state(foreign, finished.state, CONFIG, HParams())
+    with pytest.raises(ConfigError, match="from a checkpoint of a run; .*999999 is another one"):
+        ppo_jax.resume(path, progress=False)
+
+
+def test_a_damaged_best_policy_does_not_stop_a_run(finished, tmp_path):
+    path = copied(finished, tmp_path)
+    shutil.copytree(path / "policy", path / "best")
+    (path / "best" / "manifest.json").write_text("{}")
+    with pytest.warns(RuntimeWarning, match="best is damaged.*The best policies start again"):
+        run = ppo_jax.resume(path, total_timesteps=12 * 16, eval_every=3, progress=False)
+    assert RunDirectory.open(path).read_best().updates == [12]
+    assert list(run.evaluations["update"]) == [12]
+
+
 def test_other_versions_and_devices_are_told(finished, tmp_path, monkeypatch):
     path = copied(finished, tmp_path)
     describe = checkpoint_writer.provenance.describe
@@ -298,43 +334,63 @@ def test_a_checkpoint_that_cannot_be_written_is_told_once_and_an_error_at_the_en
     assert list((run.run_dir / "checkpoints").glob(".*")) == []
 
 
-def test_rows_that_could_not_be_written_are_written_when_there_is_space(tmp_path, monkeypatch):
-    file = ppo_jax.runs.metrics_file.MetricsFile(tmp_path / "metrics.jsonl")
-    file.append([{"update": 1, "a": float("inf")}])
+def test_a_best_policy_that_could_not_be_written_is_written_later(tmp_path, monkeypatch):
+    whole = train(CONFIG, tmp_path / "whole", eval_every=3)
+    disk = FullDisk(monkeypatch, RunDirectory, "write_best")
+    append = ppo_jax.runs.metrics_file.MetricsFile.append
+
+    def append_and_clear(self, rows):
+        append(self, rows)
+        # There is space again after the last evaluation.
+        disk.is_full &= "evaluations" not in self._path.name or self.read()[-1]["update"] < 9
+
+    monkeypatch.setattr(ppo_jax.runs.metrics_file.MetricsFile, "append", append_and_clear)
+    with pytest.warns(RuntimeWarning, match="the best policy in .* could not be written"):
+        run = train(CONFIG, tmp_path / "run", eval_every=3)
+    assert run.unwritten == ()
+    assert_same_run(run, whole)
+
+
+def test_a_training_that_raises_waits_for_its_checkpoint(tmp_path, monkeypatch):
+    write, running = checkpoint.write, []
+
+    def slow_write(*arguments):
+        running.append(threading.current_thread())
+        time.sleep(0.5)
+        write(*arguments)
+
+    def add(*_):
+        if running:
+            raise RuntimeError("a fault")
+        return []
+
+    monkeypatch.setattr(checkpoint, "write", slow_write)
+    monkeypatch.setattr(runs.MetricsLog, "add", add)
+    with pytest.raises(RuntimeError, match="a fault"):
+        train(CONFIG, tmp_path / "run", checkpoint_every=1e-9)
+    assert not running[0].is_alive()
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_a_run_that_is_stopped_before_its_evaluation_is_evaluated_by_the_next(
+    finished, tmp_path, monkeypatch
+):
+    path = copied(finished, tmp_path)
+    interrupt = StopsAfter(10**9)
+    finish = runs.RunWriter.finish
+
+    def finish_and_stop(*arguments):
+        finish(*arguments)
+        interrupt.left = 0
+
     with monkeypatch.context() as context:
-        context.setattr(Path, "open", full_after(10))
-        with pytest.raises(OSError, match="No space"):
-            file.append([{"update": 2, "a": 0.5}])
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"update": 1, "a": "inf"}\n'
-    file.append([{"update": 3, "a": float("nan")}])
-    file.cut_back(2)
-    assert file.read() == [{"update": 1, "a": float("inf")}, {"update": 2, "a": 0.5}]
-
-
-def full_after(num_bytes):
-    """Returns an `open` whose files take some bytes more, and then the disk is full."""
-    open_file = Path.open
-
-    def open_full(self, mode="r", **keywords):
-        file = open_file(self, mode, buffering=0, **keywords)
-
-        class Full:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-            def write(self, content):
-                file.write(content[:num_bytes])
-                raise OSError(28, "No space left on device")
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-        return Full()
-
-    return open_full
+        context.setattr(runs, "deferred_interrupt", lambda: interrupt)
+        context.setattr(runs.RunWriter, "finish", finish_and_stop)
+        stopped = ppo_jax.resume(path, progress=False)
+    assert (stopped.evaluation, stopped.signal) == (None, signal.SIGTERM)
+    # It would be that of another policy, if the run had been extended.
+    assert not (path / "evaluation.json").exists()
+    assert_same_run(ppo_jax.resume(path, progress=False), finished)
 
 
 def test_a_row_that_was_cut_off_is_removed(tmp_path):

@@ -205,9 +205,10 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 def test_a_sweep_killed_as_it_began_can_begin_again(tmp_path):
     (tmp_path / ".sweep.json.unfinished").write_text("{")
     (tmp_path / ".lock").write_text("")
-    store = SweepStore.open(tmp_path, {"seeds": [0]})
-    assert store.finished() == set()
-    assert SweepStore.open(tmp_path, {"seeds": [0]}).path == tmp_path
+    for _ in range(2):
+        with SweepStore.opened(tmp_path, {"seeds": [0]}) as store:
+            assert store.finished() == set()
+            assert store.path == tmp_path
 
 
 def test_values_of_every_kind_are_swept(tmp_path):
@@ -564,7 +565,7 @@ def test_the_best_policy_of_a_sweep_is_kept_and_is_a_run(tmp_path):
         np.testing.assert_array_equal(kept, held)
     assert main(["eval", str(path / "best"), "--episodes", "2"]) == 0
     # A sweep that goes on knows the best so far, also one that was being replaced.
-    os.rename(path / "best", path / ".best.unfinished")
+    os.rename(path / "best", path / ".best.replaced")
     again = sweep(CONFIG, space, seeds=2, chunk=4, run_dir=path)
     for kept, held in zip(
         *map(jax.tree.leaves, (again.best_policy.params, policy.params)), strict=True

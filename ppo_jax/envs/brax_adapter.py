@@ -11,10 +11,11 @@ from ppo_jax.envs.environment import Environment, Step, cast
 from ppo_jax.envs.spaces import Box, Dict, Space
 from ppo_jax.errors import ConfigError
 
-# The shortest of 2,048 episodes under the largest actions had 5 (ant), 8 (hopper), 31 (walker2d), 7
-# and 10 (the two pendulums) steps with the spring engine; humanoid falls by 2 cm in 4 steps. A
-# reset of hopper takes a fifth of the time of a step, so drawing fewer of them pays.
+# The shortest of 2,048 episodes under the largest actions had 5 (ant), 8 (hopper) and 31 (walker2d)
+# steps with the spring engine; humanoid falls by 2 cm in 4 steps. A reset of hopper takes a fifth
+# of the time of a step, so drawing fewer of them pays. Pendulums may fall in 2 steps.
 _SHORTEST_EPISODE = 4
+_PENDULUMS = ("brax:inverted_pendulum", "brax:inverted_double_pendulum")
 
 
 class Params(flax.struct.PyTreeNode):
@@ -48,7 +49,8 @@ def make(name: str, **kwargs: Any) -> Environment:
         ) from error
     env = adapt(name, envs.get_environment(name.removeprefix("brax:"), **kwargs))
     # Other arguments may make episodes shorter than those that were measured.
-    return env._replace(shortest_episode=_SHORTEST_EPISODE if kwargs.keys() <= {"backend"} else 1)
+    is_measured = kwargs.keys() <= {"backend"} and name not in _PENDULUMS
+    return env._replace(shortest_episode=_SHORTEST_EPISODE if is_measured else 1)
 
 
 def adapt(name: str, env: Any) -> Environment:

@@ -93,9 +93,10 @@ def _without_reset(env: Any) -> Callable[..., tuple]:
         return info["final_observation"], state, reward, terminated, truncated
 
     # A class that overrides `step`, such as a wrapper, keeps its version. XLA drops its reset,
-    # whose result is not used.
-    inherited = _gymnax().environments.environment.Environment.step
-    return transition if type(env).step is inherited else step
+    # whose result is not used. DeepSea's version only keeps counts beyond an episode.
+    step_of_class = type(env).step
+    is_gymnax = step_of_class.__module__.startswith("gymnax.environments.")
+    return transition if is_gymnax else step
 
 
 def _space(name: str, space: Any) -> Space:

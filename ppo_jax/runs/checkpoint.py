@@ -122,7 +122,8 @@ def unflatten(
     batch = None
     found = {}
     for name in wanted.keys() & arrays.keys():
-        leaf, array = wanted[name], jnp.asarray(arrays[name])
+        # Compared as it was written: without x64, JAX would cut double precision to single.
+        leaf, array, dtype = wanted[name], jnp.asarray(arrays[name]), arrays[name].dtype
         if name in keys:
             try:
                 array = jax.random.wrap_key_data(array, impl=keys[name])
@@ -130,20 +131,20 @@ def unflatten(
                 different.append(f"{name}, which is no random key: {error}")
                 continue
         # Another implementation of keys is no other training.
-        same_dtype = array.dtype == leaf.dtype or name in keys
+        same_dtype = dtype == leaf.dtype or name in keys
         axes = array.ndim - len(leaf.shape)
         leading = array.shape[:axes] if axes >= 0 else None
         batch = leading if batch is None else batch
         if not same_dtype or leading != batch or array.shape[axes:] != leaf.shape:
             different.append(
-                f"{name} {array.dtype}{list(array.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
+                f"{name} {dtype}{list(array.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
             )
         found[name] = array
     if different:
         raise ConfigError(
             f"a checkpoint must fit its settings; {path} differs in {'; '.join(different[:5])}"
-            f"{' and more' if len(different) > 5 else ''}. Continue it with the settings and the "
-            "version of the package that it was made with."
+            f"{' and more' if len(different) > 5 else ''}. Continue it with the settings, the "
+            "precision (JAX_ENABLE_X64) and the version of the package that it was made with."
         )
     return jax.tree.unflatten(treedef, [found[name] for name in wanted])
 

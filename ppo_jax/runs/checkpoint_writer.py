@@ -95,8 +95,10 @@ class CheckpointWriter:
             for old in list_checkpoints(self.folder)[:-_KEPT]:
                 files.remove_directory(old)
             self.error = None
-        except OSError as error:
-            self.error = f"{path} could not be written: {error.strerror or error}"
+        # Whatever it is, in a thread it would go unnoticed: the disk, or no memory for a copy.
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".strip()
+            self.error = f"{path} could not be written: {reason}"
             # Half of a checkpoint must not take the last of the disk.
             shutil.rmtree(files.unfinished(path), ignore_errors=True)
 
@@ -138,6 +140,9 @@ def find_newest(folder: Path) -> Found | None:
         except checkpoint.DamagedError as error:
             damages.append(str(error))
             continue
+        except OSError as error:
+            damages.append(f"{path} cannot be read: {error.strerror}.")
+            continue
         for damage in damages:
             _warn(f"{damage} It continues from {path}.")
         _warn_of_changes(path, record["made_with"])
@@ -151,9 +156,9 @@ def _warn_of_changes(path: Path, made_with: Mapping[str, Any]) -> None:
     """Warns where the device or the versions are not those that wrote a checkpoint."""
     before, now = (_flat(record) for record in (made_with, provenance.describe()))
     changes = [
-        f"{name} {before.get(name)}, now {value}"
+        f"{name} {before[name]}, now {value}"
         for name, value in now.items()
-        if before.get(name) != value
+        if name in before and before[name] != value
     ]
     if changes:
         _warn(
@@ -164,9 +169,11 @@ def _warn_of_changes(path: Path, made_with: Mapping[str, Any]) -> None:
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parts of a provenance record on which bits depend."""
+    versions = record.get("versions")
+    names = ("platform", "device", "device_count", "x64", "xla_flags")
     return {
-        **{name: record[name] for name in ("platform", "device", "device_count")},
-        **record["versions"],
+        **{name: record[name] for name in names if name in record},
+        **(versions if isinstance(versions, dict) else {}),
     }
 
 

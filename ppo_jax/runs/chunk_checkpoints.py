@@ -23,6 +23,7 @@ class ChunkCheckpoints:
           every: seconds between two checkpoints; 0 writes none.
         """
         self._writer = CheckpointWriter(folder, every)
+        self._was_told = False
 
     @property
     def is_due(self) -> bool:
@@ -31,6 +32,10 @@ class ChunkCheckpoints:
 
     def save(self, number: int, tree: Any, record: Mapping[str, Any]) -> None:
         """Starts to write a state; see `CheckpointWriter.save`."""
+        self._writer.wait()
+        if self._writer.error is not None and not self._was_told:
+            self._was_told = True
+            warnings.warn(f"{self._writer.error}. The sweep goes on.", RuntimeWarning, stacklevel=2)
         self._writer.save(number, tree, record)
 
     def restore(
@@ -63,6 +68,7 @@ class ChunkCheckpoints:
     def clear(self) -> None:
         """Removes the checkpoints, once the results of the chunk are written."""
         self._writer.wait()
+        self._writer.error = None
         for path in list_checkpoints(self._writer.folder):
             files.remove_directory(path)
 

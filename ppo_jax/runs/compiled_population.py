@@ -171,7 +171,7 @@ class CompiledPopulation:
         policies = outcome.policy
         outcome = jax.device_get(outcome._replace(policy=None))
         outcome = jax.tree.map(lambda x: x[: len(members)], outcome)
-        best = int(np.argmax(outcome.returns.mean(axis=1)))
+        best = best_of(outcome.returns.mean(axis=1))
         # One policy leaves the device; those of all members may be too large for the host.
         best_policy = jax.tree.map(lambda x: x[best], policies)
         seconds = time.perf_counter() - start
@@ -236,6 +236,11 @@ class CompiledPopulation:
             ]
         )
         return keys, hparams, env_params
+
+
+def best_of(scores: np.ndarray) -> int:
+    """Returns the index of the highest score; a NaN is the lowest."""
+    return int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))
 
 
 def _current_return(state: MemberState, progress: float) -> float:

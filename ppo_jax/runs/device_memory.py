@@ -26,7 +26,9 @@ def limit(device: jax.Device) -> float | None:
     stats = device.memory_stats()
     if stats is not None and "bytes_limit" in stats:
         return _SHARE * stats["bytes_limit"]
-    if device.platform == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+    if device.platform == "cpu" and "SC_PHYS_PAGES" in getattr(
+        os, "sysconf_names", {}
+    ):  # POSIX only
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return _SHARE * total / len(jax.devices())
     return None

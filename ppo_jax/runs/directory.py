@@ -13,7 +13,12 @@ from ppo_jax.errors import ConfigError, require_known, require_seed
 from ppo_jax.hparams import HParams
 from ppo_jax.runs import files
 from ppo_jax.runs.metrics_file import MetricsFile
-from ppo_jax.runs.settings import settings_from_plain, settings_to_plain, to_plain
+from ppo_jax.runs.settings import (
+    from_plain,
+    settings_from_plain,
+    settings_to_plain,
+    to_plain,
+)
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
@@ -55,7 +60,9 @@ class RunDirectory:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run_dir must be a directory; {path} is a file. Choose another.")
-        is_used = path.exists() and any(entry.name != _LOCK for entry in path.iterdir())
+        # A run that was killed at once leaves no more than these.
+        unused = (_LOCK, files.unfinished(path / CONFIG).name)
+        is_used = path.exists() and any(entry.name not in unused for entry in path.iterdir())
         if is_used and not overwrite:
             raise ConfigError(
                 f"run_dir must be new or empty; {path} holds files. Choose another, pass resume "
@@ -66,13 +73,11 @@ class RunDirectory:
     def create(cls, path: str | Path, *, overwrite: bool) -> "RunDirectory":
         """Makes the directory. A run that `overwrite` replaces stays until `write_config`."""
         cls.check(path, overwrite=overwrite)
-        path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            from ppo_jax.runs.lock import not_writable
+        from ppo_jax.runs.lock import writable
 
-            raise not_writable(path, error) from error
+        path = Path(path)
+        with writable(path):
+            path.mkdir(parents=True, exist_ok=True)
         return cls(path)
 
     @staticmethod
@@ -179,17 +184,23 @@ class RunDirectory:
           seeds: the seed, or the list of seeds.
         """
         record, asked = self._read_record(), to_plain(_settings(config, hparams))
-        asked["seeds"] = seeds
         differences = []
-        for group in ("config", "hparams"):
-            found = record[group]
+        # A setting that the file lacks is newer than the run, which had its default.
+        found = {**to_plain(vars(Config())), **record["config"]}
+        for group, before, now in (
+            ("config", found, asked["config"]),
+            ("hparams", record["hparams"], asked["hparams"]),
+            # Settings that were left to the algorithm, whose defaults another version may change.
+            ("resolved", record.get("resolved", {}), asked["resolved"]),
+        ):
             differences += [
-                f"{name} (was {found.get(name)}, now {asked[group].get(name)})"
-                for name in sorted(found.keys() | asked[group].keys())
-                if name not in _CHANGEABLE and found.get(name) != asked[group].get(name)
+                f"{name} (was {before.get(name)}, now {now.get(name)})"
+                for name in sorted(before if group == "resolved" else before.keys() | now.keys())
+                if name not in _CHANGEABLE and before.get(name) != now.get(name)
             ]
         if record["seeds"] != seeds:
             differences.append(f"seeds (was {record['seeds']}, now {seeds})")
+        differences = list(dict.fromkeys(differences))
         if differences:
             raise ConfigError(
                 f"a run continues with its own settings, apart from {' and '.join(_CHANGEABLE)}; "
@@ -251,17 +262,18 @@ class RunDirectory:
         return record
 
     def write_policy(self, policy: "Policy") -> None:
-        """Writes the trained policy."""
+        """Writes the trained policy. The evaluation of an earlier one is removed."""
         from ppo_jax.runs.policy_files import save_policy
 
         save_policy(policy, self.path / POLICY)
+        (self.path / EVALUATION).unlink(missing_ok=True)
 
     def write_best(self, best: "Best") -> None:
         """Writes the best policy of each seed so far."""
         from ppo_jax.runs.policy_files import save_policy
 
         assert best.policy is not None, "there was an evaluation"
-        notes = {"returns": best.returns.tolist(), "updates": best.updates.tolist()}
+        notes = to_plain({"returns": best.returns, "updates": best.updates})
         save_policy(best.policy, self.path / BEST, notes)
 
     def read_best(self, network: Any = None) -> "Best":
@@ -278,7 +290,8 @@ class RunDirectory:
                 "none. Train with eval_every (--eval-every)."
             )
         policy, notes = load_policy_and_notes(path, network)
-        return Best(policy, np.array(notes["returns"]), np.array(notes["updates"]))
+        returns = np.array(from_plain(notes["returns"]))
+        return Best(policy, returns, np.array(notes["updates"]))
 
     def read_policy(self, network: Any = None) -> "Policy":
         """Reads the trained policy; a `ConfigError` if the run has none yet."""

@@ -59,8 +59,13 @@ def failure_finder(
         return [make(config) for make in both]
 
     def diagnose(state: TrainState) -> str | None:
-        quantity, *operation = (diagnosis(state, hparams) for diagnosis in diagnoses())
-        return f"{quantity}; {operation[0]} made the first NaN" if any(operation) else quantity
+        # A diagnosis takes memory of its own, and must not end the training of the other seeds.
+        try:
+            quantity, *operation = (diagnosis(state, hparams) for diagnosis in diagnoses())
+        except Exception as error:
+            return f"not known, because its search failed with {type(error).__name__}"
+        made = [f"{name} made the first NaN" for name in operation if name]
+        return "; ".join([quantity or "not found", *made]) if made else quantity
 
     def find(state: TrainState, failed_before: Any, guard: Guard) -> list[Failure]:
         found = []

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+_REPLACED = ".replaced"
+
 
 def unfinished(path: Path) -> Path:
     """Returns the temporary name of a file or directory."""
@@ -32,10 +34,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a new directory of files under a temporary name, syncs it, and renames it.
+    """Writes a directory of files under a temporary name, syncs it, and renames it.
 
-    A directory of that name is replaced. It is moved away first, because a directory that is not
-    empty cannot be replaced in one step.
+    A directory of that name is replaced.
     """
     temporary = unfinished(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -44,9 +45,22 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         (temporary / name).write_bytes(content)
         sync(temporary / name)
     sync(temporary)
-    remove_directory(path)
+    replace_directory(temporary, path)
+
+
+def replace_directory(temporary: Path, path: Path) -> None:
+    """Renames a complete directory to its final name; one that is there already is replaced.
+
+    A directory that is not empty cannot be replaced in one step. A process that is killed between
+    the two leaves the old one under a name from which `mend` restores it.
+    """
+    replaced = path.with_name(f".{path.name}{_REPLACED}")
+    if path.is_dir():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(path, replaced)
     os.replace(temporary, path)
     sync(path.parent)
+    remove_directory(replaced)
 
 
 def remove_directory(path: Path) -> None:
@@ -58,9 +72,13 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left in a folder under temporary names."""
-    for pattern in (".*.unfinished", ".*.removed"):
+def mend(folder: Path) -> None:
+    """Restores or removes what killed processes left in a folder under temporary names."""
+    for path in folder.glob(f".*{_REPLACED}"):
+        original = path.with_name(path.name[1 : -len(_REPLACED)])
+        if not original.exists():
+            os.replace(path, original)
+    for pattern in (".*.unfinished", ".*.removed", f".*{_REPLACED}"):
         for path in folder.glob(pattern):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -73,7 +91,8 @@ def sync(path: Path) -> None:
     # Only POSIX opens directories; elsewhere a rename is as durable as the system makes it.
     if os.name != "posix" and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs no file that was opened for reading alone.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,7 +16,7 @@ LOCK = ".lock"
 def owned(path: Path, folders: tuple[str, ...] = ()) -> Iterator[None]:
     """Owns a directory: a second process is refused until this one leaves or dies.
 
-    Files that killed processes left under temporary names are removed.
+    Files that killed processes left under temporary names are restored or removed.
 
     Args:
       path: the directory, which exists.
@@ -35,11 +35,11 @@ def owned(path: Path, folders: tuple[str, ...] = ()) -> Iterator[None]:
             "Wait until it ends, or choose another directory."
         ) from error
     except OSError as error:
-        raise not_writable(path, error) from error
+        raise _not_writable(path, error) from error
     try:
-        # Only the owner may remove them: another process could be writing one.
+        # Only the owner may touch them: another process could be writing one.
         for folder in (path, *(path / name for name in folders)):
-            files.remove_leftovers(folder)
+            files.mend(folder)
         yield
     finally:
         # Removed while it is locked: another process that has opened it finds it unlinked after
@@ -49,8 +49,16 @@ def owned(path: Path, folders: tuple[str, ...] = ()) -> Iterator[None]:
         lock.release()
 
 
-def not_writable(path: Path, error: OSError) -> ConfigError:
-    """Returns the error of a directory that cannot be made or written to."""
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turns the system's error of files that cannot be written in a directory into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"run_dir must be a directory that can be written; {path} cannot: {error.strerror}. "
         "Choose another."

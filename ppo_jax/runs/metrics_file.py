@@ -1,6 +1,7 @@
 """`metrics.jsonl`: rows that are appended between pieces, and cut back when a run continues."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._unwritten: list[str] = []
+        self._is_behind = False
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows.
@@ -28,28 +30,37 @@ class MetricsFile:
         self._unwritten += [json.dumps(to_plain(row)) + "\n" for row in rows]
         if not self._unwritten:
             return
-        # Opened for each piece, so that a killed process loses no rows that were written.
-        with self._path.open("ab") as file:
+        # Opened for each piece, so that a killed process loses no rows that were written. Without
+        # a buffer, which would be written when the file is closed, behind what was cut off.
+        with self._path.open("ab", buffering=0) as file:
             size = file.tell()
+            content = memoryview("".join(self._unwritten).encode())
             try:
-                file.write("".join(self._unwritten).encode())
-                file.flush()
+                while content:
+                    content = content[file.write(content) :]
             except OSError:
+                self._is_behind = True
                 # A full disk may have taken half a row.
                 with contextlib.suppress(OSError):
                     os.truncate(self._path, size)
                 raise
-        self._unwritten = []
+        self._unwritten, self._is_behind = [], False
 
     def sync(self) -> None:
-        """Waits until the rows are on the disk."""
+        """Waits until the rows are on the disk.
+
+        Raises:
+          OSError: there are rows that could not be written.
+        """
+        if self._is_behind:
+            raise OSError(errno.EIO, f"rows of {self._path.name} are not written yet")
         # A checkpoint may come before the first row.
         if self._path.exists():
             files.sync(self._path)
 
     def read(self) -> list[dict[str, Any]]:
         """Returns all rows, those that could not be written included."""
-        content = self._path.read_text() if self._path.exists() else ""
+        content = self._read() if self._path.exists() else ""
         rows = [row for _, row in _rows(content + "".join(self._unwritten))]
         return [{name: _number(value) for name, value in row.items()} for row in rows]
 
@@ -57,11 +68,15 @@ class MetricsFile:
         """Removes the rows after a number of updates, and what is no row."""
         if not self._path.exists():
             return
-        content = self._path.read_text()
+        content = self._read()
         kept = "".join(line for line, row in _rows(content) if row["update"] <= updates)
         # Untouched unless something is removed.
         if len(kept) < len(content):
             files.write_text(self._path, kept)
+
+    def _read(self) -> str:
+        # A damaged byte costs its row alone.
+        return self._path.read_text(encoding="utf-8", errors="replace")
 
 
 def _rows(content: str) -> Iterator[tuple[str, dict[str, Any]]]:

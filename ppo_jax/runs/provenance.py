@@ -1,7 +1,9 @@
 """A record of what a run was made with: versions, device, commit and time."""
 
 import datetime
+import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -24,6 +26,8 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
         "device": device.device_kind if device.platform != "cpu" else _cpu(),
         "platform": device.platform,
         "device_count": jax.device_count(),
+        "x64": jax.config.values["jax_enable_x64"],
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(folder or Path.cwd()),
@@ -46,6 +50,7 @@ def _cpu() -> str:
     return f"{len(models)} x {models[0]}" if models else platform.processor()
 
 
+@functools.cache  # the code that runs is that of the first call
 def _commit(folder: Path) -> str | None:
     """Returns the commit of a folder, or None outside of a repository or without git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]

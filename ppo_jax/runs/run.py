@@ -1,11 +1,12 @@
 """Training with a progress bar and files: compiled updates in pieces, all else between them."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,12 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.population.member import initial_guard
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs import device_memory
+from ppo_jax.runs.checkpoint import DamagedError
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.directory import BEST, OPTIONS, RunDirectory
 from ppo_jax.runs.failure import Failure, fail_at_first_skip, failure_finder
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
+from ppo_jax.runs.lock import writable
 from ppo_jax.runs.metrics_log import EMPTY_LOG, MetricsLog, average
 from ppo_jax.runs.periodic_evaluation import PeriodicEvaluation, make_evaluate
 from ppo_jax.runs.pieces import next_size
@@ -332,46 +335,34 @@ def _check_files(
 
 def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, progress: bool) -> Run:
     """Compiles a training, runs its updates, and evaluates the result."""
-    config, hparams, keys = plan.config, plan.hparams, plan.keys()
+    config, keys = plan.config, plan.keys()
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
-        training = compile_training(plan.trainer, config, keys, hparams)
-        writer, periodic = (
-            None,
-            PeriodicEvaluation(
-                make_evaluate(plan.trainer.env, keys, plan.eval_episodes),
-                plan.seeds,
-                config.batch_size,
-                plan.eval_every,
-            ),
-        )
+        training = compile_training(plan.trainer, config, keys, plan.hparams)
+        evaluate = make_evaluate(plan.trainer.env, keys, plan.eval_episodes)
+        periodic = PeriodicEvaluation(evaluate, plan.seeds, config.batch_size, plan.eval_every)
         with device_memory.exhaustion_explained(training.num_bytes, config.num_envs):
             start = _start(plan, training, directory, is_resumed=is_resumed)
-            if directory is not None:
-                # A policy that cannot be saved is an error now, and not after hours of training.
-                encode_policy(plan.trainer.policy(start.state))
-                writer = RunWriter(directory, config, hparams, plan.checkpoint_every)
-            if is_resumed and directory is not None and (directory.path / BEST).is_dir():
-                periodic.best = directory.read_best(config.network)
-            compiled = time.perf_counter()
-            end, rows, evaluations = _run_updates(
-                plan, training, start, periodic, writer=writer, bar=bar, interrupt=interrupt
-            )
-        finished = time.perf_counter()
-        if writer is not None:
-            writer.finish(end)
-            rows, evaluations = writer.metrics.read(), writer.evaluations.read()
-
+            if is_resumed and directory is not None:
+                _continue_best(periodic, directory, config.network)
+            with _writer(plan, directory, start) as writer:
+                compiled = time.perf_counter()
+                end, rows, evaluations = _run_updates(
+                    plan, training, start, periodic, writer=writer, bar=bar, interrupt=interrupt
+                )
+                finished = time.perf_counter()
+                policy = plan.trainer.policy(end.state)
+                if writer is not None:
+                    writer.finish(end, policy)
+                    rows, evaluations = writer.metrics.read(), writer.evaluations.read()
+                evaluation = None
+                # After a signal, the run that continues evaluates.
+                if end.updates == config.num_updates and not interrupt.requested:
+                    evaluation = evaluate(policy)
+                    if writer is not None:
+                        writer.write_evaluation(summarize(evaluation, plan.seeds, greedy=True))
     for failure in end.failures:
         warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
-    policy = plan.trainer.policy(end.state)
-    if writer is not None:
-        writer.write_policy(policy)
-    evaluation = None
-    if end.updates == config.num_updates:
-        evaluation = periodic.evaluate(policy)
-        if writer is not None:
-            writer.write_evaluation(summarize(evaluation, plan.seeds, greedy=True))
     return Run(
         state=end.state,
         policy=policy,
@@ -390,6 +381,34 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
     )
 
 
+@contextlib.contextmanager
+def _writer(
+    plan: _Plan, directory: RunDirectory | None, start: Snapshot
+) -> Iterator[RunWriter | None]:
+    """Makes the writer of a run's files; None without a directory."""
+    if directory is None:
+        yield None
+        return
+    # A policy that cannot be saved is an error now, and not after hours of training.
+    encode_policy(plan.trainer.policy(start.state))
+    writer = RunWriter(directory, plan.config, plan.hparams, plan.checkpoint_every)
+    try:
+        yield writer
+    finally:
+        # The directory belongs to this process until the last checkpoint is written.
+        writer.wait()
+
+
+def _continue_best(periodic: PeriodicEvaluation, directory: RunDirectory, network: Any) -> None:
+    """Reads the best policies so far; without them the evaluations start again."""
+    if not (directory.path / BEST).is_dir():
+        return
+    try:
+        periodic.best = directory.read_best(network)
+    except DamagedError as error:
+        warnings.warn(f"{error} The best policies start again.", RuntimeWarning, stacklevel=3)
+
+
 def _start(
     plan: _Plan, training: Training, directory: RunDirectory | None, *, is_resumed: bool
 ) -> Snapshot:
@@ -400,7 +419,8 @@ def _start(
         return beginning(training.start())
     config, hparams = plan.config, plan.hparams
     if not is_resumed:
-        directory.write_config(config, hparams, seeds=plan.seeds_on_disk, options=plan.options)
+        with writable(directory.path):
+            directory.write_config(config, hparams, seeds=plan.seeds_on_disk, options=plan.options)
         return beginning(training.start())
     start = read_newest(directory.checkpoints, training)
     if start is None:
@@ -417,9 +437,10 @@ def _start(
             f"{config.total_timesteps:,}, and {start.updates * config.batch_size:,} are done. "
             "Raise it."
         )
-    directory.continue_config(config, hparams, options=plan.options, updates=start.updates)
-    directory.metrics.cut_back(start.log.updates)
-    directory.evaluations.cut_back(start.updates)
+    with writable(directory.path):
+        directory.continue_config(config, hparams, options=plan.options, updates=start.updates)
+        directory.metrics.cut_back(start.log.updates)
+        directory.evaluations.cut_back(start.updates)
     return start
 
 

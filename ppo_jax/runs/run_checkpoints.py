@@ -1,5 +1,6 @@
 """Checkpoints of a run: a snapshot between two pieces, and how it is written and read."""
 
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def _restored(
     training: Training, arrays: dict[str, np.ndarray], record: dict[str, Any], path: Path
 ) -> Snapshot:
     """Returns a checkpoint's snapshot, placed on the devices as the training has it."""
-    updates, logged = record["updates"], record["logged_updates"]
+    updates, logged, failures = _counters(record, path)
     guard_shape: Any = jax.ShapeDtypeStruct(training.metric_shapes.num_updates.shape, np.int32)
     snapshot = Snapshot(
         state=training.state_shapes,
@@ -81,7 +82,7 @@ def _restored(
             else None,
         ),
         updates=updates,
-        failures=tuple(Failure(**failure) for failure in record["failures"]),
+        failures=failures,
     )
     found = checkpoint.unflatten(_tree(snapshot), arrays, record["keys"], path)
     if found["key"].dtype != training.state_shapes.key.dtype:
@@ -102,6 +103,18 @@ def _restored(
         guard=on_host["guard"],
         log=snapshot.log._replace(pending=on_host["log"]),
     )
+
+
+def _counters(record: Mapping[str, Any], path: Path) -> tuple[int, int, tuple[Failure, ...]]:
+    """Returns the updates that are done and logged, and the failures; checked, as in any file."""
+    try:
+        updates, logged = (operator.index(record[name]) for name in ("updates", "logged_updates"))
+        failures = tuple(Failure(**failure) for failure in record["failures"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"a run continues from a checkpoint of a run; {path} is another one. Remove it."
+        ) from error
+    return updates, logged, failures
 
 
 def _tree(snapshot: Snapshot) -> dict[str, Any]:

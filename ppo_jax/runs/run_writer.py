@@ -1,7 +1,8 @@
 """The files of a run while it trains. A file that cannot be written does not stop the training."""
 
+import errno
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ppo_jax.config import Config
@@ -15,7 +16,7 @@ from ppo_jax.runs.settings import settings_to_plain
 
 
 class RunWriter:
-    """Writes metrics, checkpoints and results; says once of each what could not be written."""
+    """Writes metrics, checkpoints and results, and warns once of each that cannot be written."""
 
     def __init__(
         self, directory: RunDirectory, config: Config, hparams: HParams, checkpoint_every: float
@@ -29,10 +30,10 @@ class RunWriter:
           checkpoint_every: seconds between two checkpoints; 0 for none.
         """
         self.metrics, self.evaluations = directory.metrics, directory.evaluations
-        # A checkpoint must not be ahead of the rows that precede it.
         self._checkpoints = CheckpointWriter(
-            directory.checkpoints, checkpoint_every, before_write=self.metrics.sync
+            directory.checkpoints, checkpoint_every, before_write=self._sync
         )
+        self._best: Best | None = None  # that could not be written
         self._settings = settings_to_plain(config, hparams)
         self._batch_size = config.batch_size
         self._directory = directory
@@ -53,7 +54,19 @@ class RunWriter:
         rows = list(rows)
         self._attempt("evaluations", lambda: self.evaluations.append(rows))
         if any(row["update"] in best.updates for row in rows):
-            self._attempt("best policy", lambda: self._directory.write_best(best))
+            self._write_best(best)
+
+    def _write_best(self, best: Best) -> None:
+        """Writes the best policies, or keeps them for the next time."""
+        is_written = self._attempt("best policy", lambda: self._directory.write_best(best))
+        self._best = None if is_written else best
+
+    def _sync(self) -> None:
+        """Brings to the disk what a checkpoint must not be ahead of."""
+        if self._best is not None:
+            raise OSError(errno.EIO, "the best policy is not written yet")
+        self.metrics.sync()
+        self.evaluations.sync()
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -62,33 +75,38 @@ class RunWriter:
 
     def save(self, snapshot: Snapshot) -> None:
         """Starts to write a checkpoint."""
+        if self._best is not None:
+            self._write_best(self._best)
         save_snapshot(self._checkpoints, snapshot, self._settings, self._batch_size)
 
-    def finish(self, snapshot: Snapshot) -> None:
-        """Writes the last checkpoint, and waits until it is on the disk."""
+    def finish(self, snapshot: Snapshot, policy: Policy) -> None:
+        """Writes the last checkpoint and the policy, and waits until they are on the disk."""
         # Rows that could not be written before are tried once more.
         self._attempt("metrics", lambda: self.metrics.append([]))
         self._attempt("evaluations", lambda: self.evaluations.append([]))
         self.save(snapshot)
         self._checkpoints.wait()
         self._note("checkpoint", self._checkpoints.error)
-
-    def write_policy(self, policy: Policy) -> None:
-        """Writes the trained policy."""
         self._attempt("policy", lambda: self._directory.write_policy(policy))
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Writes the evaluation of the trained policy."""
         self._attempt("evaluation", lambda: self._directory.write_evaluation(evaluation))
 
-    def _attempt(self, name: str, write: Any) -> None:
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk, or could not be written."""
+        self._checkpoints.wait()
+
+    def _attempt(self, name: str, write: Callable[[], Any]) -> bool:
+        """Writes a file; returns whether it could be."""
         try:
             write()
         except OSError as error:
             reason = error.strerror or str(error)
             self._note(name, f"the {name} in {self._directory.path} could not be written: {reason}")
-        else:
-            self._note(name, None)
+            return False
+        self._note(name, None)
+        return True
 
     def _note(self, name: str, error: str | None) -> None:
         # Said once, although each piece may fail again.

@@ -27,12 +27,13 @@ from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs import device_memory
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
-from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.compiled_population import best_of
+from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.search_tables import SearchRecord, make_search_tables, member_numbers
 from ppo_jax.runs.sweep import Sweep
-from ppo_jax.runs.sweep_store import SweepStore
+from ppo_jax.runs.sweep_store import RESULTS, SweepStore
 from ppo_jax.runs.training import output_shapes
 from ppo_jax.trainer import Trainer, make_trainer
 from ppo_jax.types import TrainState
@@ -128,46 +129,89 @@ def search(
         "seed": seed,
         "eval_episodes": eval_episodes,
     }
-    store = SweepStore.open(run_dir, description, checkpoint_every=checkpoint_every)
-    if store.finished():  # the same search again
-        return _result(store, store.collect(), drawn, (0.0, 0.0), is_complete=True)
-    if say is not None:
-        say(
-            f"{num_members} members, {num_rounds} rounds of {plan.updates_per_round} updates: "
-            f"{config.total_timesteps * num_members:,} steps"
-        )
-    with (
-        store.owned(),
-        TrainingProgress(visible=progress) as bar,
-        deferred_interrupt() as interrupt,
-    ):
-        started = time.perf_counter()
-        programs = _compile(plan)
-        compiled = time.perf_counter()
-        state, records = _run(
-            programs, plan, bar, store.checkpoints, is_stopped=lambda: interrupt.requested
-        )
-        seconds = (compiled - started, time.perf_counter() - compiled)
-        is_complete = len(records) == num_rounds
-        returns = None
-        # A search that was stopped has no final evaluation: its members are not comparable yet.
-        if is_complete:
-            returns, policies = _evaluate(plan, state.states, eval_episodes)
-            common: dict[str, Any] = {"returns": returns, "policies": policies, "seed": seed}
-            _keep_best(store, config, state, records[-1], **common)
-        tables = make_search_tables(
-            records,
-            list(drawn),
-            config,
-            updates_per_round=plan.updates_per_round,
-            seed=seed,
-            returns=returns,
-        )
-        if is_complete:
-            store.add(tables)
-            tables = store.collect()
-    result = _result(store, tables, drawn, seconds, is_complete=is_complete)
-    return result._replace(signal=interrupt.signal)
+    with SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store:
+        if store.finished():  # the same search again
+            found = _results(store.collect(), 0.0, 0.0)
+        else:
+            if say is not None:
+                say(
+                    f"{num_members} members, {num_rounds} rounds of {plan.updates_per_round} "
+                    f"updates: {config.total_timesteps * num_members:,} steps"
+                )
+            with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+                found = _search(
+                    plan,
+                    store,
+                    config,
+                    bar,
+                    interrupt,
+                    names=list(drawn),
+                    seed=seed,
+                    eval_episodes=eval_episodes,
+                )
+    return Sweep(
+        names=tuple(drawn),
+        run_dir=store.path,
+        best_policy=store.best_policy,
+        unwritten=tuple(store.unwritten.values()),
+        **found,
+    )
+
+
+def _search(
+    plan: "_Plan",
+    store: SweepStore,
+    config: Config,
+    bar: TrainingProgress,
+    interrupt: Interrupt,
+    *,
+    names: Sequence[str],
+    seed: int,
+    eval_episodes: int,
+) -> dict[str, Any]:
+    """Runs a search, keeps its results in the store, and returns them as fields of a `Sweep`."""
+    started = time.perf_counter()
+    programs = _compile(plan)
+    compiled = time.perf_counter()
+    state, records = _run(
+        programs, plan, bar, store.checkpoints, is_stopped=lambda: interrupt.requested
+    )
+    run_seconds = time.perf_counter() - compiled
+    is_complete = len(records) == plan.num_rounds
+    returns = None
+    # A search that was stopped has no final evaluation: its members are not comparable yet.
+    if is_complete:
+        returns, policies = _evaluate(plan, state.states, eval_episodes)
+        common: dict[str, Any] = {"returns": returns, "policies": policies, "seed": seed}
+        _keep_best(store, config, state, records[-1], **common)
+    tables = make_search_tables(
+        records,
+        names,
+        config,
+        updates_per_round=plan.updates_per_round,
+        seed=seed,
+        returns=returns,
+    )
+    if is_complete:
+        store.add(tables)
+        tables = store.collect()
+    found = _results(tables, compiled - started, run_seconds, is_complete=is_complete)
+    return {**found, "signal": interrupt.signal}
+
+
+def _results(
+    tables: tuple[pd.DataFrame, pd.DataFrame],
+    compile_seconds: float,
+    run_seconds: float,
+    *,
+    is_complete: bool = True,
+) -> dict[str, Any]:
+    return {
+        **dict(zip(RESULTS, tables, strict=True)),
+        "compile_seconds": compile_seconds,
+        "run_seconds": run_seconds,
+        "is_complete": is_complete,
+    }
 
 
 class _Plan(NamedTuple):
@@ -396,7 +440,7 @@ def _keep_best(
     """Keeps the policy with the highest mean return of the final evaluation."""
     means = returns.mean(axis=1)
     # A member that is not healthy may act, and score, by chance.
-    best = int(np.argmax(np.where(np.isneginf(record.scores), -np.inf, means)))
+    best = best_of(np.where(np.isneginf(record.scores), -np.inf, means))
     number = int(member_numbers(record)[best])
     values = jax.tree.map(lambda x: float(x[best]), state.hparams)
     store.offer_policy(
@@ -404,24 +448,4 @@ def _keep_best(
         float(means[best]),
         member=Member(number, number, seed, {}, values, {}),
         config=config,
-    )
-
-
-def _result(
-    store: SweepStore,
-    tables: tuple[pd.DataFrame, pd.DataFrame],
-    names: Mapping[str, Any],
-    seconds: tuple[float, float],
-    *,
-    is_complete: bool,
-) -> Sweep:
-    return Sweep(
-        *tables,
-        names=tuple(names),
-        run_dir=store.path,
-        compile_seconds=seconds[0],
-        run_seconds=seconds[1],
-        is_complete=is_complete,
-        best_policy=store.best_policy,
-        unwritten=tuple(store.unwritten.values()),
     )

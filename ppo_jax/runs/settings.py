@@ -65,8 +65,8 @@ def settings_from_plain(
     from ppo_jax.algorithms import get_algorithm
 
     try:
-        fields = dict(record["config"])
-        values = dict(record["hparams"])
+        fields = dict(from_plain(record["config"]))
+        values = dict(from_plain(record["hparams"]))
         fields["env"], fields["algorithm"], fields["network"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} must hold the settings of a run; it lacks {error}.") from error
@@ -108,6 +108,19 @@ def _require_registered(fields: Mapping[str, Any], path: Path) -> None:
                 f"names {fields[kind]!r}. Import the module that registers it, or pass "
                 "--import MODULE to the command."
             )
+
+
+def from_plain(value: Any) -> Any:
+    """Returns a value that `to_plain` wrote, with the infinities that JSON does not have.
+
+    >>> from_plain(to_plain({"max_grad_norm": math.inf}))
+    {'max_grad_norm': inf}
+    """
+    if isinstance(value, dict):
+        return {key: from_plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_plain(item) for item in value]
+    return float(value) if value in ("inf", "-inf") else value
 
 
 def to_plain(value: Any) -> Any:

@@ -115,10 +115,9 @@ def sweep(
         "eval_episodes": eval_episodes,
         "num_rows": num_rows,
     }
-    store = SweepStore.open(run_dir, description, checkpoint_every=checkpoint_every)
     say = say or _silent
     with (
-        store.owned(),
+        SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store,
         TrainingProgress(visible=progress) as bar,
         deferred_interrupt() as interrupt,
     ):

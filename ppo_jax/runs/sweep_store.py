@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,8 +18,9 @@ from ppo_jax.population.plan import Member
 from ppo_jax.population.search_space import Row
 from ppo_jax.runs import files
 from ppo_jax.runs.directory import CHECKPOINTS, EVALUATION, RunDirectory
-from ppo_jax.runs.lock import LOCK, owned
+from ppo_jax.runs.lock import LOCK, owned, writable
 from ppo_jax.runs.report import iqm
+from ppo_jax.runs.settings import from_plain
 from ppo_jax.runs.sweep_tables import to_cell
 
 if TYPE_CHECKING:
@@ -54,21 +53,49 @@ class SweepStore:
     _waiting: list[tuple[pd.DataFrame, pd.DataFrame]] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def open(
+    @contextlib.contextmanager
+    def opened(
         cls, path: str | Path | None, description: dict[str, Any], *, checkpoint_every: float = 0.0
-    ) -> "SweepStore":
-        """Returns a new store, or the existing one of the same sweep.
+    ) -> "Iterator[SweepStore]":
+        """Opens a new store, or the existing one of the same sweep, and owns its directory.
 
         Args:
           path: directory of the sweep; None keeps everything in memory alone.
           description: everything that tells one sweep from another, as JSON.
           checkpoint_every: seconds between two checkpoints of the members that are training.
+
+        Raises:
+          ConfigError: the directory holds something else, cannot be written, or belongs to another
+            process.
         """
+        if path is None:
+            yield cls(None)
+            return
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise _holds_something_else(path)
+        with writable(path):
+            path.mkdir(parents=True, exist_ok=True)
+        # Owned before anything is read: another process may be writing it.
+        with owned(path, _FOLDERS):
+            with writable(path):
+                store = cls._read(path, description, checkpoint_every)
+            assert store.checkpoints is not None, "there is a path"
+            try:
+                yield store
+            finally:
+                # The thread that writes the last checkpoint ends with the process.
+                error = store.checkpoints.finish()
+                if error is not None:
+                    store.unwritten[CHECKPOINTS] = error
+
+    @classmethod
+    def _read(
+        cls, path: Path, description: dict[str, Any], checkpoint_every: float
+    ) -> "SweepStore":
+        """Reads the store in a directory, or makes it there."""
         from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 
-        if path is None:
-            return cls(None)
-        path = Path(path)
         wanted = json.loads(json.dumps(description))
         if (path / _SWEEP).is_file():
             found = json.loads((path / _SWEEP).read_text())
@@ -78,15 +105,10 @@ class SweepStore:
                     f"run_dir must be new or hold the same sweep; {path} holds another "
                     f"({', '.join(changed)} differ). Choose another directory."
                 )
-        elif path.exists() and not (path.is_dir() and cls._is_unused(path)):
-            raise ConfigError(
-                f"run_dir must be new, empty or a sweep; {path} is something else. Choose another."
-            )
+        elif any(file.name != LOCK for file in path.iterdir()):
+            raise _holds_something_else(path)
         else:
-            path.mkdir(parents=True, exist_ok=True)
-            files.write_file(
-                path / _SWEEP, lambda file: file.write_text(json.dumps(wanted, indent=2))
-            )
+            files.write_text(path / _SWEEP, json.dumps(wanted, indent=2))
         (path / _PARTS).mkdir(exist_ok=True)
         store = cls(path, checkpoints=ChunkCheckpoints(path / CHECKPOINTS, checkpoint_every))
         for file in sorted((path / _PARTS).glob("members-*.parquet")):
@@ -94,27 +116,6 @@ class SweepStore:
             store.parts.append((pd.read_parquet(file), pd.read_parquet(curves)))
         store._read_best()
         return store
-
-    @staticmethod
-    def _is_unused(path: Path) -> bool:
-        """Returns whether a directory is empty, or was left by a sweep that was killed at once."""
-        unused = (files.unfinished(path / _SWEEP).name, LOCK)
-        return all(file.name in unused for file in path.iterdir())
-
-    @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
-        """Owns the directory, as `lock.owned` does, until the last checkpoint is written."""
-        if self.path is None or self.checkpoints is None:
-            yield
-            return
-        with owned(self.path, _FOLDERS):
-            try:
-                yield
-            finally:
-                # The thread that writes it ends with the process.
-                error = self.checkpoints.finish()
-                if error is not None:
-                    self.unwritten[CHECKPOINTS] = error
 
     def finished(self) -> set[int]:
         """Returns the numbers of the finished members."""
@@ -191,7 +192,7 @@ class SweepStore:
           member: of the sweep.
           config: of the member's group.
         """
-        if score <= self.best_score:
+        if not score > self.best_score:  # a NaN is no score
             return
         self.best_policy, self.best_score = policy, score
         if self.path is None:
@@ -202,24 +203,20 @@ class SweepStore:
     def _write_best(self, policy: "Policy", score: float, member: Member, config: Config) -> None:
         assert self.path is not None
         unfinished, best = files.unfinished(self.path / _BEST), self.path / _BEST
-        shutil.rmtree(unfinished, ignore_errors=True)
         directory = RunDirectory.create(unfinished, overwrite=True)
         directory.write_config(config, member.hparams, seeds=member.seed)
         directory.write_policy(policy)
         directory.write_evaluation({"eval/return": score, "member": member.number})
-        # A folder cannot be replaced in one step, so a killed process may leave both.
-        shutil.rmtree(best, ignore_errors=True)
-        os.replace(unfinished, best)
+        files.replace_directory(unfinished, best)
 
     def _read_best(self) -> None:
-        """Reads the best policy so far, or what a killed process left of it."""
+        """Reads the best policy so far."""
         assert self.path is not None
         best = self.path / _BEST
-        if not best.is_dir() and files.unfinished(best).is_dir():
-            os.replace(files.unfinished(best), best)
         if (best / EVALUATION).is_file():
             directory = RunDirectory.open(best)
-            self.best_score = json.loads((best / EVALUATION).read_text())["eval/return"]
+            record = json.loads((best / EVALUATION).read_text())
+            self.best_score = from_plain(record)["eval/return"]
             with contextlib.suppress(ConfigError):  # a network of the user's own is not in the file
                 self.best_policy = directory.read_policy()
 
@@ -242,6 +239,12 @@ class SweepStore:
             if self.path is not None:
                 self._attempt(name, functools.partial(_write_table, self.path, name, table))
         return tables[0], tables[1]
+
+
+def _holds_something_else(path: Path) -> ConfigError:
+    return ConfigError(
+        f"run_dir must be new, empty or a sweep; {path} is something else. Choose another."
+    )
 
 
 def _write_part(folder: Path, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:

@@ -79,10 +79,10 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
             step_while_near, start, inputs, config=config, losses=losses
         )
         # The first minibatch is always within the bound, because the KL before it is 0.
-        metrics = _averaged(metrics, applied)
+        means = _averaged(metrics, applied)
         if hparams.target_kl is not None:
-            metrics["train/gradient_steps"] = jnp.sum(applied)
-        return unravel(end.params), end.opt_state, metrics
+            means["train/gradient_steps"] = jnp.sum(_unskipped(metrics, applied))
+        return unravel(end.params), end.opt_state, means
 
     return UpdateRule(init, update)
 
@@ -281,14 +281,18 @@ def _averaged(metrics: Scalars, computed: jax.Array | None = None) -> Scalars:
 
     Steps that the guard skipped count in their own fraction alone. If all were, means are NaN.
     """
+    unskipped = _unskipped(metrics, computed)
+    means = jax.tree.map(lambda x: jnp.mean(x, where=unskipped), metrics)
+    if SKIPPED in metrics:
+        means[SKIPPED] = jnp.mean(metrics[SKIPPED], where=computed)
+    return means
+
+
+def _unskipped(metrics: Scalars, computed: Any) -> Any:
+    """Returns which of the computed steps the guard did not skip; None, here as there, is all."""
     if SKIPPED not in metrics:
-        return jax.tree.map(lambda x: jnp.mean(x, where=computed), metrics)
-    skipped = metrics[SKIPPED]
-    was_applied = skipped == 0.0
-    if computed is not None:
-        was_applied &= computed
-    means = jax.tree.map(lambda x: jnp.mean(x, where=was_applied), metrics)
-    return means | {SKIPPED: jnp.mean(skipped, where=computed)}
+        return computed
+    return (metrics[SKIPPED] == 0.0) & (True if computed is None else computed)
 
 
 def _gradient(
