@@ -3,10 +3,12 @@
 python benchmarks/soak.py --minutes 30
 
 Trains CartPole with a checkpoint every second and a row of metrics for every update, and samples
-the process meanwhile. The first tenth of the time is left out: caches fill, and pieces grow.
+the process meanwhile. The first tenth of the time is left out: caches fill, and pieces grow. A
+fixed computation is timed with each sample, because the speed of a shared machine drifts.
 """
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
@@ -33,13 +35,17 @@ _LARGEST_SLOWDOWN = 0.1
 
 
 def sample() -> dict[str, float]:
-    """Returns the memory and the open files of this process."""
+    """Returns memory and open files of this process, and the time of a fixed computation."""
+    started = time.perf_counter()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)  # without Python's lock
+    reference = time.perf_counter() - started
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "time": time.monotonic(),
         "host_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
         "device_mib": sum(x.nbytes for x in jax.live_arrays()) / 2**20,
         "open_files": len(list(Path("/proc/self/fd").iterdir())),
+        "reference_seconds": reference,
     }
 
 
@@ -58,6 +64,13 @@ def growth(times: np.ndarray, values: np.ndarray) -> float:
     """Returns the growth an hour, as a share of the mean, by a line through all samples."""
     slope = np.polyfit(times - times[0], values, 1)[0]
     return float(slope * 3600 / values.mean())
+
+
+def early_and_late(values: np.ndarray) -> dict[str, float]:
+    """Returns the medians of the first and of the last quarter, and their ratio."""
+    quarter = max(1, len(values) // 4)
+    early, late = float(np.median(values[:quarter])), float(np.median(values[-quarter:]))
+    return {"early": early, "late": late, "ratio": late / early}
 
 
 def main() -> None:
@@ -92,12 +105,14 @@ def main() -> None:
         result[name] = {"mean": values.mean(), "maximum": values.max(), "growth_an_hour": share}
         if share > allowed:
             failed.append(name)
-    rate = run.metrics["time/steps_per_second"].to_numpy()
-    tenth = max(1, len(rate) // 10)
-    early, late = np.median(rate[tenth : 3 * tenth]), np.median(rate[-2 * tenth :])
-    result["steps_per_second"] = {"early": early, "late": late, "ratio": late / early}
-    if late / early < 1 - _LARGEST_SLOWDOWN:
-        failed.append("steps_per_second")
+    rates = run.metrics["time/steps_per_second"].to_numpy()
+    speed = early_and_late(rates[len(rates) // 10 :])
+    reference = early_and_late(np.array([row["reference_seconds"] for row in samples]))
+    # Steps in the time of the fixed computation.
+    drift = speed["ratio"] * reference["ratio"]
+    result |= {"steps_per_second": speed, "reference_seconds": reference, "relative_speed": drift}
+    if drift < 1 - _LARGEST_SLOWDOWN:
+        failed.append("relative_speed")
     machine.write_results(_RESULTS, [result])
     for name, value in result.items():
         print(f"{name}: {value}")
