@@ -28,7 +28,7 @@ from ppo_jax import make_trainer
 
 _RESULTS = Path(__file__).parent / "results" / "survival-cpu.json"
 _GUARD_UPDATES = {"W1": 1500, "W2": 20}
-_CHECKPOINT_UPDATES = {"W1": 30_000, "W2": 300}
+_CHECKPOINT_UPDATES = {"W1": 5_000, "W2": 100}
 _INTERVALS = {"on": 1.0, "off": 0.0}  # seconds between two checkpoints
 
 

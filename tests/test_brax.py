@@ -94,6 +94,17 @@ def test_what_is_no_environment_is_said_so():
         envs.make("nothing")
 
 
+def test_a_task_that_cannot_be_stepped_is_said_so():
+    class Broken(Walk):
+        def step(self, state, action):
+            return jnp.clip(action, a_minimum=state.place)
+
+    env = adapt("broken", Broken())
+    _, state = env.reset(jax.random.key(0), env.params)
+    with pytest.raises(ConfigError, match="one that brax can step with jax .*: .*a_minimum"):
+        env.step(jax.random.key(0), state, jnp.zeros(2), env.params)
+
+
 def test_an_object_with_braxs_interface_can_be_registered_and_learned():
     if "walk" not in envs.names():
         envs.register("walk", Walk)

@@ -244,7 +244,9 @@ def test_our_environments_have_no_fault(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in envs.names() if "MNIST" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in envs.names() if "MNIST" not in name and name != "brax:swimmer"]
+)
 def test_no_environment_of_the_suites_has_a_fault(name):
     check_env(name, num_envs=4, num_steps=256)
 

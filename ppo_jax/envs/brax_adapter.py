@@ -73,7 +73,15 @@ def adapt(name: str, env: Any) -> Environment:
     def step(key: jax.Array, state: State, action: jax.Array, params: Params) -> Step:
         del key  # a task that is random keeps a key in its state
         # The tasks are made for actions in this range and do not clip them.
-        inner = env.step(state.inner, jnp.clip(action, -1.0, 1.0))
+        try:
+            inner = env.step(state.inner, jnp.clip(action, -1.0, 1.0))
+        # brax 0.14.2 calls functions of JAX by arguments that JAX 0.10 has removed: for swimmer,
+        # which moves in a fluid.
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{name} must be one that brax can step with jax {jax.__version__}, which it "
+                f"cannot: {error}. Choose another task."
+            ) from error
         time = state.time + 1
         return Step(
             obs=cast(space, inner.obs),
