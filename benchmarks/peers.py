@@ -106,6 +106,7 @@ def describe(workload: Workload) -> dict[str, Any]:
         **{name: getattr(config, name) for name in names},
         "env_kwargs": dict(config.env_kwargs),
         "num_seeds": workload.num_seeds,
+        "memory": config.memory,
         "continuous": config.env == "Pendulum-v1",
         "hparams": {
             **{name: getattr(hparams, name) for name in (*used, "max_grad_norm")},

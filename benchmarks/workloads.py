@@ -1,8 +1,10 @@
 """The trainings that the benchmarks measure; docs/performance.md describes W1 to W6."""
 
+import typing
 from typing import NamedTuple
 
 from ppo_jax import Config
+from ppo_jax.config import MemoryKind
 
 
 class Workload(NamedTuple):
@@ -27,6 +29,7 @@ def _config(
     minibatches: int = 4,
     network: str = "mlp",
     env_kwargs: tuple[tuple[str, str], ...] = (),
+    memory: MemoryKind | None = None,
 ) -> Config:
     return Config(
         env=env,
@@ -38,6 +41,7 @@ def _config(
         num_minibatches=minibatches,
         network=network,
         hidden_sizes=(64, 64),
+        memory=memory,
     )
 
 
@@ -75,5 +79,21 @@ GPU_SET = {
         for n in (64, 256, 1024)
     },
 }
+AHEAD_SET = {
+    "cartpole-2048": GPU_SET["cartpole-2048"],
+    "breakout-2048": Workload(
+        "Breakout-MinAtar, 2048 x 128, MLP",
+        _config("Breakout-MinAtar", 2048, 128, updates=10, minibatches=8),
+    ),
+    "seeds-1024": GPU_SET["seeds-1024"],
+    **{
+        f"cartpole-1024-{memory}": Workload(
+            f"CartPole-v1, 1024 x 128, {memory}",
+            _config("CartPole-v1", 1024, 128, updates=20, memory=memory),
+        )
+        for memory in typing.get_args(MemoryKind)
+    },
+}
+"""Trainings that are compiled for accelerators that are not there."""
 SETS = {"cpu": CPU_SET, "gpu": GPU_SET}
-WORKLOADS = {**CPU_SET, **GPU_SET}
+WORKLOADS = {**CPU_SET, **GPU_SET, **AHEAD_SET}

@@ -17,7 +17,7 @@ def build(workload: dict[str, Any]) -> Any:
     # of optax, and its weights have gains of 1.
     config = Config(
         env_kwargs=workload["env_kwargs"],
-        **{name: workload[name] for name in (*names, "num_devices")},
+        **{name: workload[name] for name in (*names, "num_devices", "memory")},
         hidden_sizes=(64, 64),
         lr_schedule="constant",
         optimizer_kwargs={"eps": 1e-8},

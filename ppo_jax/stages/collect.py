@@ -102,7 +102,8 @@ def collect(
         trajectory, state.discounted_return, statistics.reward, hparams, shard.axis_name
     )
     state = state.replace(discounted_return=discounted_return)
-    estimates = algorithm.estimate(config, trajectory._replace(reward=reward), values, hparams)
+    with jax.named_scope("advantages"):
+        estimates = algorithm.estimate(config, trajectory._replace(reward=reward), values, hparams)
     if not isinstance(estimates, Estimates):
         raise ConfigError(
             f"estimate must return Estimates(advantages, targets, mask); that of "
@@ -137,6 +138,7 @@ def collect(
     return Collected(state, trajectory, batch, ended, Statistics(obs_stats, reward_stats))
 
 
+@jax.named_scope("values")
 def _evaluated(
     policy: Policy,
     trajectory: Trajectory,

@@ -39,6 +39,7 @@ def reset(
     )
 
 
+@jax.named_scope("rollout")
 def rollout(
     env: Environment,
     env_params: Any,

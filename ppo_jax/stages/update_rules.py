@@ -378,12 +378,14 @@ def _run_epochs(
         count = num_steps * num_envs
         batch = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), batch)
 
+    @jax.named_scope("minibatches")
     def minibatch(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Any]:
         indices, advantages = inputs
         samples = jax.tree.map(lambda x: x[indices], batch)._replace(advantages=advantages)
         # Networks take sequences time-major.
         return gradient_step(carry, _swap_time_and_envs(samples) if has_memory else samples)
 
+    @jax.named_scope("shuffle")
     def epoch(carry: Carry, key: jax.Array) -> tuple[Carry, Any]:
         order = shuffled(key, jnp.arange(count), size=count)
         # Minibatches are consecutive parts of the order, so that each sample is in exactly one.

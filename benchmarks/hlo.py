@@ -1,0 +1,308 @@
+"""Counts kernels, bytes and arithmetic in the text of a compiled program.
+
+The text is scheduled HLO, as `compiled.as_text()` returns it: a list of computations, each a list
+of instructions. On a GPU nearly every instruction that computes or copies something is one kernel;
+the exceptions are in `_FREE`. A loop whose trip count the compiler knows counts as often as it
+runs.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+# Instructions that launch nothing: they name, group, or wait for what others computed.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "add-dependency",
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+        "domain",
+    ]
+)
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|true_computation|false_computation|branch_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+class Array(NamedTuple):
+    """Type and shape of an array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> float:
+        """Bytes, without padding."""
+        width = _BYTES.get(self.dtype)
+        if width is None:
+            width = int(re.sub(r"\D", "", self.dtype[1:3]) or 8) / 8
+        return self.size * width
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    """Results: one array, or the leaves of a tuple."""
+    operands: tuple[str, ...]
+    number: int
+    """Of a parameter: its place among the arguments of the computation."""
+    called: tuple[str, ...]
+    """Computations that it runs: of a fusion, of a loop its body, of a conditional its branches."""
+    attributes: str
+
+    @property
+    def scope(self) -> tuple[str, ...]:
+        """Names of the functions and scopes that it was traced in, the outermost first."""
+        found = _OP_NAME.search(self.attributes)
+        return tuple(found.group(1).split("/")) if found else ()
+
+    @property
+    def trip_count(self) -> int | None:
+        """Number of times that a loop runs its body; None where it is not known."""
+        found = _TRIP_COUNT.search(self.attributes)
+        return int(found.group(1)) if found else None
+
+
+class Program(NamedTuple):
+    """A module of HLO."""
+
+    computations: Mapping[str, tuple[Instruction, ...]]
+    entry: str
+
+
+class Work(NamedTuple):
+    """What some instructions cost."""
+
+    kernels: float = 0.0
+    bytes: float = 0.0
+    """Read and written by all kernels."""
+    flops: float = 0.0
+    seconds: float = 0.0
+    """By the model of `kernel_seconds`."""
+
+    def __add__(self, other: tuple) -> "Work":  # type: ignore[override]
+        return Work(*(x + y for x, y in zip(self, other, strict=True)))
+
+    def times(self, count: float) -> "Work":
+        """Returns the work of `count` runs."""
+        return Work(*(x * count for x in self))
+
+
+class Device(NamedTuple):
+    """Rates of an accelerator, for the model of time."""
+
+    bytes_per_second: float
+    flops_per_second: float
+    launch_seconds: float
+
+    def kernel_seconds(self, num_bytes: float, flops: float) -> float:
+        """Returns the largest of a launch, the transfer and the arithmetic."""
+        return max(
+            self.launch_seconds, num_bytes / self.bytes_per_second, flops / self.flops_per_second
+        )
+
+
+def parse(text: str) -> Program:
+    """Parses scheduled HLO."""
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    lines: list[Instruction] = []
+    entry = name = ""
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            name, lines = found.group(2), []
+            entry = name if found.group(1) else entry
+        elif line.startswith("}"):
+            computations[name] = tuple(lines)
+        elif found := _INSTRUCTION.match(line):
+            lines.append(_instruction(*found.groups()))
+    return Program(computations, entry)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    opcode = _OPCODE.match(text, end)
+    assert opcode, text
+    close = _closing(text, opcode.end() - 1)
+    arguments = text[opcode.end() : close]
+    attributes = text[close + 1 :]
+    called = tuple(
+        part.strip().lstrip("%")
+        for group in _CALLED.findall(attributes)
+        for part in group.strip("{}").split(",")
+    )
+    arrays = tuple(
+        Array(dtype, tuple(int(x) for x in re.findall(r"\d+", shape)))
+        for dtype, shape in _ARRAY.findall(text[:end])
+    )
+    return Instruction(
+        name,
+        opcode.group(1),
+        arrays,
+        operands=tuple(_NAME.findall(arguments)),
+        number=int(arguments) if opcode.group(1) == "parameter" else -1,
+        called=called,
+        attributes=attributes,
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns the position of the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError(f"no closing bracket in {text}")
+
+
+def loops(program: Program, computation: str) -> Iterator[Instruction]:
+    """Yields the loops of a computation and of those that it calls, the outer ones first."""
+    for instruction in program.computations[computation]:
+        if instruction.opcode == "while":
+            yield instruction
+        if instruction.opcode in ("while", "call", "conditional"):
+            for name in instruction.called:
+                yield from loops(program, name)
+
+
+def work(
+    program: Program, computation: str, device: Device, stages: Sequence[str]
+) -> dict[str, Work]:
+    """Returns the work of a computation by stage.
+
+    Args:
+      program: the module.
+      computation: its name.
+      device: rates for the model of time.
+      stages: names of scopes. An instruction outside of all of them has the stage of the loop
+        around it, or "other".
+    """
+    return _work(program, computation, device, stages, "other")
+
+
+def _work(
+    program: Program, computation: str, device: Device, stages: Sequence[str], stage: str
+) -> dict[str, Work]:
+    instructions = program.computations[computation]
+    results = {instruction.name: instruction.arrays for instruction in instructions}
+    total: dict[str, Work] = {}
+
+    def add(stage: str, part: Work) -> None:
+        total[stage] = total.get(stage, Work()) + part
+
+    for instruction in instructions:
+        own = next((name for name in reversed(instruction.scope) if name in stages), stage)
+        opcode = instruction.opcode
+        if opcode in ("while", "call", "conditional", "async-start"):
+            # An unknown trip count is counted once; `unknown_loops` lists such loops.
+            count = (instruction.trip_count or 1) if opcode == "while" else 1
+            branches = [
+                _work(program, name, device, stages, own)
+                for name in instruction.called
+                if opcode != "async-start" or name in program.computations
+            ]
+            # One branch of a conditional runs: the largest, at most.
+            if opcode == "conditional":
+                branches = [max(branches, key=lambda x: sum(w.seconds for w in x.values()))]
+            for branch in branches:
+                for name, part in branch.items():
+                    add(name, part.times(count))
+        elif opcode not in _FREE and not opcode.endswith("-done"):
+            read = [results.get(name, ()) for name in instruction.operands]
+            num_bytes, flops = (
+                _bytes(program, instruction, read),
+                _flops(program, instruction, read),
+            )
+            seconds = device.kernel_seconds(num_bytes, flops)
+            add(own, Work(1.0, num_bytes, flops, seconds))
+    return total
+
+
+def unknown_loops(program: Program, computation: str) -> list[str]:
+    """Returns the names of the loops whose trip count the compiler does not know."""
+    return [loop.name for loop in loops(program, computation) if loop.trip_count is None]
+
+
+def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Array, ...]]) -> float:
+    """Returns the bytes that a kernel reads and writes: of a sliced array, the slice."""
+    written = _num_bytes(instruction.arrays)
+    whole = [_num_bytes(arrays) for arrays in read]
+    if instruction.opcode != "fusion":
+        return written + sum(whole)
+    body = program.computations[instruction.called[0]]
+    results = {line.name: line.arrays for line in body}
+    for parameter in body:
+        users = [line for line in body if parameter.name in line.operands]
+        if parameter.opcode == "parameter" and all(_is_slice(x, parameter.name) for x in users):
+            # An array that is updated in place is not read at all.
+            parts = [_num_bytes(x.arrays) for x in users if x.opcode != "dynamic-update-slice"]
+            whole[parameter.number] = min(whole[parameter.number], sum(parts))
+    for line in body:
+        if line.opcode == "dynamic-update-slice":
+            written -= _num_bytes(line.arrays) - _num_bytes(results[line.operands[1]])
+    return max(written, 0.0) + sum(whole)
+
+
+def _num_bytes(arrays: Iterable[Array]) -> float:
+    return sum(array.num_bytes for array in arrays)
+
+
+def _is_slice(line: Instruction, operand: str) -> bool:
+    """Returns whether an instruction touches a part of an operand, and not all of it."""
+    slices = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
+    return line.opcode in slices and line.operands[0] == operand
+
+
+def _flops(program: Program, instruction: Instruction, read: Sequence[tuple[Array, ...]]) -> float:
+    """Returns the arithmetic of a kernel: products exactly, all else one per element."""
+    if instruction.opcode == "custom-call":
+        return _product_flops(instruction, read)
+    if instruction.opcode != "fusion":
+        return sum(array.size for array in instruction.arrays)
+    body = program.computations[instruction.called[0]]
+    results = {line.name: line.arrays for line in body}
+    return sum(
+        _product_flops(line, [results.get(name, ()) for name in line.operands])
+        if line.opcode == "dot"
+        else sum(array.size for array in line.arrays)
+        for line in body
+        if line.opcode not in _FREE
+    )
+
+
+def _product_flops(instruction: Instruction, read: Sequence[tuple[Array, ...]]) -> float:
+    """Returns 2 · M · N · K of a matrix product, inside a fusion or of a library."""
+    found = re.search(
+        r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[\[{]([^\]}]*)', instruction.attributes
+    )
+    if not found or not read or not read[0]:
+        return sum(array.size for array in instruction.arrays)
+    axes = [int(x) for x in re.findall(r"\d+", found.group(1))]
+    contracted = math.prod(read[0][0].shape[axis] for axis in axes)
+    return 2.0 * instruction.arrays[0].size * contracted
