@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.runs import provenance
+from ppo_jax.runs.settings import to_plain
 
 
 def write_results(path: Path, results: list[dict[str, Any]], **figures: float) -> None:
@@ -13,4 +14,4 @@ def write_results(path: Path, results: list[dict[str, Any]], **figures: float) -
     command = " ".join(["python", *sys.argv])
     described = provenance.describe(Path(__file__).parent)
     record = {"command": command, **described, **figures, "results": results}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(to_plain(record), indent=2) + "\n")
