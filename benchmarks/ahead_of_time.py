@@ -4,13 +4,13 @@ python benchmarks/ahead_of_time.py --target h100 --workload cartpole-2048 seeds-
 python benchmarks/ahead_of_time.py --target h100 --json benchmarks/results/ahead-of-time.json
 
 The compilers of CUDA and of TPUs run without a device; they come with the packages
-`jax-cuda12-plugin[with-cuda]` (5 GB), of the version of jax, and `libtpu`. For each training the
-table has the kernels of one update, in all and by stage, the bytes that they read and write, and
-the memory of the program.
+`jax-cuda12-plugin[with-cuda]` (5 GB, in the version that jax has) and `libtpu`. For each training
+the table has the kernels of one update, in all and by stage, the bytes that they read and write,
+and the memory of the program.
 
 The predicted time is that of a model: a kernel takes the largest of a launch, its bytes at the
 device's bandwidth, and its arithmetic at the device's rate. Kernels that run at the same time, and
-launches that a CUDA graph saves, are not in it. It is no measurement.
+launches that a CUDA graph saves, are not part of the model. Predictions are not measurements.
 """
 
 import argparse

@@ -70,10 +70,11 @@ class Instruction(NamedTuple):
     arrays: tuple[Array, ...]
     """Results: one array, or the leaves of a tuple."""
     operands: tuple[str, ...]
-    number: int
-    """Of a parameter: its place among the arguments of the computation."""
+    argument_index: int | None
+    """Index of the argument that a parameter stands for; None for other instructions."""
     called: tuple[str, ...]
-    """Computations that it runs: of a fusion, of a loop its body, of a conditional its branches."""
+    """Computations that it runs: a fusion's, the body of a loop, or the branches of a conditional.
+    """
     attributes: str
 
     @property
@@ -97,14 +98,14 @@ class Program(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What some instructions cost."""
+    """Kernels, memory traffic, arithmetic and predicted time of some instructions."""
 
     kernels: float = 0.0
     bytes: float = 0.0
-    """Read and written by all kernels."""
+    """Bytes that all kernels read and write."""
     flops: float = 0.0
     seconds: float = 0.0
-    """By the model of `kernel_seconds`."""
+    """Time that `Device.kernel_seconds` predicts."""
 
     def __add__(self, other: tuple) -> "Work":  # type: ignore[override]
         return Work(*(x + y for x, y in zip(self, other, strict=True)))
@@ -165,7 +166,7 @@ def _instruction(name: str, text: str) -> Instruction:
         opcode.group(1),
         arrays,
         operands=tuple(_NAME.findall(arguments)),
-        number=int(arguments) if opcode.group(1) == "parameter" else -1,
+        argument_index=int(arguments) if opcode.group(1) == "parameter" else None,
         called=called,
         attributes=attributes,
     )
@@ -192,7 +193,11 @@ def loops(program: Program, computation: str) -> Iterator[Instruction]:
 
 
 def work(
-    program: Program, computation: str, device: Device, stages: Sequence[str]
+    program: Program,
+    computation: str,
+    device: Device,
+    stages: Sequence[str],
+    outer_stage: str = "other",
 ) -> dict[str, Work]:
     """Returns the work of a computation by stage.
 
@@ -200,15 +205,10 @@ def work(
       program: the module.
       computation: its name.
       device: rates for the model of time.
-      stages: names of scopes. An instruction outside of all of them has the stage of the loop
-        around it, or "other".
+      stages: names of scopes, of which an instruction has the innermost.
+      outer_stage: stage of the instructions that are in none of these scopes. Within a loop it is
+        the stage of the loop.
     """
-    return _work(program, computation, device, stages, "other")
-
-
-def _work(
-    program: Program, computation: str, device: Device, stages: Sequence[str], stage: str
-) -> dict[str, Work]:
     instructions = program.computations[computation]
     results = {instruction.name: instruction.arrays for instruction in instructions}
     total: dict[str, Work] = {}
@@ -217,16 +217,12 @@ def _work(
         total[stage] = total.get(stage, Work()) + part
 
     for instruction in instructions:
-        own = next((name for name in reversed(instruction.scope) if name in stages), stage)
+        own = next((name for name in reversed(instruction.scope) if name in stages), outer_stage)
         opcode = instruction.opcode
         if opcode in ("while", "call", "conditional", "async-start"):
             # An unknown trip count is counted once; `unknown_loops` lists such loops.
             count = (instruction.trip_count or 1) if opcode == "while" else 1
-            branches = [
-                _work(program, name, device, stages, own)
-                for name in instruction.called
-                if opcode != "async-start" or name in program.computations
-            ]
+            branches = [work(program, name, device, stages, own) for name in instruction.called]
             # One branch of a conditional runs: the largest, at most.
             if opcode == "conditional":
                 branches = [max(branches, key=lambda x: sum(w.seconds for w in x.values()))]
@@ -235,12 +231,9 @@ def _work(
                     add(name, part.times(count))
         elif opcode not in _FREE and not opcode.endswith("-done"):
             read = [results.get(name, ()) for name in instruction.operands]
-            num_bytes, flops = (
-                _bytes(program, instruction, read),
-                _flops(program, instruction, read),
-            )
-            seconds = device.kernel_seconds(num_bytes, flops)
-            add(own, Work(1.0, num_bytes, flops, seconds))
+            num_bytes = _bytes(program, instruction, read)
+            flops = _flops(program, instruction, read)
+            add(own, Work(1.0, num_bytes, flops, device.kernel_seconds(num_bytes, flops)))
     return total
 
 
@@ -250,7 +243,7 @@ def unknown_loops(program: Program, computation: str) -> list[str]:
 
 
 def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Array, ...]]) -> float:
-    """Returns the bytes that a kernel reads and writes: of a sliced array, the slice."""
+    """Returns the bytes that a kernel reads and writes; only the slice of a sliced array counts."""
     written = _num_bytes(instruction.arrays)
     whole = [_num_bytes(arrays) for arrays in read]
     if instruction.opcode != "fusion":
@@ -259,10 +252,11 @@ def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Arra
     results = {line.name: line.arrays for line in body}
     for parameter in body:
         users = [line for line in body if parameter.name in line.operands]
-        if parameter.opcode == "parameter" and all(_is_slice(x, parameter.name) for x in users):
+        index = parameter.argument_index
+        if index is not None and all(_is_slice(x, parameter.name) for x in users):
             # An array that is updated in place is not read at all.
             parts = [_num_bytes(x.arrays) for x in users if x.opcode != "dynamic-update-slice"]
-            whole[parameter.number] = min(whole[parameter.number], sum(parts))
+            whole[index] = min(whole[index], sum(parts))
     for line in body:
         if line.opcode == "dynamic-update-slice":
             written -= _num_bytes(line.arrays) - _num_bytes(results[line.operands[1]])

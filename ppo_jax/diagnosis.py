@@ -34,7 +34,8 @@ def make_diagnosis(config: Config) -> Diagnosis:
     Args:
       config: of the training.
     """
-    # The environments are gathered on one device: several would only divide the same rollout.
+    # On one device. Where several share the environments, each draws its own random numbers, so
+    # that the rollout is another one, from the same state.
     resolved = resolve(config.replace(num_devices=1))
     losses = Losses(
         resolved.config,

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import filelock
@@ -136,7 +137,7 @@ def test_a_stopped_run_is_continued_unless_all_its_seeds_failed(num_failures, st
         failures=("seed failed",) * num_failures,
         unwritten=(),
         evaluation=None,
-        run_dir=files.Path("nowhere"),
+        run_dir=Path("nowhere"),
         signal=signal.SIGTERM,
     )
     assert _run_training(lambda: result, CONFIG) == status

@@ -286,10 +286,14 @@ def test_other_versions_and_devices_are_told(finished, tmp_path, monkeypatch):
 
     def other(*arguments):
         found = describe(*arguments)
-        return {**found, "device_count": 7, "versions": {**found["versions"], "jax": "99.0"}}
+        versions = {**found["versions"], "jax": "99.0"}
+        return {**found, "device_count": 7, "xla_flags": "--other", "versions": versions}
 
     monkeypatch.setattr(checkpoint_writer.provenance, "describe", other)
-    message = f"device_count 1, now 7; jax {jax.__version__}, now 99.0. .* may round differently"
+    message = (
+        f"device_count 1, now 7; xla_flags .*, now --other; jax {jax.__version__}, now 99.0. .* "
+        "may round differently"
+    )
     with pytest.warns(RuntimeWarning, match=message):
         ppo_jax.resume(path, progress=False)
 

@@ -184,7 +184,7 @@ class RunDirectory:
           seeds: the seed, or the list of seeds.
         """
         record, asked = self._read_record(), to_plain(_settings(config, hparams))
-        differences = []
+        differences: dict[str, str] = {}
         # A setting that the file lacks is newer than the run, which had its default.
         found = {**to_plain(vars(Config())), **record["config"]}
         for group, before, now in (
@@ -193,19 +193,18 @@ class RunDirectory:
             # Settings that were left to the algorithm, whose defaults another version may change.
             ("resolved", record.get("resolved", {}), asked["resolved"]),
         ):
-            differences += [
-                f"{name} (was {before.get(name)}, now {now.get(name)})"
-                for name in sorted(before if group == "resolved" else before.keys() | now.keys())
-                if name not in _CHANGEABLE and before.get(name) != now.get(name)
-            ]
+            for name in sorted(before if group == "resolved" else before.keys() | now.keys()):
+                if name not in _CHANGEABLE and before.get(name) != now.get(name):
+                    # A setting that was asked for is named as it was asked for.
+                    change = f"{name} (was {before.get(name)}, now {now.get(name)})"
+                    differences.setdefault(name, change)
         if record["seeds"] != seeds:
-            differences.append(f"seeds (was {record['seeds']}, now {seeds})")
-        differences = list(dict.fromkeys(differences))
+            differences["seeds"] = f"seeds (was {record['seeds']}, now {seeds})"
         if differences:
             raise ConfigError(
                 f"a run continues with its own settings, apart from {' and '.join(_CHANGEABLE)}; "
-                f"{self.path} differs in {', '.join(differences)}. Leave them as they were, or "
-                "start another run."
+                f"{self.path} differs in {', '.join(differences.values())}. Leave them as they "
+                "were, or start another run."
             )
         before = record["config"].get("num_devices")
         if before != config.num_devices:

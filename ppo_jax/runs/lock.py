@@ -60,6 +60,7 @@ def writable(path: Path) -> Iterator[None]:
 
 def _not_writable(path: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"run_dir must be a directory that can be written; {path} cannot: {error.strerror}. "
+        f"run_dir must be a directory that can be written; {path} cannot: "
+        f"{error.strerror or error}. "
         "Choose another."
     )

@@ -28,12 +28,12 @@ from ppo_jax.runs import device_memory
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 from ppo_jax.runs.compiled_population import best_of
-from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
+from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.search_tables import SearchRecord, make_search_tables, member_numbers
 from ppo_jax.runs.sweep import Sweep
-from ppo_jax.runs.sweep_store import RESULTS, SweepStore
+from ppo_jax.runs.sweep_store import SweepStore
 from ppo_jax.runs.training import output_shapes
 from ppo_jax.trainer import Trainer, make_trainer
 from ppo_jax.types import TrainState
@@ -131,7 +131,7 @@ def search(
     }
     with SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store:
         if store.finished():  # the same search again
-            found = _results(store.collect(), 0.0, 0.0)
+            result = _result(store, store.collect(), drawn)
         else:
             if say is not None:
                 say(
@@ -139,43 +139,37 @@ def search(
                     f"updates: {config.total_timesteps * num_members:,} steps"
                 )
             with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
-                found = _search(
+                result = _search(
                     plan,
                     store,
                     config,
+                    drawn,
                     bar,
-                    interrupt,
-                    names=list(drawn),
                     seed=seed,
                     eval_episodes=eval_episodes,
+                    is_stopped=lambda: interrupt.requested,
                 )
-    return Sweep(
-        names=tuple(drawn),
-        run_dir=store.path,
-        best_policy=store.best_policy,
-        unwritten=tuple(store.unwritten.values()),
-        **found,
-    )
+                result = result._replace(signal=interrupt.signal)
+    # The last checkpoint is written when the store is left.
+    return result._replace(unwritten=tuple(store.unwritten.values()))
 
 
 def _search(
     plan: "_Plan",
     store: SweepStore,
     config: Config,
+    drawn: Mapping[str, Distribution],
     bar: TrainingProgress,
-    interrupt: Interrupt,
     *,
-    names: Sequence[str],
     seed: int,
     eval_episodes: int,
-) -> dict[str, Any]:
-    """Runs a search, keeps its results in the store, and returns them as fields of a `Sweep`."""
+    is_stopped: Callable[[], bool],
+) -> Sweep:
+    """Runs a search until it is complete or stopped, and keeps its results in the store."""
     started = time.perf_counter()
     programs = _compile(plan)
     compiled = time.perf_counter()
-    state, records = _run(
-        programs, plan, bar, store.checkpoints, is_stopped=lambda: interrupt.requested
-    )
+    state, records = _run(programs, plan, bar, store.checkpoints, is_stopped=is_stopped)
     run_seconds = time.perf_counter() - compiled
     is_complete = len(records) == plan.num_rounds
     returns = None
@@ -186,7 +180,7 @@ def _search(
         _keep_best(store, config, state, records[-1], **common)
     tables = make_search_tables(
         records,
-        names,
+        list(drawn),
         config,
         updates_per_round=plan.updates_per_round,
         seed=seed,
@@ -195,23 +189,26 @@ def _search(
     if is_complete:
         store.add(tables)
         tables = store.collect()
-    found = _results(tables, compiled - started, run_seconds, is_complete=is_complete)
-    return {**found, "signal": interrupt.signal}
+    return _result(store, tables, drawn)._replace(
+        compile_seconds=compiled - started, run_seconds=run_seconds, is_complete=is_complete
+    )
 
 
-def _results(
+def _result(
+    store: SweepStore,
     tables: tuple[pd.DataFrame, pd.DataFrame],
-    compile_seconds: float,
-    run_seconds: float,
-    *,
-    is_complete: bool = True,
-) -> dict[str, Any]:
-    return {
-        **dict(zip(RESULTS, tables, strict=True)),
-        "compile_seconds": compile_seconds,
-        "run_seconds": run_seconds,
-        "is_complete": is_complete,
-    }
+    names: Mapping[str, Any],
+) -> Sweep:
+    """Returns the result of a search that was complete already."""
+    return Sweep(
+        *tables,
+        names=tuple(names),
+        run_dir=store.path,
+        compile_seconds=0.0,
+        run_seconds=0.0,
+        is_complete=True,
+        best_policy=store.best_policy,
+    )
 
 
 class _Plan(NamedTuple):

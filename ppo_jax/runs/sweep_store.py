@@ -72,14 +72,16 @@ class SweepStore:
             yield cls(None)
             return
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise _holds_something_else(path)
+        # Before it is owned: whoever owns a directory removes leftovers from it.
+        if path.exists() and not cls._is_usable(path):
+            raise ConfigError(
+                f"run_dir must be new, empty or a sweep; {path} is something else. Choose another."
+            )
         with writable(path):
             path.mkdir(parents=True, exist_ok=True)
         # Owned before anything is read: another process may be writing it.
         with owned(path, _FOLDERS):
-            with writable(path):
-                store = cls._read(path, description, checkpoint_every)
+            store = cls._read(path, description, checkpoint_every)
             assert store.checkpoints is not None, "there is a path"
             try:
                 yield store
@@ -88,6 +90,14 @@ class SweepStore:
                 error = store.checkpoints.finish()
                 if error is not None:
                     store.unwritten[CHECKPOINTS] = error
+
+    @staticmethod
+    def _is_usable(path: Path) -> bool:
+        """Returns whether a path is a sweep, an empty directory, or left by a killed process."""
+        if not path.is_dir():
+            return False
+        unused = (files.unfinished(path / _SWEEP).name, LOCK)
+        return (path / _SWEEP).is_file() or all(file.name in unused for file in path.iterdir())
 
     @classmethod
     def _read(
@@ -105,11 +115,10 @@ class SweepStore:
                     f"run_dir must be new or hold the same sweep; {path} holds another "
                     f"({', '.join(changed)} differ). Choose another directory."
                 )
-        elif any(file.name != LOCK for file in path.iterdir()):
-            raise _holds_something_else(path)
-        else:
-            files.write_text(path / _SWEEP, json.dumps(wanted, indent=2))
-        (path / _PARTS).mkdir(exist_ok=True)
+        with writable(path):
+            if not (path / _SWEEP).is_file():
+                files.write_text(path / _SWEEP, json.dumps(wanted, indent=2))
+            (path / _PARTS).mkdir(exist_ok=True)
         store = cls(path, checkpoints=ChunkCheckpoints(path / CHECKPOINTS, checkpoint_every))
         for file in sorted((path / _PARTS).glob("members-*.parquet")):
             curves = file.with_name(file.name.replace("members-", "curves-"))
@@ -239,12 +248,6 @@ class SweepStore:
             if self.path is not None:
                 self._attempt(name, functools.partial(_write_table, self.path, name, table))
         return tables[0], tables[1]
-
-
-def _holds_something_else(path: Path) -> ConfigError:
-    return ConfigError(
-        f"run_dir must be new, empty or a sweep; {path} is something else. Choose another."
-    )
 
 
 def _write_part(folder: Path, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
