@@ -127,15 +127,18 @@ class TrainCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ResumeCommand:
-    """Continue a run that was stopped or killed, or extend one that has finished."""
+    """Continue a run that was stopped or killed, or extend one that has finished.
+
+    Options that are left out keep the values of the run.
+    """
 
     run_dir: tyro.conf.Positional[Path]
     """A directory that `ppo-jax train` wrote."""
     total_timesteps: int | None = None
-    """Environment steps in all, over all environments; the run's own number by default. A schedule
-    of the learning rate is that of the new total."""
+    """Environment steps in all, over all environments. A schedule of the learning rate is that of
+    the new total."""
     num_devices: int | None = None
-    """Devices that share the environments from now on; as in the run by default, here and below."""
+    """Devices that share the environments from now on."""
     checkpoint_every: float | None = None
     """Seconds between two checkpoints."""
     eval_episodes: int | None = None
