@@ -497,6 +497,31 @@ def test_a_signal_ends_the_command_within_a_piece(number, status, tmp_path):
     assert len(list_checkpoints(path / "checkpoints")) == 1
 
 
+def test_a_signal_ends_the_command_of_a_sweep_within_a_piece(tmp_path):
+    path = tmp_path / "sweep"
+    words = ["--num-envs", "2", "--num-steps", "8", "--hidden-sizes", "4", "--quiet"]
+    words += ["--total-timesteps", "1e8", "--seeds", "2", "--run-dir", str(path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ppo_jax", "sweep", "CartPole-v1", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    # Said once it is compiled.
+    while "members at once" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(2.0)
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    # A piece takes about a second, and longer on a busy machine.
+    assert time.monotonic() - started < 10.0
+    assert process.returncode == 143, err
+    assert f"the same command with --run-dir {path} continues it" in out
+    assert len(list_checkpoints(path / "checkpoints")) == 1
+
+
 def stopped_sweep(train, stopped_after, module, pieces):
     """Trains until it is complete, stopped after every few pieces; returns the result."""
     stops = 0
