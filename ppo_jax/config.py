@@ -87,9 +87,9 @@ class TrainingSettings:
     line_search_steps: int | None = _algorithm_setting()
     """TRPO only: step lengths that are tried, each half of the one before."""
     max_skipped_updates: int = 10
-    """Gradient steps that are NaN or infinite are skipped. A run stops after this many consecutive
-    updates in which every step was skipped, or after half of its updates if that is fewer. 0 turns
-    the guard off: the first step that is NaN or infinite ends the training."""
+    """Updates with a gradient that is NaN or infinite are skipped. A run stops after this many
+    consecutive skipped updates, or after half of its updates if that is fewer. 0 turns the guard
+    off: the first update that is NaN or infinite ends the training."""
     exact_kl: bool = False
     """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 

@@ -128,8 +128,8 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
     """Returns a step that tells when a training has failed, and keeps the policy from then on.
 
     A training fails with an update that would make parameters NaN or infinite. It also fails once
-    every gradient step was skipped in `max_skipped_updates` consecutive updates, or in half of all
-    updates if that is fewer. With 0 no number of skipped updates fails.
+    `max_skipped_updates` consecutive updates were skipped, or half of all updates if that is fewer.
+    With 0 no number of skipped updates fails.
     """
     limit = min(max_skipped_updates, math.ceil(num_updates / 2))
 
@@ -137,7 +137,7 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
         state: TrainState, guard: Guard, index: jax.Array, hparams: HParams
     ) -> tuple[TrainState, Guard, Metrics]:
         new, metrics = trainer.step(state, hparams)
-        consecutive_skips = jnp.where(all_steps_skipped(metrics), guard.consecutive_skips + 1, 0)
+        consecutive_skips = jnp.where(all_skipped(metrics), guard.consecutive_skips + 1, 0)
         # Rules of a user's own need not skip anything.
         fails = ~is_finite(new.learner.params)
         if limit:
@@ -156,8 +156,8 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
     return step
 
 
-def all_steps_skipped(metrics: Metrics) -> jax.Array:
-    """Returns whether every gradient step of the policy, or of the critic, was skipped."""
+def all_skipped(metrics: Metrics) -> jax.Array:
+    """Returns whether all updates of the policy, or of the critic, were skipped."""
     shares = [metrics[name] for name in (SKIPPED, CRITIC_SKIPPED) if name in metrics.totals]
     return jnp.any(jnp.array([share == 1.0 for share in shares], bool))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ppo_jax.errors import require_known, require_positive_integer, require_positive_integers
 from ppo_jax.evaluation import evaluate
 from ppo_jax.hparams import HParams
-from ppo_jax.population.member import all_steps_skipped, is_finite
+from ppo_jax.population.member import all_skipped, is_finite
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
@@ -117,8 +117,8 @@ def make_search(
 ) -> Search:
     """Returns the search that starts and decides by two functions.
 
-    A member whose learner is not finite, or whose gradient steps were all skipped in the round
-    because they were not, has a score of −∞: its policy may still act and score by chance.
+    A member whose learner is not finite, or whose updates were all skipped in the round because
+    their gradients were not, has a score of −∞: its policy may still act and score by chance.
 
     Args:
       trainer: trains every member.
@@ -147,7 +147,7 @@ def make_search(
 
     def judge(key: jax.Array, state: TrainState, sums: Metrics) -> tuple[jax.Array, jax.Array]:
         value = score_one(key, state, sums)
-        is_healthy = is_finite(state.learner.params) & ~all_steps_skipped(sums)
+        is_healthy = is_finite(state.learner.params) & ~all_skipped(sums)
         has_score = is_healthy & ~jnp.isnan(value)
         return jnp.where(has_score, value, -jnp.inf), is_healthy
 

@@ -82,7 +82,7 @@ def failure_finder(
 
 
 def fail_at_first_skip(guard: Guard, metrics: Metrics, update: int) -> Guard:
-    """Returns the guard with those seeds failed that skipped a step in an update.
+    """Returns the guard with those seeds failed that skipped an update.
 
     Args:
       guard: `[seeds]`.

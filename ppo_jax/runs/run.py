@@ -122,9 +122,9 @@ def train(
 
     Ctrl-C and SIGTERM stop between two pieces, write a checkpoint and keep the policy so far.
 
-    A gradient step that is NaN or infinite is skipped. A seed whose updates are all skipped keeps
-    its last finite policy. It is listed in `Run.failures`, with a warning, and the training stops
-    once no seed is left.
+    An update with a gradient that is NaN or infinite is skipped. A seed whose updates are all
+    skipped keeps its last finite policy. It is listed in `Run.failures`, with a warning, and the
+    training stops once no seed is left.
 
     Args:
       config: describes the training.

@@ -44,7 +44,7 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
 
     With `target_kl`, the first minibatch whose approximate KL exceeds it and all after it are
     computed but not applied, so that the trip count stays fixed under `vmap`. Metrics are means
-    over the minibatches that were applied. A step that is NaN or infinite is skipped alone.
+    over the minibatches that were applied.
     """
 
     def init(params: Any, hparams: HParams) -> Any:
@@ -69,7 +69,7 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
             if hparams.target_kl is not None:
                 # The KL is that of the parameters before this step, so the step that exceeds the
                 # bound is the first that is not applied. A KL of NaN exceeds nothing: the guard
-                # skips its step alone.
+                # skips its update.
                 active &= ~(metrics["train/approx_kl"] > hparams.target_kl)
                 new = jax.tree.map(partial(jnp.where, active), new, old)
             return (new, active), (metrics, active)
@@ -79,9 +79,9 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
             step_while_near, start, inputs, config=config, losses=losses
         )
         # The first minibatch is always within the bound, because the KL before it is 0.
-        means = _averaged(metrics, applied)
+        end, means = _guarded(start[0], end, metrics, applied)
         if hparams.target_kl is not None:
-            means["train/gradient_steps"] = jnp.sum(_unskipped(metrics, applied))
+            means["train/gradient_steps"] = _unless_skipped(means, jnp.sum(applied), jnp.int32(0))
         return unravel(end.params), end.opt_state, means
 
     return UpdateRule(init, update)
@@ -110,7 +110,8 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         flat, unravel = ravel_pytree(actor)
         step = _gradient_step(losses, losses.policy, tx, unravel, hparams)
         # One step only: after it, the batch is off-policy.
-        (flat, actor_state), metrics = step(_FlatLearner(flat, actor_state), batch)
+        start = _FlatLearner(flat, actor_state)
+        (flat, actor_state), metrics = _guarded(start, *step(start, batch))
         if hparams.critic_learning_rate is not None:
             critic, critic_state, critic_metrics = fit_critic(critic, critic_state, inputs)
             metrics |= critic_metrics
@@ -172,7 +173,7 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
             )
             if config.max_skipped_updates:
                 # The line search accepts no step from such a gradient; this only reports it.
-                metrics[SKIPPED] = 1.0 - _is_finite(gradient)
+                metrics[SKIPPED] = _is_not_finite(gradient)
             # The gradient is that of a loss, and the objective rises against it.
             step = _natural_step(product, -gradient, max_kl=hparams.max_kl, iterations=iterations)
             found = line_search(
@@ -228,8 +229,7 @@ def _gradient_step(
     Parameters stay one vector from step to step. Optimisers work elementwise except for norms, and
     the norm of a vector is one kernel, while that of a tree is one for each leaf.
 
-    Unless the guard is off, a step is skipped if the squared norm of its gradient is not finite:
-    parameters and optimiser's state stay as they were.
+    Unless the guard is off, a metric tells `_guarded` whether the gradient is not finite.
 
     Args:
       losses: the losses of the algorithm, which know the devices that share the minibatch.
@@ -254,42 +254,47 @@ def _gradient_step(
         # Averaging before clipping: the norm of a device's share is not that of the gradient.
         flat, _ = ravel_pytree(grads if clip is None else clip(grads))
         updates, opt_state = tx.update(flat, old.opt_state, old.params)
-        new = _FlatLearner(jnp.add(old.params, updates), opt_state)
         if losses.config.max_skipped_updates:
-            # `optax.apply_if_finite` would apply the NaN after a number of consecutive failures.
-            # The square may overflow where the gradient is finite, as it would in the optimiser's
-            # state. The gradient alone decides: a decision that needed the new parameters could
-            # not be part of the pass that computes them, and took 9 % of the time of W1 on a CPU.
-            is_applied = _is_finite(flat)
-            new = jax.tree.map(partial(jnp.where, is_applied), new, old)
-            metrics[SKIPPED] = 1.0 - is_applied
-        return new, metrics
+            metrics[SKIPPED] = _is_not_finite(flat)
+        return _FlatLearner(jnp.add(old.params, updates), opt_state), metrics
 
     return step
 
 
-def _is_finite(gradient: jax.Array) -> jax.Array:
-    """Returns whether the squared norm of a gradient is finite; a clip computes the same sum."""
-    return jnp.isfinite(jnp.sum(jnp.square(gradient)))
+def _is_not_finite(gradient: jax.Array) -> jax.Array:
+    """Returns 1 if the squared norm of a gradient is NaN or infinite, else 0.
 
-
-def _averaged(metrics: Scalars, computed: jax.Array | None = None) -> Scalars:
-    """Returns means over gradient steps: of all, or of the ones that `computed` selects.
-
-    Steps that the guard skipped count in their own fraction alone. If all were, means are NaN.
+    The square may overflow where the gradient is finite, as it would in the state of Adam. A clip
+    of the norm computes the same sum.
     """
-    unskipped = _unskipped(metrics, computed)
-    means = jax.tree.map(lambda x: jnp.mean(x, where=unskipped), metrics)
+    return 1.0 - jnp.isfinite(jnp.sum(jnp.square(gradient)))
+
+
+def _guarded(
+    start: _FlatLearner,
+    end: _FlatLearner,
+    metrics: Scalars,
+    applied: jax.Array | None = None,
+) -> tuple[_FlatLearner, Scalars]:
+    """Skips an update if the gradient of a step was not finite.
+
+    `optax.apply_if_finite` would select after every step, which took 10 % of the time of W1 on a
+    CPU, and would apply the NaN after a number of consecutive failures.
+
+    Args:
+      start: the learner before the update.
+      end: the learner after its last step.
+      metrics: of every step, `[...]`.
+      applied: bool `[...]`, the steps that count; None for all.
+
+    Returns:
+      The learner, and means of the metrics over steps.
+    """
+    means = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
     if SKIPPED in metrics:
-        means[SKIPPED] = jnp.mean(metrics[SKIPPED], where=computed)
-    return means
-
-
-def _unskipped(metrics: Scalars, computed: Any) -> Any:
-    """Returns which of the computed steps the guard did not skip; None, here as there, is all."""
-    if SKIPPED not in metrics:
-        return computed
-    return (metrics[SKIPPED] == 0.0) & (True if computed is None else computed)
+        means[SKIPPED] = jnp.max(metrics[SKIPPED], where=applied, initial=0.0)
+        end = jax.tree.map(lambda new, old: _unless_skipped(means, new, old), end, start)
+    return end, means
 
 
 def _gradient(
@@ -332,7 +337,7 @@ def _make_critic_fit(
         start = _FlatLearner(flat, opt_state)
         end, metrics = _run_epochs(step, start, inputs, config=config, losses=losses)
         # All minibatches count: `target_kl` stops the policy, which this does not change.
-        metrics = _averaged(metrics)
+        end, metrics = _guarded(start, end, metrics)
         if SKIPPED in metrics:  # the policy's steps have the name
             metrics[CRITIC_SKIPPED] = metrics.pop(SKIPPED)
         return unravel(end.params), end.opt_state, metrics
@@ -445,7 +450,7 @@ def adaptive_penalty(make_rule: MakeUpdateRule) -> MakeUpdateRule:
 
 
 def _unless_skipped(metrics: Scalars, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns `new`, or `old` if every step was skipped: the KL of no update tells nothing."""
+    """Returns `new`, or `old` if the update was skipped."""
     return jnp.where(metrics[SKIPPED] == 1.0, old, new) if SKIPPED in metrics else new
 
 
