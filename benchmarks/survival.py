@@ -27,7 +27,7 @@ from benchmarks.throughput import build, time_once
 from benchmarks.workloads import WORKLOADS
 from ppo_jax import make_trainer
 
-_RESULTS = Path(__file__).parent / "results" / "survival-cpu.json"
+_RESULTS = Path(__file__).parent / "results"
 _GUARD_UPDATES = {"W1": 150, "W2": 2}
 _CHECKPOINT_UPDATES = {"W1": 5_000, "W2": 100}
 _INTERVALS = {"on": 1.0, "off": 0.0}  # seconds between two checkpoints
@@ -83,11 +83,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=12)
     repeats = parser.parse_args().repeats
-    results = [measure_guard(name, 10 * repeats) for name in _GUARD_UPDATES]
-    results += [measure_checkpoints(name, repeats // 2) for name in _CHECKPOINT_UPDATES]
-    for result in results:
+    guards = [measure_guard(name, 10 * repeats) for name in _GUARD_UPDATES]
+    machine.write_results(_RESULTS / "nan-guard-cpu.json", guards)
+    checkpoints = [measure_checkpoints(name, repeats // 2) for name in _CHECKPOINT_UPDATES]
+    machine.write_results(_RESULTS / "checkpoints-cpu.json", checkpoints)
+    for result in guards + checkpoints:
         print({name: value for name, value in result.items() if name != "seconds"})
-    machine.write_results(_RESULTS, results)
 
 
 if __name__ == "__main__":
