@@ -64,6 +64,9 @@ def failure_finder(
             quantity, *operation = (diagnosis(state, hparams) for diagnosis in diagnoses())
         except Exception as error:
             return f"not known, because its search failed with {type(error).__name__}"
+        if quantity is None and config.num_devices == 1:
+            # A diagnosis ends with the gradient of the whole batch before the first step.
+            quantity = "a gradient after the first gradient step"
         made = [f"{name} made the first NaN" for name in operation if name]
         return "; ".join([quantity or "not found", *made]) if made else quantity
 
