@@ -11,16 +11,17 @@ BIN := $(VENV)/bin
 # Stamps are written last, so that an interrupted installation is repeated.
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
+ACCELERATORS := .cache/accelerators
 # One worker per core, because compiling, which is most of the suite, uses one core; and 2.5 GiB of
 # memory for each.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
 	fit=$$(awk '/MemAvailable/ {print int($$2 / 2621440)}' /proc/meminfo 2>/dev/null); \
 	fit=$${fit:-$$cores}; fit=$$((fit < 1 ? 1 : fit)); echo $$((fit < cores ? fit : cores)))
 
-.PHONY: help install train test test-slow test-fuzz soak lint types guard check lock clean
+.PHONY: help install train test test-slow test-fuzz soak accelerators lint types guard check lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(STAMP)  ## make .venv and install the package with its dependencies
 
@@ -38,6 +39,12 @@ test-fuzz: $(DEV_STAMP)  ## try 1,000 inputs for every kind of file and setting
 
 soak: $(DEV_STAMP)  ## train for half an hour, and check that nothing grows or slows down
 	@$(BIN)/python benchmarks/soak.py --minutes 30
+
+accelerators: $(ACCELERATORS)/installed  ## count the kernels and the memory of GPUs and TPUs, by compiling for them
+	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target h100 a100 v5e v6e \
+		--json benchmarks/results/ahead-of-time.json
+	@$(ACCELERATORS)/bin/python benchmarks/memory_plan.py --json benchmarks/results/memory-plan.json
+	@JAX_PLATFORMS=cpu $(ACCELERATORS)/bin/python -m tests.tpu_checks benchmarks/results/tpu-programs.json
 
 lint: $(DEV_STAMP)  ## check style and format
 	@$(BIN)/ruff check .
@@ -57,6 +64,10 @@ $(STAMP): pyproject.toml requirements.lock
 
 $(DEV_STAMP): $(STAMP) requirements-dev.lock
 	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements-dev.lock
+	@touch $@
+
+$(ACCELERATORS)/installed: requirements-dev.lock benchmarks/requirements-accelerators.txt
+	@PYTHON="$(PYTHON)" scripts/install $(ACCELERATORS) benchmarks/requirements-accelerators.txt
 	@touch $@
 
 lock:  ## write the lock files again (needs uv)

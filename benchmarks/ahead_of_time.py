@@ -1,12 +1,13 @@
 """Counts what a training would do on an accelerator, by compiling for one that is not there.
 
 python benchmarks/ahead_of_time.py --target h100 --workload cartpole-2048 seeds-1024
-python benchmarks/ahead_of_time.py --target h100 --json benchmarks/results/ahead-of-time.json
+make accelerators
 
 The compilers of CUDA and of TPUs run without a device; they come with the packages
-`jax-cuda12-plugin[with-cuda]` (5 GB, in the version that jax has) and `libtpu`. For each training
-the table has the kernels of one update, in all and by stage, the bytes that they read and write,
-and the memory of the program.
+`jax-cuda12-plugin[with-cuda]` (5 GB, in the version that jax has) and `libtpu`. `make accelerators`
+installs them in an environment of its own. For each training the table has the kernels of one
+update, in all and by stage, the bytes that they read and write, and the memory of the program.
+Peers are those of `peers.py`; their stages cannot be told apart.
 
 The predicted time is that of a model: a kernel takes the largest of a launch, its bytes at the
 device's bandwidth, and its arithmetic at the device's rate. Kernels that run at the same time, and
@@ -18,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from benchmarks.workloads import AHEAD_SET, WORKLOADS, Workload
 _CONTENDERS = Path(__file__).parent / "contenders"
 # No device is looked for, and none has to fit the compiler of CUDA.
 _WITHOUT_DEVICE = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+_PEERS = ("purejaxrl", "rejax")  # others do not run with this version of jax, or without a device
 STAGES = ("rollout", "values", "advantages", "shuffle", "minibatches")
 
 
@@ -115,6 +118,14 @@ def compile_ahead(
         return json.loads(result.stdout.splitlines()[-1]), hlo.parse(text.read_text())
 
 
+def lend_compilers(python: Path) -> None:
+    """Lets an environment find the packages of this one after its own."""
+    site = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    )
+    (Path(site.strip()) / "compilers.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+
 def one_update(program: hlo.Program, num_updates: int) -> str:
     """Returns the name of the body of the loop over updates: the outermost of that length."""
     for loop in hlo.loops(program, program.entry):
@@ -123,15 +134,16 @@ def one_update(program: hlo.Program, num_updates: int) -> str:
     raise ValueError(f"the program has no loop of {num_updates} updates.")
 
 
-def measure(name: str, target_name: str) -> dict[str, Any]:
-    """Returns the figures of one training on one target."""
+def measure(trainer: str, python: Path, name: str, target_name: str) -> dict[str, Any]:
+    """Returns the figures of a workload with one trainer on one target."""
     workload, target = WORKLOADS[name], TARGETS[target_name]
-    figures, program = compile_ahead(Path(sys.executable), "ours", workload, target)
+    script = Path(peers.PEERS[trainer].script).stem if trainer in _PEERS else "ours"
+    figures, program = compile_ahead(python, script, workload, target)
     body = one_update(program, workload.config.num_updates)
     stages = hlo.work(program, body, target.device, STAGES)
     total = sum(stages.values(), hlo.Work())
     return {
-        "trainer": "ppo_jax",
+        "trainer": trainer,
         "workload": name,
         "target": target_name,
         **total._asdict(),
@@ -150,7 +162,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         stages = [row["stages"].get(stage, {"kernels": 0})["kernels"] for stage in STAGES]
-        other = row["kernels"] - sum(stages)
+        other = row["stages"]["other"]["kernels"] if any(stages) else 0
         cells = [
             row["target"],
             row["workload"],
@@ -169,13 +181,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", default=["h100"], choices=TARGETS)
     parser.add_argument("--workload", nargs="+", default=list(AHEAD_SET), choices=WORKLOADS)
+    peers.add_peer_arguments(parser, _PEERS)
+    parser.set_defaults(peer=[])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    pythons = {"ppo_jax": Path(sys.executable), **peers.pythons_of(arguments, parser)}
+    for trainer, python in pythons.items():
+        if trainer in _PEERS:
+            lend_compilers(python)
     rows = []
     for target in arguments.target:
         for name in arguments.workload:
-            rows.append(measure(name, target))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            for trainer, python in pythons.items():
+                if peers.takes_part(trainer, name, devices=1):
+                    rows.append(measure(trainer, python, name, target))
+                    print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
     if arguments.json is not None:
         machine.write_results(arguments.json, rows)

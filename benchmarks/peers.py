@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import venv
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,11 @@ from ppo_jax.resolve import complete_hparams
 _CONTENDERS = Path(__file__).parent / "contenders"
 _JAX = ("jax>=0.10,<0.11", "gymnax==0.0.9")  # the last gymnax with the API that peers use
 
-_OF_GYMNAX = tuple(
-    name for name, workload in WORKLOADS.items() if not workload.config.env.startswith("brax:")
+_WITHOUT_MEMORY = tuple(name for name, work in WORKLOADS.items() if work.config.memory is None)
+_OF_PUREJAXRL = tuple(
+    name
+    for name, work in WORKLOADS.items()
+    if not work.config.env.startswith("brax:") and work.config.memory in (None, "gru")
 )
 _BRAX = "brax>=0.14,<0.15"
 
@@ -52,13 +56,13 @@ class Peer(NamedTuple):
     script: str
     environment: str
     """Name of its virtual environment, which several peers may share."""
-    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    workloads: tuple[str, ...] = _WITHOUT_MEMORY
     """Workloads that it can run in minutes."""
 
 
 PEERS = {
     "purejaxrl": Peer(
-        (*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0", _OF_GYMNAX
+        (*_JAX, "distrax", "flax", "optax"), "purejaxrl.py", "gymnax-0.0", _OF_PUREJAXRL
     ),
     "rejax": Peer((*_JAX, "rejax==0.1.3", _BRAX), "rejax_ppo.py", "rejax"),
     # It calls functions that jax 0.10 has removed.
@@ -223,24 +227,36 @@ def python_of(peer: str, folder: Path) -> Path:
     return python
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(CPU_SET))
-    parser.add_argument("--peer", nargs="+", choices=PEERS, help="by default all that can run")
+def add_peer_arguments(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Adds the options that say which of some peers take part, for `pythons_of`."""
+    parser.add_argument("--peer", nargs="*", choices=names, help="by default all that can run")
     parser.add_argument("--purejaxrl", type=Path, help="a checkout of PureJaxRL")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the medians count")
-    parser.add_argument("--devices", type=int, default=1, help="on a CPU: one for each core")
     parser.add_argument("--environments", type=Path, default=Path(".cache/peers"))
-    parser.add_argument("--json", type=Path, help="write the results here")
-    arguments = parser.parse_args()
-    peers = arguments.peer or [p for p in PEERS if p != "purejaxrl" or arguments.purejaxrl]
+
+
+def pythons_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Path]:
+    """Returns the interpreter of each peer that takes part."""
+    peers = arguments.peer
+    if peers is None:
+        peers = [peer for peer in PEERS if peer != "purejaxrl" or arguments.purejaxrl]
     if "purejaxrl" in peers:
         if arguments.purejaxrl is None or not (arguments.purejaxrl / "purejaxrl").is_dir():
             parser.error("--purejaxrl must name a checkout of PureJaxRL, which holds purejaxrl/.")
         os.environ["PUREJAXRL"] = str(arguments.purejaxrl.resolve())
+    return {peer: python_of(peer, arguments.environments) for peer in peers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(CPU_SET))
+    add_peer_arguments(parser, PEERS)
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the medians count")
+    parser.add_argument("--devices", type=int, default=1, help="on a CPU: one for each core")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args()
     pythons = {"ppo_jax": Path(sys.executable)}
     pythons[_ONE_DEVICE] = pythons["ppo_jax"]
-    pythons |= {peer: python_of(peer, arguments.environments) for peer in peers}
+    pythons |= pythons_of(arguments, parser)
     print(
         "| workload | trainer | devices | steps/s | ours is faster by | return | compile "
         "| program's memory | process's peak |\n|---|---|---|---|---|---|---|---|---|"

@@ -1,4 +1,4 @@
-"""The trainings that the benchmarks measure; docs/performance.md describes W1 to W6."""
+"""The trainings that the benchmarks measure; docs/performance.md describes W1 to W7."""
 
 import typing
 from typing import NamedTuple
@@ -30,6 +30,7 @@ def _config(
     network: str = "mlp",
     env_kwargs: tuple[tuple[str, str], ...] = (),
     memory: MemoryKind | None = None,
+    memory_size: int | None = None,
 ) -> Config:
     return Config(
         env=env,
@@ -42,6 +43,7 @@ def _config(
         network=network,
         hidden_sizes=(64, 64),
         memory=memory,
+        memory_size=memory_size,
     )
 
 
@@ -57,6 +59,10 @@ CPU_SET = {
     "W6": Workload(
         "brax:hopper (spring), 1024 x 16",
         _config("brax:hopper", 1024, 16, updates=10, env_kwargs=(("backend", "spring"),)),
+    ),
+    "W7": Workload(
+        "CartPole-v1, 64 x 128, GRU",
+        _config("CartPole-v1", 64, 128, updates=20, memory="gru", memory_size=128),
     ),
 }
 GPU_SET = {

@@ -1,5 +1,6 @@
 """Meshes of devices: for the environments of one training, and for the members of a population."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,18 +25,24 @@ STATE_SPECS = TrainState(
 """Placement of a training's state: environments are divided, everything else is replicated."""
 
 
-def make_env_mesh(num_devices: int) -> Mesh | None:
+def make_env_mesh(num_devices: int, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
     """Returns the mesh of the devices that share environments.
 
-    Returns None for one device, so that no backend is started.
+    Args:
+      num_devices: number of devices.
+      devices: devices to take them from; None for those of this process.
+
+    Returns:
+      The mesh, or None for one device, so that no backend is started.
 
     Raises:
       ConfigError: there are fewer devices.
     """
     if num_devices == 1:
         return None
-    # This starts the backend, after which the number of devices of a CPU is fixed.
-    devices = jax.devices()
+    if devices is None:
+        # This starts the backend, after which the number of devices of a CPU is fixed.
+        devices = jax.devices()
     if len(devices) < num_devices:
         raise ConfigError(
             f"num_devices must be at most the devices there are; got {num_devices} and "
@@ -65,16 +72,21 @@ def place(state: TrainState, mesh: Mesh | None) -> TrainState:
     return jax.tree.map(place_part, STATE_SPECS, state)
 
 
-def member_sharding(num_devices: int) -> NamedSharding:
+def devices_for(num_members: int) -> list[jax.Device]:
+    """Returns as many devices of this process as divide the members; others would train copies."""
+    return jax.devices()[: math.gcd(num_members, jax.device_count())]
+
+
+def member_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
     """Returns the sharding of arrays whose first axis is that of members, `[S, ...]`.
 
     Members are trained independently: their devices exchange nothing.
     """
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), (MEMBER_AXIS,))
+    mesh = Mesh(np.array(devices), (MEMBER_AXIS,))
     return NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
 
 
-def over_members(num_devices: int) -> Callable[..., Callable[..., Any]]:
+def over_members(devices: Sequence[jax.Device]) -> Callable[..., Callable[..., Any]]:
     """Returns a `jax.vmap` that divides members among devices.
 
     Each device runs its own loops. Under `vmap` alone, an evaluation would exchange among all
@@ -84,7 +96,7 @@ def over_members(num_devices: int) -> Callable[..., Callable[..., Any]]:
       `(function, in_axes) -> function`; an axis is 0 for an argument of each member, and None for
       one that all share.
     """
-    sharding = member_sharding(num_devices)
+    sharding = member_sharding(devices)
 
     def member_map(
         function: Callable[..., Any], in_axes: Sequence[int | None]

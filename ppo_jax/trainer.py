@@ -1,6 +1,6 @@
 """The trainer: the stages composed into `init`, `step` and `run`, all of them pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +64,13 @@ class _Stages(NamedTuple):
     rule: UpdateRule
 
 
-def make_trainer(config: Config) -> Trainer:
+def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
     """Builds the training that `config` describes; nothing is traced yet.
+
+    Args:
+      config: the training.
+      devices: where the `num_devices` that share the environments are taken from; None for those of
+        this process. Devices of a topology serve to compile ahead of time.
 
     Raises:
       ConfigError: unknown environment, algorithm or optimiser, or an unsupported space.
@@ -76,7 +81,7 @@ def make_trainer(config: Config) -> Trainer:
     >>> int(state.updates_done)
     1
     """
-    stages = _make_stages(resolve(config))
+    stages = _make_stages(resolve(config), devices)
 
     def init(key: jax.Array, hparams: HParams | None = None, env_params: Any = None) -> TrainState:
         return _init(stages, key, hparams, env_params)
@@ -107,9 +112,9 @@ def make_train(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
     return make_trainer(config).run
 
 
-def _make_stages(resolved: Resolved) -> _Stages:
+def _make_stages(resolved: Resolved, devices: Sequence[jax.Device] | None) -> _Stages:
     config, algorithm = resolved.config, resolved.algorithm
-    mesh = make_env_mesh(config.num_devices)
+    mesh = make_env_mesh(config.num_devices, devices)
     shard = make_shard(mesh, config.num_envs)
     losses = Losses(
         config,

@@ -147,7 +147,7 @@ def check_a_search_s_members_are_divided():
     rates = HParams(learning_rate=jnp.geomspace(1e-3, 1e-1, 8))
     keys = jax.random.split(jax.random.key(0), 8)
     found = []
-    for member_map in (jax.vmap, over_members(8)):
+    for member_map in (jax.vmap, over_members(jax.devices())):
         search = make_pbt(
             trainer, ["learning_rate"], num_rounds=3, updates_per_round=1, member_map=member_map
         )

@@ -150,3 +150,20 @@ def test_an_infinite_advantage_stays_in_its_own_episode(estimate):
     else:
         found = advantages.n_step(*arguments, gamma=0.5, steps=3)
     np.testing.assert_array_equal(found[:, 0], [1.5, 1.0, np.inf])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 64, 100])
+def test_sums_by_doubling_are_those_by_steps(steps):
+    keys = jax.random.split(jax.random.key(steps), 2)
+    x = jax.random.normal(keys[0], (steps, 3))
+    done = jax.random.uniform(keys[1], (steps, 3)) < jnp.array([[0.0, 0.1, 0.6]])
+    # The first step of another episode: no sum before it may see it.
+    x = jnp.where(jnp.roll(done, 1, axis=0).at[0].set(False), jnp.inf, x)
+    by_steps, by_doubling = (
+        jax.jit(function)(x, done, jnp.float32(0.97))
+        for function in (
+            advantages.discounted_sums_by_steps,
+            advantages.discounted_sums_by_doubling,
+        )
+    )
+    np.testing.assert_allclose(by_doubling, by_steps, rtol=1e-4, atol=1e-5)

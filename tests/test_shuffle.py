@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ppo_jax.ops.shuffle import shuffled
+from ppo_jax.ops.shuffle import shuffled, swap_or_not
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 100, 513, 4096])
@@ -36,3 +36,10 @@ def test_places_and_pairs_are_as_frequent_as_in_random_permutations():
     cycles = np.array([np.sum(order == np.arange(size)) for order in orders])
     assert cycles.mean() == pytest.approx(1.0, abs=0.03)  # fixed points of a permutation: one
     assert cycles.var() == pytest.approx(1.0, abs=0.05)
+
+
+def test_rounds_in_larger_steps_give_the_same_order():
+    x = jnp.arange(100, dtype=jnp.uint32)
+    keys = jax.random.bits(jax.random.key(0), (4, 2), jnp.uint32)
+    one, two = (swap_or_not(x, keys, size=100, unroll=unroll) for unroll in (1, 2))
+    np.testing.assert_array_equal(one, two)

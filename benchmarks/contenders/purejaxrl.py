@@ -1,10 +1,12 @@
 """PureJaxRL, from the checkout that PUREJAXRL names.
 
-Its network for continuous actions has 256 units a layer and cannot be changed. Weights are
+Its network for continuous actions has 256 units a layer and cannot be changed. Actor and critic
+share the GRU of 128 units that `ppo_rnn.py` has. Weights are
 initialised by scaled Gaussians, because several QR decompositions of an orthogonal initialisation
 under one vmap can wait for each other forever on a CPU with two threads (jaxlib 0.10.2).
 """
 
+import functools
 import importlib
 import os
 import sys
@@ -15,13 +17,14 @@ from typing import Any
 import flax.linen
 import gymnax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax_timing import compile_and_time
 from serving import serve
 
 
-def import_ppo(*, continuous: bool) -> Any:
-    """Imports the module for discrete or for continuous actions.
+def import_ppo(*, continuous: bool, recurrent: bool) -> Any:
+    """Imports the module for discrete actions, for continuous ones, or with a GRU.
 
     Its wrappers import two suites of environments that these workloads do not use. Empty modules
     replace them.
@@ -33,6 +36,12 @@ def import_ppo(*, continuous: bool) -> Any:
     vars(sys.modules[training]).update(EpisodeWrapper=object, AutoResetWrapper=object)
     flax.linen.initializers.orthogonal = scaled_gaussian
     sys.path.insert(0, str(Path(os.environ["PUREJAXRL"]) / "purejaxrl"))
+    if recurrent:
+        ppo = importlib.import_module("ppo_rnn")
+        # It calls the cells of flax as flax 0.6 had them.
+        ppo.ScannedRNN.initialize_carry = staticmethod(lambda *shape: jnp.zeros(shape))
+        flax.linen.GRUCell = functools.partial(flax.linen.GRUCell, features=128)
+        return ppo
     if not continuous:
         return importlib.import_module("ppo")
     ppo = importlib.import_module("ppo_continuous_action")
@@ -64,7 +73,7 @@ class WithDefaults:
 
 
 def build(workload: dict[str, Any]) -> Any:
-    """Compiles its `make_train`: `ppo.py`, or `ppo_continuous_action.py` for Pendulum."""
+    """Compiles its `make_train`: `ppo.py`, `ppo_rnn.py`, or `ppo_continuous_action.py`."""
     hparams = workload["hparams"]
     config = {
         "LR": hparams["learning_rate"],
@@ -85,7 +94,7 @@ def build(workload: dict[str, Any]) -> Any:
         "NORMALIZE_ENV": False,
         "DEBUG": False,
     }
-    ppo = import_ppo(continuous=workload["continuous"])
+    ppo = import_ppo(continuous=workload["continuous"], recurrent=workload["memory"] == "gru")
 
     def returns_of(result: Any) -> Any:
         info = result["metrics"]

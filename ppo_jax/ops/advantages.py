@@ -72,20 +72,49 @@ def gae(
     chex.assert_equal_shape([reward, value, next_value, terminated, truncated])
     delta = td_error(reward, value, next_value, terminated, gamma=gamma)
     done = jnp.logical_or(terminated, truncated)
-
-    def backward(advantage: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
-        delta_t, done_t = inputs
-        # A select instead of a factor of 0, which would make NaN of an infinite advantage of the
-        # next episode.
-        advantage = delta_t + jnp.where(done_t, 0.0, gamma * gae_lambda * advantage)
-        return advantage, advantage
-
-    # Four steps a kernel, so that a GPU launches a quarter of the kernels. Unrolling 16 steps was
-    # slower on a CPU (2.45 instead of 0.41 ms for 128 x 2048) and takes longer to compile.
-    _, advantages = jax.lax.scan(
-        backward, jnp.zeros_like(delta[0]), (delta, done), reverse=True, unroll=4
+    # An accelerator launches a kernel for each of log₂ T passes over all steps. A CPU takes the
+    # steps one by one: 0.4 ms for 128 x 2048.
+    return jax.lax.platform_dependent(
+        delta,
+        done,
+        jnp.asarray(gamma * gae_lambda, delta.dtype),
+        cpu=discounted_sums_by_steps,
+        default=discounted_sums_by_doubling,
     )
-    return advantages
+
+
+def discounted_sums_by_steps(x: jax.Array, done: jax.Array, decay: jax.Array) -> jax.Array:
+    """Computes y_t = x_t + decay (1 − done_t) y_{t+1}, `[T, N]`, from the last step backwards."""
+
+    def backward(later: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
+        x_t, done_t = inputs
+        # A select instead of a factor of 0, which would make NaN of an infinite sum of the next
+        # episode.
+        total = x_t + jnp.where(done_t, 0.0, decay * later)
+        return total, total
+
+    # Unrolling 16 steps was slower on a CPU (2.45 instead of 0.41 ms for 128 x 2048).
+    return jax.lax.scan(backward, jnp.zeros_like(x[0]), (x, done), reverse=True, unroll=4)[1]
+
+
+def discounted_sums_by_doubling(x: jax.Array, done: jax.Array, decay: jax.Array) -> jax.Array:
+    """Computes the same sums as `discounted_sums_by_steps` in log₂ T passes over all steps.
+
+    After k passes y_t is the sum over 2^k steps, or up to the end of the episode: each pass adds
+    the sum that starts 2^k steps later. Hillis & Steele 1986 (doi:10.1145/7902.7903).
+    """
+    goes_on = ~done  # the episode goes on beyond the steps that are summed
+    distance = 1
+    while distance < len(x):
+        x += jnp.where(goes_on, decay * _later(x, distance), 0.0)
+        goes_on &= _later(goes_on, distance)
+        decay, distance = decay * decay, 2 * distance
+    return x
+
+
+def _later(x: jax.Array, distance: int) -> jax.Array:
+    """Returns x_{t+distance}, and zeros beyond the last step."""
+    return jnp.concatenate([x[distance:], jnp.zeros_like(x[:distance])])
 
 
 def n_step(

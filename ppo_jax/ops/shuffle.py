@@ -5,10 +5,13 @@ this module takes 1 ms. Training only needs every sample once per epoch, in an o
 random.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 _ROUNDS = 24
+_UNROLL = 8  # rounds in one kernel of an accelerator; all of them take 4 s more to compile
 
 
 def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
@@ -27,11 +30,31 @@ def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
       size: number of indices; at most 2**31.
 
     Returns:
-      int32 array of `positions`' shape.
+      uint32 array of `positions`' shape. Indexing by it needs no check for negative indices.
 
     >>> order = shuffled(jax.random.key(0), jnp.arange(10), size=10)
     >>> sorted(order.tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    keys = jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
+    # On a CPU, XLA fuses unrolled rounds into one kernel in which each round computes all earlier
+    # ones again, and which takes seconds to hours to compile. Elsewhere each round is a launch.
+    return jax.lax.platform_dependent(
+        positions.astype(jnp.uint32),
+        keys,
+        cpu=partial(swap_or_not, size=size, unroll=1),
+        default=partial(swap_or_not, size=size, unroll=_UNROLL),
+    )
+
+
+def swap_or_not(x: jax.Array, keys: jax.Array, *, size: int, unroll: int) -> jax.Array:
+    """Applies the rounds of `shuffled`.
+
+    Args:
+      x: uint32 positions in [0, size), any shape.
+      keys: uint32 pivot and salt of each round, `[rounds, 2]`.
+      size: number of indices.
+      unroll: rounds in one step of the loop.
     """
 
     def one_round(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
@@ -41,11 +64,7 @@ def shuffled(key: jax.Array, positions: jax.Array, *, size: int) -> jax.Array:
         partner = jnp.where(x <= pivot, pivot - x, pivot + jnp.uint32(size) - x)
         return jnp.where(_bit(jnp.maximum(x, partner), salt), partner, x), None
 
-    # A loop, because XLA fuses unrolled rounds into one kernel in which each round computes all
-    # earlier ones again, and which takes seconds to hours to compile.
-    keys = jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
-    x, _ = jax.lax.scan(one_round, positions.astype(jnp.uint32), keys)
-    return x.astype(jnp.int32)
+    return jax.lax.scan(one_round, x, keys, unroll=unroll)[0]
 
 
 def _bit(x: jax.Array, salt: jax.Array) -> jax.Array:

@@ -236,6 +236,8 @@ class ActorCritic(nn.Module):
     actor_memory: RecurrentLayer | None
     critic_memory: RecurrentLayer | None
     has_critic: bool = True
+    has_equal_torsos: bool = False
+    """The torsos differ in their parameters alone, and see the same."""
 
     def setup(self) -> None:
         """Makes the last layers; flax calls this."""
@@ -249,14 +251,12 @@ class ActorCritic(nn.Module):
         self, obs: Any, state: Any = None, start: jax.Array | None = None
     ) -> tuple[Any, jax.Array | None]:
         """Returns distribution parameters `[..., *]` and values `[...]`, None without a critic."""
-        features, _ = self._features("actor", obs, state, start)
+        if self.has_critic and self.critic_torso is not None:
+            features, of_critic = self._features_of_both(obs, state, start)
+        else:
+            features = of_critic = self._features("actor", obs, state, start)[0]
         action_params = self._parametrize(features, obs)
-        if not self.has_critic:
-            return action_params, None
-        # A shared torso has computed its features already.
-        if self._value_part != "actor":
-            features, _ = self._features(self._value_part, obs, state, start)
-        return action_params, self._value(features)
+        return action_params, self._value(of_critic) if self.has_critic else None
 
     def actor(self, obs: Any, state: Any = None, start: jax.Array | None = None) -> tuple[Any, Any]:
         """Returns distribution parameters `[..., *]`, and the actor's state after every step."""
@@ -288,7 +288,50 @@ class ActorCritic(nn.Module):
         states = cell(state[part], x, start)
         return read(states), {part: states}
 
-    def _apply_torso(self, torso: nn.Module, view: View, obs: Any) -> jax.Array:
+    def _features_of_both(
+        self, obs: Any, state: Any, start: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the features of actor and critic, which share no torso."""
+        of_actor, of_critic = self._torso_features(obs)
+        if self.actor_memory is None or self.critic_memory is None:
+            return of_actor, of_critic
+        return (
+            read(self.actor_memory(state["actor"], of_actor, start)),
+            read(self.critic_memory(state["critic"], of_critic, start)),
+        )
+
+    def _torso_features(self, obs: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns the features of both torsos, in batched products where that is faster."""
+        assert self.critic_torso is not None
+        # There are none before initialisation, and without hidden layers.
+        has_params = "params" in self.actor_torso.variables
+        if not (self.has_equal_torsos and has_params):
+            return (
+                self._apply_torso(self.actor_torso, self.actor_view, obs),
+                self._apply_torso(self.critic_torso, self.critic_view, obs),
+            )
+        torso = self.actor_torso.clone(parent=None, name=None)
+        params = [x.variables["params"] for x in (self.actor_torso, self.critic_torso)]
+
+        def apply(params: Any, obs: Any) -> jax.Array:
+            return self._apply_torso(
+                lambda x: torso.apply({"params": params}, x), self.actor_view, obs
+            )
+
+        def together(params: Any, obs: Any) -> tuple[jax.Array, jax.Array]:
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *params)
+            found = jax.vmap(apply, in_axes=(0, None))(stacked, obs)
+            return found[0], found[1]
+
+        # Half the kernels for an accelerator; a CPU multiplies small batches slowly.
+        return jax.lax.platform_dependent(
+            params,
+            obs,
+            cpu=lambda params, obs: (apply(params[0], obs), apply(params[1], obs)),
+            default=together,
+        )
+
+    def _apply_torso(self, torso: Callable[[Any], jax.Array], view: View, obs: Any) -> jax.Array:
         """Applies a torso, which sees a single batch axis, to any batch shape."""
         batch_shape = batch_shape_of(self.space, obs)
         ndim = len(batch_shape)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.ops.recurrence import linear_recurrence
 from ppo_jax.policy.initializers import orthogonal
 
 _CELLS = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
@@ -50,20 +51,12 @@ class RecurrentLayer(nn.Module):
     def _min_gru(self, state: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
         """Computes h_t = (1 − z_t) h_{t−1} + z_t h̃_t, where z and h̃ depend on x_t alone.
 
-        Feng et al. 2024 (arXiv:2410.01201), section 3.1. The recurrence is linear in h, so an
-        associative scan over pairs (a, b) of h ↦ a h + b finds all steps together.
+        Feng et al. 2024 (arXiv:2410.01201), section 3.1.
         """
         update_gate = nn.sigmoid(nn.Dense(self.size, kernel_init=orthogonal())(x))
         candidate = nn.Dense(self.size, kernel_init=orthogonal())(x)
         keep = jnp.where(start[..., None], 0.0, 1.0 - update_gate)
-        add = (update_gate * candidate).at[0].add(keep[0] * state)
-
-        def compose(
-            first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
-        ) -> tuple[jax.Array, jax.Array]:
-            return first[0] * second[0], second[0] * first[1] + second[1]
-
-        return jax.lax.associative_scan(compose, (keep, add))[1]
+        return linear_recurrence(keep, update_gate * candidate, state)
 
 
 def initial_state(kind: str, size: int, batch_shape: tuple[int, ...]) -> Any:

@@ -84,7 +84,7 @@ class CompiledPopulation:
         self._may_shrink = may_shrink
         self._say = say
         self._devices = jax.devices()
-        member_map = over_members(len(self._devices))
+        member_map = over_members(self._devices)
         self._start = jax.jit(member_map(member.start, in_axes=(0, 0, 0)))
         self._advance = jax.jit(
             member_map(member.advance, in_axes=(0, 0, None, None)), donate_argnums=0

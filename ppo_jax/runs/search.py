@@ -13,7 +13,7 @@ import pandas as pd
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ppo_jax.config import Config
-from ppo_jax.devices import member_sharding, over_members
+from ppo_jax.devices import devices_for, member_sharding, over_members
 from ppo_jax.errors import ConfigError, require_known, require_positive_integers, require_seed
 from ppo_jax.evaluation import evaluate, evaluation_key
 from ppo_jax.hparams import HParams
@@ -223,7 +223,7 @@ class _Plan(NamedTuple):
     updates_per_round: int
     round_timesteps: int
     """Environment steps of all members in a round."""
-    num_devices: int
+    devices: Sequence[jax.Device]
 
 
 def _make_plan(
@@ -239,13 +239,12 @@ def _make_plan(
 ) -> _Plan:
     """Returns the plan of a search, or the error of its method."""
     trainer = make_trainer(config)
-    # A device more than divides the members would train copies.
-    num_devices = math.gcd(num_members, jax.device_count())
+    devices = devices_for(num_members)
     updates_per_round = config.num_updates // num_rounds
     common = {
         "num_rounds": num_rounds,
         "updates_per_round": updates_per_round,
-        "member_map": over_members(num_devices),
+        "member_map": over_members(devices),
         **options,
     }
     if method == "halving":
@@ -265,7 +264,7 @@ def _make_plan(
         num_rounds=num_rounds,
         updates_per_round=updates_per_round,
         round_timesteps=updates_per_round * config.batch_size * num_members,
-        num_devices=num_devices,
+        devices=devices,
     )
 
 
@@ -328,7 +327,7 @@ class _Programs(NamedTuple):
 
 def _compile(plan: _Plan) -> _Programs:
     """Compiles a search for its devices, and checks that it fits their memory."""
-    split: Any = member_sharding(plan.num_devices)
+    split: Any = member_sharding(plan.devices)
     whole: Any = NamedSharding(split.mesh, PartitionSpec())
     # Decisions need the scores of all members, so what they remember is on every device.
     placed = SearchState(
@@ -419,7 +418,7 @@ def _evaluate(plan: _Plan, states: TrainState, num_episodes: int) -> tuple[np.nd
         key = evaluation_key(key)
         return evaluate(policy, trainer.env, env_params, key, num_episodes).returns, policy
 
-    evaluate_all = jax.jit(over_members(plan.num_devices)(one, in_axes=(0, 0)))
+    evaluate_all = jax.jit(over_members(plan.devices)(one, in_axes=(0, 0)))
     returns, policies = evaluate_all(states, plan.keys)
     return np.asarray(returns), policies
 

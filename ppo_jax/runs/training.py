@@ -1,6 +1,5 @@
 """A training compiled for its devices: a start, and updates in pieces of any length."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.config import Config
-from ppo_jax.devices import member_sharding
+from ppo_jax.devices import devices_for, member_sharding
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
@@ -67,7 +66,7 @@ def compile_training(
         init = jax.vmap(init, in_axes=(0, None))
         step = jax.vmap(step, in_axes=(0, 0, None, None))
         if config.num_devices == 1:
-            sharding = member_sharding(math.gcd(len(keys), jax.device_count()))
+            sharding = member_sharding(devices_for(len(keys)))
 
     def advance(
         state: TrainState, guard: Guard, hparams: HParams, first: jax.Array, count: jax.Array

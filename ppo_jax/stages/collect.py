@@ -1,5 +1,6 @@
 """The second stage: a rollout becomes a batch, with values, advantages and normalised rewards."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -155,7 +156,15 @@ def _evaluated(
     """
     has_critic = policy.spec.has_critic
     if before.recurrent_state is None:
-        values = _values(policy, trajectory, num_states) if has_critic else None
+        values = None
+        if has_critic:
+            # A core's cache holds 512 states; other devices have memory, and launch each block.
+            values = jax.lax.platform_dependent(
+                policy,
+                trajectory,
+                cpu=partial(_values, num_states=min(num_states, 2**9)),
+                default=partial(_values, num_states=num_states),
+            )
         return values, None, after
     starts = jnp.concatenate([before.start[None], trajectory.done[:-1]])
     if not has_critic:
@@ -166,15 +175,13 @@ def _evaluated(
 
 
 def _evaluated_together(config: Config, shard: Shard) -> int:
-    """Returns how many states the critic evaluates together, each with its successor.
+    """Returns how many states the critic evaluates together, each with its successor, at most.
 
-    The number is a target: large enough to fill a device, and small enough to limit the memory of
-    activations to that of a minibatch's. A block has at least one time step of all environments.
+    Their activations take the memory of a minibatch's. A block has at least one time step of all
+    environments.
     """
     assert config.num_minibatches is not None, "the config is complete"
-    fitting = 2**9 if jax.default_backend() == "cpu" else 2**12
-    samples = shard.num_envs * config.num_steps
-    return min(fitting, samples // config.num_minibatches // 2)
+    return shard.num_envs * config.num_steps // config.num_minibatches // 2
 
 
 def _values(policy: Policy, trajectory: Trajectory, num_states: int) -> Values:

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from ppo_jax.config import Config
 from ppo_jax.hparams import HParams
-from ppo_jax.ops import objectives
+from ppo_jax.ops import objectives, packing
 from ppo_jax.ops.collective import mean_over
 from ppo_jax.ops.natural_gradient import (
     MatrixVectorProduct,
@@ -396,9 +396,9 @@ def _run_epochs(
         # instead of at every step.
         mask = None if batch.mask is None else batch.mask[order]
         advantages = jax.vmap(losses.normalize_advantages)(batch.advantages[order], mask)
-        return jax.lax.scan(minibatch, carry, (order, advantages))
+        return packing.scan(minibatch, carry, (order, advantages))
 
-    return jax.lax.scan(epoch, carry, jax.random.split(inputs.key, config.num_epochs))
+    return packing.scan(epoch, carry, jax.random.split(inputs.key, config.num_epochs))
 
 
 def _swap_time_and_envs(batch: Batch) -> Batch:

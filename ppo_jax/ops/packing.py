@@ -1,0 +1,143 @@
+"""Trees of arrays packed into few arrays, for loops that store them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Carry = TypeVar("Carry")
+
+_SMALL = 4  # elements of a row; so few of less than a word are stored as words
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class _Place(NamedTuple):
+    """Place of a leaf in the packed arrays."""
+
+    name: str
+    """Name of the array that holds the leaf."""
+    columns: slice | None
+    """None for a leaf that is stored as it is."""
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Packing:
+    """Packs trees of one structure, whose leaves are scalars or have the same first axis.
+
+    An accelerator launches a kernel for every array that a loop stores in a step. Leaves with
+    elements of the same size become one array, `[N, F]`, of unsigned integers with their bits.
+    Random keys and complex numbers are stored as they are.
+
+    >>> packing = Packing()
+    >>> tree = {"obs": jnp.ones((3, 2)), "done": jnp.array([True, False, False])}
+    >>> packed = packing.pack(tree)
+    >>> [x.shape for x in packed.values()]
+    [(3, 3)]
+    >>> packing.unpack(packed)["done"].tolist()
+    [True, False, False]
+    """
+
+    def __init__(self) -> None:
+        self._structure: Any = None
+        self._places: list[_Place] = []
+
+    def pack(self, tree: Any) -> dict[str, jax.Array]:
+        """Returns arrays `[N, F]`, one for each size of elements; N is 1 for scalars."""
+        leaves, self._structure = jax.tree.flatten(tree)
+        self._places = []
+        groups: dict[str, list[jax.Array]] = {}
+        packed: dict[str, jax.Array] = {}
+        for leaf in leaves:
+            if not _is_packable(leaf.dtype):
+                name = f"leaf {len(packed)}"
+                packed[name] = leaf
+                self._places.append(_Place(name, None, leaf.shape, leaf.dtype))
+                continue
+            num_rows = leaf.shape[0] if leaf.ndim else 1
+            rows = _unsigned(leaf).reshape(num_rows, leaf.size // num_rows)
+            width = leaf.dtype.itemsize
+            if width < 4 and rows.shape[1] <= _SMALL:
+                width, rows = 4, rows.astype(np.uint32)
+            group = groups.setdefault(f"{width} bytes", [])
+            start = sum(part.shape[1] for part in group)
+            columns = slice(start, start + rows.shape[1])
+            self._places.append(_Place(f"{width} bytes", columns, leaf.shape, leaf.dtype))
+            group.append(rows)
+        return packed | {name: jnp.concatenate(group, axis=1) for name, group in groups.items()}
+
+    def unpack(self, packed: dict[str, jax.Array]) -> Any:
+        """Returns the tree that `pack` packed last; `[..., N, F]` becomes leaves `[..., N, *]`."""
+        leaves = []
+        for name, columns, shape, dtype in self._places:
+            x = packed[name]
+            if columns is not None:
+                rows = x[..., columns].astype(_UNSIGNED[dtype.itemsize])
+                x = _from_unsigned(rows, dtype).reshape(*x.shape[:-2], *shape)
+            leaves.append(x)
+        return jax.tree.unflatten(self._structure, leaves)
+
+
+def _is_packable(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (bool, jnp.integer, jnp.floating))
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+    """Returns the bits of an array as unsigned integers."""
+    if x.dtype == bool:
+        return x.astype(np.uint8)
+    return jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
+
+
+def _from_unsigned(bits: jax.Array, dtype: Any) -> jax.Array:
+    if np.issubdtype(dtype, np.bool_):
+        return bits.astype(bool)
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def scan(
+    step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, inputs: Any
+) -> tuple[Carry, Any]:
+    """Computes `jax.lax.scan(step, carry, inputs)`, by `packed_scan` on accelerators."""
+    step = jax.jit(step)  # traced once for both
+    return jax.lax.platform_dependent(
+        carry, inputs, cpu=partial(jax.lax.scan, step), default=partial(packed_scan, step)
+    )
+
+
+def packed_scan(
+    step: Callable[[Carry, Any], tuple[Carry, Any]],
+    carry: Carry,
+    inputs: Any,
+    *,
+    packs_carry: bool = False,
+) -> tuple[Carry, Any]:
+    """Computes `jax.lax.scan(step, carry, inputs)`, and stores its outputs packed.
+
+    Args:
+      step: `(carry, input) -> (carry, outputs)`; the outputs are as `Packing` takes them.
+      carry: the initial carry.
+      inputs: tree of arrays with a leading axis.
+      packs_carry: packs the carry as well, and unrolls two steps. XLA copies the arrays of a carry
+        that a step both reads and replaces: so it copies one array in two steps.
+
+    Returns:
+      The carry after the last step, and the outputs with a leading axis.
+    """
+    outputs, carries = Packing(), Packing()
+    pack, unpack = (carries.pack, carries.unpack) if packs_carry else (_same, _same)
+
+    def packed_step(packed_carry: Any, inputs: Any) -> tuple[Any, Any]:
+        carry, output = step(unpack(packed_carry), inputs)
+        return pack(carry), outputs.pack(output)
+
+    unroll = 2 if packs_carry else 1
+    end, stored = jax.lax.scan(packed_step, pack(carry), inputs, unroll=unroll)
+    return unpack(end), outputs.unpack(stored)
+
+
+def _same(x: Any) -> Any:
+    return x

@@ -1,0 +1,54 @@
+"""Accelerators train as a CPU does: what is computed differently for them, computed on a CPU."""
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax import make_trainer
+from tests.test_checkpoint import assert_same_bits
+from tests.test_spaces import config_of
+
+
+def as_accelerators_do(*arguments, default, **platforms):
+    del platforms
+    return default(*arguments)
+
+
+def result_of(config):
+    """Returns the state after two updates, and the metrics of both."""
+    trainer = make_trainer(config)
+
+    @jax.jit
+    def two_updates(key):
+        state, first = trainer.step(trainer.init(key))
+        state, second = trainer.step(state)
+        return state, (first, second)
+
+    return two_updates(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("vector", {}),
+        ("vector", {"hidden_sizes": ()}),
+        ("normalized", {"num_epochs": 3}),
+        ("image", {"algorithm": "ppo_adaptive"}),
+        ("gaussian", {"algorithm": "trpo"}),
+        ("gru", {}),
+        ("mingru", {}),
+    ],
+)
+def test_an_accelerator_s_program_trains_as_a_cpu_s(case, changes, monkeypatch):
+    config = config_of(case, **changes)
+    state, metrics = result_of(config)
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_accelerators_do)
+    other_state, other_metrics = result_of(config)
+    # Integers and flags are exact, such as actions and the ends of episodes.
+    for x, y in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, np.floating):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+        else:
+            assert_same_bits(x, y)
+    for x, y in zip(*map(jax.tree.leaves, (metrics, other_metrics)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-4)
