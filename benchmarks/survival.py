@@ -4,8 +4,8 @@ python benchmarks/survival.py
 
 A training with the guard and one without it run in turn in one process, and so do a training that
 writes checkpoints and one that writes none. The minimum of each counts, because other work on a
-machine only adds to a time. The cost of the guard is small, so that its pairs are ten times as many
-and as short. Checkpoints are written every second: at the default of 60 seconds
+machine only adds to a time. The cost of the guard is small: its pairs are ten times as many, and
+a tenth as long. Checkpoints are written every second: at the default of 60 seconds
 they cost a sixtieth of what is measured.
 """
 

@@ -30,7 +30,6 @@ def _config(
     network: str = "mlp",
     env_kwargs: tuple[tuple[str, str], ...] = (),
     memory: MemoryKind | None = None,
-    memory_size: int | None = None,
 ) -> Config:
     return Config(
         env=env,
@@ -43,7 +42,6 @@ def _config(
         network=network,
         hidden_sizes=(64, 64),
         memory=memory,
-        memory_size=memory_size,
     )
 
 
@@ -62,7 +60,7 @@ CPU_SET = {
     ),
     "W7": Workload(
         "CartPole-v1, 64 x 128, GRU",
-        _config("CartPole-v1", 64, 128, updates=20, memory="gru", memory_size=128),
+        _config("CartPole-v1", 64, 128, updates=20, memory="gru"),
     ),
 }
 GPU_SET = {

@@ -127,7 +127,8 @@ def rollout(
     # Within `shortest_episode` steps an environment starts at most one new episode, so that one
     # draw of new episodes serves a whole block of steps.
     size = largest_divisor(num_steps, at_most=env.shortest_episode)
-    act_in_groups = partial(_act_in_groups, jax.jit(act), draw, size)
+    # Traced once for both platforms.
+    act_in_groups = partial(_act_in_groups, jax.jit(act), jax.jit(draw), size)
     trajectory_bytes = 2 * _num_bytes(state.obs) * num_steps
     (state, ended), trajectory = jax.lax.platform_dependent(
         (state, none_ended),
@@ -162,7 +163,8 @@ def _act_in_groups(
       packs: for accelerators, which launch a kernel for each array that is stored.
     """
     num_steps = len(inputs[1])
-    drawn = _num_bytes(jax.eval_shape(draw, inputs[1][:1, :, 1]))
+    state, _ = carry
+    drawn = _num_bytes((state.obs, state.env_state))
     # At least four groups: with the episodes of all blocks at once, W1 is 5 % slower on a CPU.
     num_blocks = largest_divisor(
         num_steps // size, at_most=max(1, min(memory // drawn, num_steps // size // 4))
