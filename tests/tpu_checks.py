@@ -26,6 +26,7 @@ KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 def cartpole(**changes):
     fields = {"num_envs": 256, "num_steps": 32, "total_timesteps": 2 * 256 * 32}
+    fields["env_params"] = {"max_steps_in_episode": 32}  # some algorithms need whole episodes
     return Config(env="CartPole-v1", **{**fields, **changes})
 
 
