@@ -196,9 +196,9 @@ def main() -> None:
                 if peers.takes_part(trainer, name, devices=1):
                     rows.append(measure(trainer, python, name, target))
                     print(table(rows[-1:]).splitlines()[-1], flush=True)
+                    if arguments.json is not None:
+                        machine.write_results(arguments.json, rows)
     print(table(rows))
-    if arguments.json is not None:
-        machine.write_results(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Largest numbers of environments and of seeds that fit an accelerator, by its compiler's count.
+"""Largest numbers of environments and of seeds that fit a GPU, by its compiler's count.
 
 python benchmarks/memory_plan.py --json benchmarks/results/memory-plan.json
 
@@ -8,6 +8,7 @@ compiled to confirm it.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from benchmarks import machine
 from benchmarks.ahead_of_time import TARGETS, compile_ahead
 from benchmarks.workloads import WORKLOADS, Workload
 
-_SHARE = 0.9  # of a device's memory; the rest is for its runtime
-_MEMORY = {"h100": 80 * 10**9, "v5e": 16 * 2**30}
+_SHARE = 0.9  # of a card's memory; the rest is for its runtime
+_TARGET = "h100"
+_CARDS = {"80 GB": 80e9, "16 GB": 16e9}
 
 
 class Question(NamedTuple):
@@ -49,44 +51,43 @@ def grown(question: Question, number: int) -> Workload:
     return workload._replace(config=config.replace(num_envs=number, total_timesteps=timesteps))
 
 
-def needed(question: Question, number: int, target: str) -> float:
+@functools.cache
+def needed(question: Question, number: int) -> float:
     """Returns the bytes of the program, its results included."""
     workload = grown(question, number)
-    figures, _ = compile_ahead(Path(sys.executable), "ours", workload, TARGETS[target])
+    figures, _ = compile_ahead(Path(sys.executable), "ours", workload, TARGETS[_TARGET])
     return figures["temporary_bytes"] + figures["output_bytes"]
 
 
-def largest(question: Question, target: str) -> dict[str, Any]:
+def largest(question: Question, card: str) -> dict[str, Any]:
     """Returns the largest power of two that fits, and the memory that it takes."""
-    limit = _SHARE * _MEMORY[target]
-    few, more = (needed(question, scale * question.start, target) for scale in (1, 2))
+    limit = _SHARE * _CARDS[card]
+    few, more = (needed(question, scale * question.start) for scale in (1, 2))
     slope = (more - few) / question.start
-    number = 2 ** int((limit - few) / slope + question.start).bit_length() // 2
-    while (size := needed(question, number, target)) > limit:
+    number = 2 ** (int((limit - few) / slope + question.start).bit_length() - 1)
+    while (size := needed(question, number)) > limit:
         number //= 2
-    return {**question._asdict(), "target": target, "number": number, "bytes": size, "slope": slope}
+    return {**question._asdict(), "card": card, "number": number, "bytes": size, "slope": slope}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    print(
-        "| device | training | grows | largest | memory | each takes |\n|---|---|---|---|---|---|"
-    )
+    print("| card | training | grows | largest | memory | each takes |\n|---|---|---|---|---|---|")
     rows = []
-    for target in _MEMORY:
-        for question in QUESTIONS:
-            row = largest(question, target)
+    for question in QUESTIONS:
+        for card in _CARDS:
+            row = largest(question, card)
             rows.append(row)
             title = WORKLOADS[question.workload].title
             print(
-                f"| {target} | {title} | {question.grows} | {row['number']:,} "
+                f"| {card} | {title} | {question.grows} | {row['number']:,} "
                 f"| {row['bytes'] / 1e9:.1f} GB | {row['slope'] / 1e3:,.0f} kB |",
                 flush=True,
             )
-    if arguments.json is not None:
-        machine.write_results(arguments.json, rows)
+            if arguments.json is not None:
+                machine.write_results(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_equal_seeds_give_equal_bits():
 
 def test_trainings_run_and_resume_in_double_precision(tmp_path):
     code = (
-        "import sys, ppo_jax\n"
+        "import sys, jax, ppo_jax\n"
         "from tests.test_determinism import CONFIG\n"
         "from tests.test_checkpoint import assert_same_bits\n"
         "config = CONFIG.replace(normalize_obs=True, lr_schedule='constant')\n"
@@ -41,6 +41,11 @@ def test_trainings_run_and_resume_in_double_precision(tmp_path):
         "run = ppo_jax.resume(sys.argv[1], total_timesteps=144, progress=False)\n"
         "assert_same_bits(run.state, whole.state)\n"
         "assert run.state.rollout.obs.dtype.itemsize in (4, 8)\n"
+        "for memory in ('gru', 'lstm', 'mingru'):\n"
+        "    trainer = ppo_jax.make_trainer(config.replace(memory=memory, num_minibatches=2))\n"
+        "    state = jax.eval_shape(trainer.init, jax.random.key(0))\n"
+        "    after, _ = jax.eval_shape(trainer.step, state)\n"
+        "    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)\n"
     )
     environment = {**os.environ, "JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-c", code, str(tmp_path / "run")]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer
+from ppo_jax.ops.gated_recurrence import output_of
 from ppo_jax.policy.initializers import draw
-from ppo_jax.policy.recurrent import RecurrentLayer, initial_state, read
+from ppo_jax.policy.recurrent import RecurrentLayer, initial_state
 from ppo_jax.stages.collect import _values_in_sequence
 from ppo_jax.stages.rollout import rollout
 from tests.probes import PROBES, probe, probe_name
@@ -40,7 +41,7 @@ def test_a_sequence_is_its_steps_with_resets_in_random_places(kind):
         memory = jax.tree.map(lambda m: m[0], after)
         for one, all_ in zip(jax.tree.leaves(memory), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(one, all_[t], rtol=1e-4, atol=1e-6)
-    assert read(together).shape == (T, N, SIZE)
+    assert output_of(together).shape == (T, N, SIZE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +54,7 @@ def test_nothing_of_an_episode_is_remembered_in_the_next(kind):
     params = initial_params(cell, keys[1], memory, x, start)
 
     def last(x):
-        return jnp.sum(read(cell.apply(params, memory, x, start))[3])
+        return jnp.sum(output_of(cell.apply(params, memory, x, start))[3])
 
     influence = np.abs(jax.grad(last)(x)).max(axis=(1, 2))
     assert (influence[:2] == 0).all()

@@ -94,10 +94,11 @@ def build(workload: dict[str, Any]) -> Any:
         "NORMALIZE_ENV": False,
         "DEBUG": False,
     }
-    ppo = import_ppo(continuous=workload["continuous"], recurrent=workload["memory"] == "gru")
+    recurrent = workload["memory"] == "gru"
+    ppo = import_ppo(continuous=workload["continuous"], recurrent=recurrent)
 
     def returns_of(result: Any) -> Any:
-        info = result["metrics"]
+        info = result["metric" if recurrent else "metrics"]
         returns = np.asarray(info["returned_episode_returns"])[..., -1, :, :]
         return np.where(np.asarray(info["returned_episode"])[..., -1, :, :], returns, np.nan)
 

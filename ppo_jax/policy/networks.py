@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete, Leaf, Space, leaves, shape_of
 from ppo_jax.errors import ConfigError, unknown_name
+from ppo_jax.ops.gated_recurrence import output_of
 from ppo_jax.policy.distributions import MASKED, Head
 from ppo_jax.policy.initializers import orthogonal
-from ppo_jax.policy.recurrent import RecurrentLayer, read
+from ppo_jax.policy.recurrent import RecurrentLayer, run
 
 Convolutions = tuple[tuple[int, int, int], ...]
 """Features, width of the kernel and stride of each layer."""
@@ -285,8 +286,9 @@ class ActorCritic(nn.Module):
         x = self._apply_torso(torso, view, obs)
         if cell is None:
             return x, None
+        assert start is not None, "a sequence has starts"
         states = cell(state[part], x, start)
-        return read(states), {part: states}
+        return output_of(states), {part: states}
 
     def _features_of_both(
         self, obs: Any, state: Any, start: jax.Array | None
@@ -295,10 +297,11 @@ class ActorCritic(nn.Module):
         of_actor, of_critic = self._torso_features(obs)
         if self.actor_memory is None or self.critic_memory is None:
             return of_actor, of_critic
-        return (
-            read(self.actor_memory(state["actor"], of_actor, start)),
-            read(self.critic_memory(state["critic"], of_critic, start)),
-        )
+        assert start is not None, "a sequence has starts"
+        layers = (self.actor_memory, self.critic_memory)
+        states = (state["actor"], state["critic"])
+        of_actor, of_critic = run(layers, states, (of_actor, of_critic), start)
+        return output_of(of_actor), output_of(of_critic)
 
     def _torso_features(self, obs: Any) -> tuple[jax.Array, jax.Array]:
         """Returns the features of both torsos, in batched products where that is faster."""
@@ -320,7 +323,13 @@ class ActorCritic(nn.Module):
 
         def together(params: Any, obs: Any) -> tuple[jax.Array, jax.Array]:
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *params)
-            found = jax.vmap(apply, in_axes=(0, None))(stacked, obs)
+            if torso.image is None:
+                # With a copy for each, the gradient of the first layer transposes no activations:
+                # 12.7 instead of 13.7 GiB an update of CartPole with 2,048 environments. Patches of
+                # images take too much memory to be copied.
+                obs = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape)), obs)
+            axis = 0 if torso.image is None else None
+            found = jax.vmap(apply, in_axes=(0, axis))(stacked, obs)
             return found[0], found[1]
 
         # Half the kernels for an accelerator; a CPU multiplies small batches slowly.
