@@ -39,6 +39,7 @@ _CALLED = re.compile(
 )
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -70,24 +71,20 @@ class Instruction(NamedTuple):
     arrays: tuple[Array, ...]
     """Results: one array, or the leaves of a tuple."""
     operands: tuple[str, ...]
-    argument_index: int | None
-    """Index of the argument that a parameter stands for; None for other instructions."""
+    number: int | None
+    """Index of the argument that a parameter stands for, or value of an integer constant."""
     called: tuple[str, ...]
     """Computations that it runs: a fusion's, the body of a loop, or the branches of a conditional.
     """
     attributes: str
+    trip_count: int | None
+    """Number of times that a loop runs its body; None where it is not known."""
 
     @property
     def scope(self) -> tuple[str, ...]:
         """Names of the functions and scopes that it was traced in, the outermost first."""
         found = _OP_NAME.search(self.attributes)
         return tuple(found.group(1).split("/")) if found else ()
-
-    @property
-    def trip_count(self) -> int | None:
-        """Number of times that a loop runs its body; None where it is not known."""
-        found = _TRIP_COUNT.search(self.attributes)
-        return int(found.group(1)) if found else None
 
 
 class Program(NamedTuple):
@@ -142,6 +139,8 @@ def parse(text: str) -> Program:
             computations[name] = tuple(lines)
         elif found := _INSTRUCTION.match(line):
             lines.append(_instruction(*found.groups()))
+    for name, instructions in computations.items():
+        computations[name] = tuple(_with_trip_count(x, computations) for x in instructions)
     return Program(computations, entry)
 
 
@@ -166,10 +165,34 @@ def _instruction(name: str, text: str) -> Instruction:
         opcode.group(1),
         arrays,
         operands=tuple(_NAME.findall(arguments)),
-        argument_index=int(arguments) if opcode.group(1) == "parameter" else None,
+        number=int(arguments) if _holds_number(opcode.group(1), arguments) else None,
         called=called,
         attributes=attributes,
+        trip_count=None,
     )
+
+
+def _holds_number(opcode: str, arguments: str) -> bool:
+    return opcode in ("parameter", "constant") and arguments.lstrip("-").isdigit()
+
+
+def _with_trip_count(
+    loop: Instruction, computations: Mapping[str, Sequence[Instruction]]
+) -> Instruction:
+    """Returns a loop with its trip count, and any other instruction as it is.
+
+    The compiler for GPUs writes the count. The one for TPUs does not; there it is the constant that
+    the condition compares the counter with, because loops of JAX count from 0.
+    """
+    if loop.opcode != "while":
+        return loop
+    if found := _TRIP_COUNT.search(loop.attributes):
+        return loop._replace(trip_count=int(found.group(1)))
+    condition = _CONDITION.search(loop.attributes)
+    lines = computations[condition.group(1)] if condition else ()
+    numbers = [line.number for line in lines if line.opcode == "constant"]
+    less = any(x.opcode == "compare" and "direction=LT" in x.attributes for x in lines)
+    return loop._replace(trip_count=numbers[0]) if less and len(numbers) == 1 else loop
 
 
 def _closing(text: str, start: int) -> int:
@@ -252,7 +275,7 @@ def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Arra
     results = {line.name: line.arrays for line in body}
     for parameter in body:
         users = [line for line in body if parameter.name in line.operands]
-        index = parameter.argument_index
+        index = parameter.number if parameter.opcode == "parameter" else None
         if index is not None and all(_is_slice(x, parameter.name) for x in users):
             # An array that is updated in place is not read at all.
             parts = [_num_bytes(x.arrays) for x in users if x.opcode != "dynamic-update-slice"]

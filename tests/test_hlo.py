@@ -69,6 +69,14 @@ def test_kernels_of_a_loop_count_as_often_as_it_runs():
     assert hlo.unknown_loops(program, program.entry) == []
 
 
+def test_the_trip_count_of_a_loop_follows_from_its_condition_where_it_is_not_written():
+    unwritten = TEXT.replace('"known_trip_count"', '"of_no_interest"')
+    (loop,) = hlo.loops(program := hlo.parse(unwritten), "main")
+    assert (loop.trip_count, hlo.unknown_loops(program, "main")) == (5, [])
+    (loop,) = hlo.loops(program := hlo.parse(unwritten.replace("LT", "NE")), "main")
+    assert (loop.trip_count, hlo.unknown_loops(program, "main")) == (None, ["loop"])
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "flops", "seconds"), [(10, 10, 1e-6), (1e6, 10, 1e-3), (10, 1e7, 1e-2)]
 )
