@@ -5,7 +5,9 @@ python benchmarks/guard.py --store   # after a change that is meant
 
 A ratio of times in one process depends on the code and hardly on the machine. The reference is
 gradient steps of a small network, arithmetic that every training needs. The minimum of several
-interleaved times counts, because other work on a machine only adds to a time.
+interleaved times counts, because other work on a machine only adds to a time. A ratio that is too
+large is measured again, at most twice: on a busy machine, the same program had 1.1 and 1.4 times
+the stored ratio within minutes.
 """
 
 import argparse
@@ -78,16 +80,19 @@ def main() -> None:
     parser.add_argument("--store", action="store_true", help="store the ratios instead")
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
-    results = [{"workload": name, "ratio": ratio(name, arguments.repeats)} for name in _UPDATES]
     if arguments.store:
+        results = [{"workload": name, "ratio": ratio(name, arguments.repeats)} for name in _UPDATES]
         machine.write_results(_STORED, results)
         return
-    stored = {row["workload"]: row["ratio"] for row in json.loads(_STORED.read_text())["results"]}
     slower = False
-    for row in results:
-        change = row["ratio"] / stored[row["workload"]]
-        slower |= change > _BAND
-        print(f"{row['workload']}: {row['ratio']:.2f} of the reference, {change:.2f} of the stored")
+    for row in json.loads(_STORED.read_text())["results"]:
+        name, stored = row["workload"], row["ratio"]
+        found = ratio(name, arguments.repeats)
+        for _ in range(2):
+            if found > _BAND * stored:
+                found = min(found, ratio(name, arguments.repeats))
+        slower |= found > _BAND * stored
+        print(f"{name}: {found:.2f} of the reference, {found / stored:.2f} of the stored")
     if slower:
         sys.exit(f"A training takes more than {_BAND} times what is stored in {_STORED.name}.")
 
