@@ -11,10 +11,8 @@ from ppo_jax.runs.settings import to_plain
 
 def write_results(path: Path, results: list[dict[str, Any]], **figures: float) -> None:
     """Writes results with their command, the machine, and other figures of the machine."""
-    root = Path(__file__).resolve().parent.parent
-    # A module that `python -m` runs has an absolute path there.
-    script = Path(sys.argv[0]).resolve().relative_to(root)
-    command = " ".join(["python", str(script), *sys.argv[1:]])
+    # As it was typed: `sys.argv` has an absolute path for a module that `python -m` runs.
+    command = " ".join(["python", *sys.orig_argv[1:]])
     described = provenance.describe(Path(__file__).parent)
     record = {"command": command, **described, **figures, "results": results}
     path.write_text(json.dumps(to_plain(record), indent=2) + "\n")

@@ -164,8 +164,8 @@ def run(
 
     arguments = (weights, list(states), list(inputs), start)
     if len(start) == 1:
-        # A rollout takes one step at a time. A CPU would place kernels side by side in each; the
-        # compiler for GPUs merges products of the same input.
+        # A rollout takes one step at a time. A CPU would copy the kernels in every step to place
+        # them side by side. The compiler for GPUs merges products of the same input.
         return separately(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=separately, default=together)
 
