@@ -6,7 +6,8 @@ make accelerators
 The compilers of CUDA and of TPUs run without a device; they come with the packages
 `jax-cuda12-plugin[with-cuda]` (5 GB, in the version that jax has) and `libtpu`. `make accelerators`
 installs them in an environment of its own. For each training the table has the kernels of one
-update, in all and by stage, the bytes that they read and write, and the memory of the program.
+update, in all and by stage, the bytes that they read and write, the memory of the program, and the
+collectives among them. Figures of a training on several devices are those of one device.
 Peers are those of `peers.py`; their stages cannot be told apart.
 
 The predicted time is that of a model: a kernel takes the largest of a launch, its bytes at the
@@ -55,7 +56,7 @@ def _gpu(fields: str, name: str, device: hlo.Device) -> Target:
         f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} '
         f'device_description_str: "{name}"'
     )
-    return Target("cuda", "", {"topology": "1x1x1", "target_config": config}, device)
+    return Target("cuda", "", {"topology": "1x1x4", "target_config": config}, device)
 
 
 # Rates from the vendors' data sheets: memory bandwidth, and float32 without matrix units, because
@@ -101,7 +102,6 @@ def compile_ahead(
         text = Path(folder) / "program.txt"
         request = {
             **peers.describe(workload),
-            "num_devices": 1,
             "platform": target.platform,
             "topology": target.topology,
             "options": target.options,
@@ -157,8 +157,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Returns the figures as a table in Markdown."""
     lines = [
         "| target | workload | trainer | kernels | " + " | ".join((*STAGES, "other")) + " | "
-        "read and written | temporary | predicted |",
-        "|---" * (8 + len(STAGES)) + "|",
+        "read and written | temporary | collectives | compiled in | predicted |",
+        "|---" * (10 + len(STAGES)) + "|",
     ]
     for row in rows:
         stages = [row["stages"].get(stage, {"kernels": 0})["kernels"] for stage in STAGES]
@@ -171,6 +171,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(f"{count:,.0f}" if count else "–" for count in (*stages, other)),
             f"{row['bytes'] / 2**20:,.0f} MiB",
             f"{row['temporary_bytes'] / 2**20:,.0f} MiB",
+            f"{row['collectives']:.0f}",
+            f"{row['compile_seconds']:.0f} s",
             f"{row['seconds'] * 1e3:.2f} ms",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -27,6 +27,25 @@ _FREE = frozenset(
         "domain",
     ]
 )
+_COLLECTIVES = frozenset(
+    ["all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"]
+)
+# Instructions of which an element depends on several elements of an operand.
+_MIXING = frozenset(
+    [
+        "convolution",
+        "custom-call",
+        "dot",
+        "dynamic-update-slice",
+        "fusion",
+        "gather",
+        "reduce",
+        "reduce-window",
+        "scatter",
+        "sort",
+        "tuple",
+    ]
+)
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -103,6 +122,8 @@ class Work(NamedTuple):
     flops: float = 0.0
     seconds: float = 0.0
     """Time that `Device.kernel_seconds` predicts."""
+    collectives: float = 0.0
+    """Kernels that exchange data with other devices. Their transfers are not part of the time."""
 
     def __add__(self, other: tuple) -> "Work":  # type: ignore[override]
         return Work(*(x + y for x, y in zip(self, other, strict=True)))
@@ -256,7 +277,9 @@ def work(
             read = [results.get(name, ()) for name in instruction.operands]
             num_bytes = _bytes(program, instruction, read)
             flops = _flops(program, instruction, read)
-            add(own, Work(1.0, num_bytes, flops, device.kernel_seconds(num_bytes, flops)))
+            seconds = device.kernel_seconds(num_bytes, flops)
+            collectives = float(opcode.removesuffix("-start") in _COLLECTIVES)
+            add(own, Work(1.0, num_bytes, flops, seconds, collectives))
     return total
 
 
@@ -273,13 +296,10 @@ def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Arra
         return written + sum(whole)
     body = program.computations[instruction.called[0]]
     results = {line.name: line.arrays for line in body}
-    for parameter in body:
-        users = [line for line in body if parameter.name in line.operands]
-        index = parameter.number if parameter.opcode == "parameter" else None
-        if index is not None and all(_is_slice(x, parameter.name) for x in users):
-            # An array that is updated in place is not read at all.
-            parts = [_num_bytes(x.arrays) for x in users if x.opcode != "dynamic-update-slice"]
-            whole[index] = min(whole[index], sum(parts))
+    needed = _needed_bytes(body)
+    for line in body:
+        if line.opcode == "parameter" and line.number is not None:
+            whole[line.number] = min(whole[line.number], needed[line.name])
     for line in body:
         if line.opcode == "dynamic-update-slice":
             written -= _num_bytes(line.arrays) - _num_bytes(results[line.operands[1]])
@@ -290,10 +310,35 @@ def _num_bytes(arrays: Iterable[Array]) -> float:
     return sum(array.num_bytes for array in arrays)
 
 
-def _is_slice(line: Instruction, operand: str) -> bool:
-    """Returns whether an instruction touches a part of an operand, and not all of it."""
-    slices = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
-    return line.opcode in slices and line.operands[0] == operand
+def _needed_bytes(body: Sequence[Instruction]) -> dict[str, float]:
+    """Returns how much of each result the other instructions of a fusion make use of, in bytes.
+
+    A fusion computes only what its own results need: of an array of which slices are taken, now or
+    after elementwise operations, only these slices.
+    """
+    users: dict[str, list[Instruction]] = {line.name: [] for line in body}
+    for line in body:
+        for name in set(line.operands) & users.keys():
+            users[name].append(line)
+    needed: dict[str, float] = {}
+    for line in reversed(body):  # users come after what they use
+        whole = _num_bytes(line.arrays)
+        parts = [_needed_share(line, user, needed[user.name]) for user in users[line.name]]
+        needed[line.name] = min(1.0, sum(parts)) * whole if parts else whole
+    return needed
+
+
+def _needed_share(line: Instruction, user: Instruction, needed_of_user: float) -> float:
+    """Returns the share of a result that one user needs."""
+    size, user_size = (sum(array.size for array in x.arrays) for x in (line, user))
+    is_first = user.operands[0] == line.name
+    if user.opcode in ("dynamic-slice", "slice", "gather") and is_first:
+        return user_size / size
+    if user.opcode == "dynamic-update-slice" and is_first and line.opcode == "parameter":
+        return 0.0  # updated in place, and not read at all
+    if user.opcode not in _MIXING and user_size == size > 0:
+        return needed_of_user / _num_bytes(user.arrays)
+    return 1.0
 
 
 def _flops(program: Program, instruction: Instruction, read: Sequence[tuple[Array, ...]]) -> float:

@@ -38,10 +38,11 @@ from ppo_jax.resolve import complete_hparams
 _CONTENDERS = Path(__file__).parent / "contenders"
 _JAX = ("jax>=0.10,<0.11", "gymnax==0.0.9")  # the last gymnax with the API that peers use
 
-_WITHOUT_MEMORY = tuple(name for name, work in WORKLOADS.items() if work.config.memory is None)
+_ON_ONE_DEVICE = {name: work for name, work in WORKLOADS.items() if work.config.num_devices == 1}
+_WITHOUT_MEMORY = tuple(name for name, work in _ON_ONE_DEVICE.items() if work.config.memory is None)
 _OF_PUREJAXRL = tuple(
     name
-    for name, work in WORKLOADS.items()
+    for name, work in _ON_ONE_DEVICE.items()
     if not work.config.env.startswith("brax:") and work.config.memory in (None, "gru")
 )
 _BRAX = "brax>=0.14,<0.15"
@@ -111,6 +112,8 @@ def describe(workload: Workload) -> dict[str, Any]:
         "env_kwargs": dict(config.env_kwargs),
         "num_seeds": workload.num_seeds,
         "memory": config.memory,
+        "shared_torso": config.shared_torso,
+        "num_devices": config.num_devices,
         "continuous": config.env == "Pendulum-v1",
         "hparams": {
             **{name: getattr(hparams, name) for name in (*used, "max_grad_norm")},

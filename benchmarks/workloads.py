@@ -1,7 +1,7 @@
 """The trainings that the benchmarks measure; docs/performance.md describes W1 to W7."""
 
 import typing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ppo_jax import Config
 from ppo_jax.config import MemoryKind
@@ -29,7 +29,7 @@ def _config(
     minibatches: int = 4,
     network: str = "mlp",
     env_kwargs: tuple[tuple[str, str], ...] = (),
-    memory: MemoryKind | None = None,
+    **changes: Any,
 ) -> Config:
     return Config(
         env=env,
@@ -41,7 +41,7 @@ def _config(
         num_minibatches=minibatches,
         network=network,
         hidden_sizes=(64, 64),
-        memory=memory,
+        **changes,
     )
 
 
@@ -97,6 +97,14 @@ AHEAD_SET = {
         )
         for memory in typing.get_args(MemoryKind)
     },
+    "cartpole-1024-gru-shared": Workload(
+        "CartPole-v1, 1024 x 128, one GRU for actor and critic",
+        _config("CartPole-v1", 1024, 128, updates=20, memory="gru", shared_torso=True),
+    ),
+    "cartpole-8192-devices-4": Workload(
+        "CartPole-v1, 8192 x 128 on four devices",
+        _config("CartPole-v1", 8192, 128, updates=20, num_devices=4),
+    ),
 }
 """Trainings that are compiled for accelerators that are not there."""
 SETS = {"cpu": CPU_SET, "gpu": GPU_SET}

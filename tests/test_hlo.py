@@ -69,6 +69,60 @@ def test_kernels_of_a_loop_count_as_often_as_it_runs():
     assert hlo.unknown_loops(program, program.entry) == []
 
 
+@pytest.mark.parametrize(
+    ("result", "lines", "num_bytes"),
+    [
+        ("f32[2]", "ROOT %y = f32[2] slice(%tanh), slice={[0:2]}", 8 + 8),
+        ("f32[8]", "ROOT %y = f32[8] negate(%tanh)", 32 + 32),
+        ("f32[8]", "ROOT %y = f32[8] dot(%tanh, %tanh), lhs_batch_dims={0}", 32 + 32),
+        # One slice is of what the fusion also returns.
+        (
+            "(f32[2], f32[8])",
+            """%part = f32[2] slice(%tanh), slice={[0:2]}
+  ROOT %y = (f32[2], f32[8]) tuple(%part, %tanh)""",
+            32 + 8 + 32,
+        ),
+        (
+            "f32[4]",
+            """%part = f32[2] slice(%tanh), slice={[0:2]}
+  ROOT %y = f32[4] concatenate(%part, %part), dimensions={0}""",
+            8 + 16,
+        ),
+    ],
+)
+def test_only_slices_of_an_array_are_read_even_after_elementwise_operations(
+    result, lines, num_bytes
+):
+    program = hlo.parse(f"""HloModule jit_f, is_scheduled=true
+
+%fused (p: f32[8]) -> {result} {{
+  %p = f32[8] parameter(0)
+  %tanh = f32[8] tanh(%p)
+  {lines}
+}}
+
+ENTRY %main (x: f32[8]) -> {result} {{
+  %x = f32[8] parameter(0)
+  ROOT %fusion = {result} fusion(%x), kind=kLoop, calls=%fused
+}}
+""")
+    assert hlo.work(program, program.entry, DEVICE, ())["other"].bytes == num_bytes
+
+
+def test_collectives_are_counted_once_each():
+    program = hlo.parse("""HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  %start = f32[8] all-reduce-start(%x), to_apply=%add
+  %done = f32[8] all-reduce-done(%start)
+  ROOT %y = f32[8] all-gather(%done), dimensions={0}
+}
+""")
+    found = hlo.work(program, program.entry, DEVICE, ())["other"]
+    assert (found.kernels, found.collectives) == (2, 2)
+
+
 def test_the_trip_count_of_a_loop_follows_from_its_condition_where_it_is_not_written():
     unwritten = TEXT.replace('"known_trip_count"', '"of_no_interest"')
     (loop,) = hlo.loops(program := hlo.parse(unwritten), "main")

@@ -1,5 +1,7 @@
 """Memories: a sequence at once is the same as step by step, and what they remember is of use."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,7 +133,10 @@ def test_time_limits_are_not_deaths_for_a_policy_with_a_memory(kind):
 
 
 def test_the_true_successor_is_evaluated_from_the_state_before_the_reset():
-    """V(s'_t) is V(s_{t+1}) inside an episode, and not the value of the reset at its end."""
+    """V(s'_t) is V(s_{t+1}) inside an episode, and not the value of the reset at its end.
+
+    Blocks of steps have the values of all steps together.
+    """
     config = Config(
         env=probe_name("recall-limit"),
         num_envs=3,
@@ -150,9 +155,16 @@ def test_the_true_successor_is_evaluated_from_the_state_before_the_reset():
         start, carried = state.start, state.recurrent_state
         _, trajectory, _ = rollout(trainer.env, trainer.env.params, policy, state, key, num_steps=6)
         starts = jnp.concatenate([start[None], trajectory.done[:-1]])
-        return trajectory, _values_in_sequence(policy, trajectory, carried, starts)[0]
+        of_all, of_blocks = (
+            _values_in_sequence(policy, trajectory, carried, starts, num_states=num_states)
+            for num_states in (18, 7)
+        )
+        return trajectory, of_all, of_blocks
 
-    trajectory, values = jax.jit(first_two)(state.rollout, jax.random.key(1))
+    trajectory, of_all, of_blocks = jax.jit(first_two)(state.rollout, jax.random.key(1))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), of_blocks, of_all)
+    values, critic_state = of_all
+    jax.tree.map(lambda x: np.testing.assert_equal(x.shape, (3, 4)), critic_state["critic"])
     goes_on = ~np.asarray(trajectory.done)[:-1]
     np.testing.assert_allclose(
         np.asarray(values.next_value)[:-1][goes_on],

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.ops.packing import Packing, packed_scan
+from ppo_jax.ops.packing import Packing, packed_scan, scan
+from tests.test_platforms import as_accelerators_do
 
 N = 3
 BITS = np.array([0x7FC00001, 0xFF800000, 0x80000000], np.uint32)  # a NaN's payload, −∞, −0
@@ -65,9 +66,9 @@ def test_double_precision_is_packed():
         jax.tree.map(assert_same_bits, packing.unpack(packed), tree)
 
 
-@pytest.mark.parametrize("packs_carry", [False, True])
+@pytest.mark.parametrize("unroll", [1, 2])
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_packed_scan_is_a_scan(batched, packs_carry):
+def test_a_packed_scan_is_a_scan(batched, unroll):
     def step(carry, x):
         carry = jnp.sin(carry) + x
         return carry, {"carry": carry, "large": carry > 1.0, "both": carry * jnp.ones(4)}
@@ -85,6 +86,20 @@ def test_a_packed_scan_is_a_scan(batched, packs_carry):
     start = jnp.arange(3.0) if batched else jnp.float32(0.5)
     apply = jax.vmap if batched else (lambda f: f)
     expected = jax.jit(apply(lambda c: run(jax.lax.scan, c)))(start)
-    packed = partial(packed_scan, packs_carry=packs_carry)
+    packed = partial(packed_scan, unroll=unroll)
     found = jax.jit(apply(lambda c: run(packed, c)))(start)
     jax.tree.map(assert_same_bits, found, expected)
+
+
+def test_a_scan_gives_each_step_what_is_derived_from_its_carry(monkeypatch):
+    def step(carry, double, x):
+        return jnp.sin(carry) + x, {"carry": carry, "double": double}
+
+    def run(inputs):
+        return scan(step, jnp.float32(0.5), inputs, derive=lambda carry: 2.0 * carry)
+
+    inputs = jnp.linspace(0.0, 1.0, 7)
+    expected = jax.jit(run)(inputs)
+    np.testing.assert_array_equal(expected[1]["double"], 2.0 * expected[1]["carry"])
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_accelerators_do)
+    jax.tree.map(assert_same_bits, jax.jit(lambda x: run(x))(inputs), expected)

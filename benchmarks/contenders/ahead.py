@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax_timing
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def main(script: str) -> None:
@@ -26,7 +26,8 @@ def main(script: str) -> None:
     topology = topologies.get_topology_desc(
         platform=request["platform"], topology_name=request["topology"], **request["options"]
     )
-    device = SingleDeviceSharding(topology.devices[0])
+    devices = topology.devices[: request["num_devices"]]
+    replicated = NamedSharding(Mesh(devices, ("any",)), PartitionSpec())
 
     def compile_for_device(
         train: Callable[[jax.Array], Any], returns_of: Any, num_seeds: int | None
@@ -36,7 +37,7 @@ def main(script: str) -> None:
         if num_seeds is not None:
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.PRNGKey(0), num_seeds))
             train = jax.vmap(train)
-        lowered = jax.jit(train, in_shardings=device, out_shardings=device).lower(keys)
+        lowered = jax.jit(train, in_shardings=replicated, out_shardings=replicated).lower(keys)
         started = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - started
@@ -53,7 +54,7 @@ def main(script: str) -> None:
         )
 
     jax_timing.compile_and_time = compile_for_device
-    importlib.import_module(script).build(request)
+    importlib.import_module(script).build({**request, "devices": devices})
 
 
 if __name__ == "__main__":

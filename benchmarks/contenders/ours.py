@@ -17,7 +17,7 @@ def build(workload: dict[str, Any]) -> Any:
     # of optax, and its weights have gains of 1.
     config = Config(
         env_kwargs=workload["env_kwargs"],
-        **{name: workload[name] for name in (*names, "num_devices", "memory")},
+        **{name: workload[name] for name in (*names, "num_devices", "memory", "shared_torso")},
         hidden_sizes=(64, 64),
         lr_schedule="constant",
         optimizer_kwargs={"eps": 1e-8},
@@ -31,7 +31,7 @@ def build(workload: dict[str, Any]) -> Any:
             "actor_gain": 1.0,
         }
     )
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, workload.get("devices"))
 
     def returns_of(result: Any) -> jax.Array:
         state, _ = result

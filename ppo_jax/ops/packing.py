@@ -1,7 +1,6 @@
 """Trees of arrays packed into few arrays, for loops that store them."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -81,6 +80,18 @@ class Packing:
         return jax.tree.unflatten(self._structure, leaves)
 
 
+class NoPacking:
+    """Stands in for `Packing` where a loop carries or stores trees as they are."""
+
+    def pack(self, tree: Any) -> Any:
+        """Returns the tree."""
+        return tree
+
+    def unpack(self, packed: Any) -> Any:
+        """Returns the tree."""
+        return packed
+
+
 def _is_packable(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (bool, jnp.integer, jnp.floating))
 
@@ -99,13 +110,38 @@ def _from_unsigned(bits: jax.Array, dtype: Any) -> jax.Array:
 
 
 def scan(
-    step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, inputs: Any
+    step: Callable[[Carry, Any, Any], tuple[Carry, Any]],
+    carry: Carry,
+    inputs: Any,
+    *,
+    derive: Callable[[Carry], Any] = lambda carry: None,
 ) -> tuple[Carry, Any]:
-    """Computes `jax.lax.scan(step, carry, inputs)`, by `packed_scan` on accelerators."""
+    """Computes `jax.lax.scan`, by `packed_scan` on accelerators.
+
+    Args:
+      step: `(carry, derive(carry), input) -> (carry, outputs)`.
+      carry: the initial carry.
+      inputs: tree of arrays with a leading axis.
+      derive: computes from a carry what an accelerator shall carry as well, because XLA uses the
+        arguments of a loop in more ways than arrays that the loop computes.
+
+    Returns:
+      The carry after the last step, and the outputs with a leading axis.
+    """
     step = jax.jit(step)  # traced once for both
-    return jax.lax.platform_dependent(
-        carry, inputs, cpu=partial(jax.lax.scan, step), default=partial(packed_scan, step)
-    )
+
+    def plain_scan(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
+        return jax.lax.scan(lambda carry, x: step(carry, derive(carry), x), carry, inputs)
+
+    def deriving_scan(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
+        def step_and_derive(both: tuple[Carry, Any], x: Any) -> tuple[tuple[Carry, Any], Any]:
+            carry, outputs = step(*both, x)
+            return (carry, derive(carry)), outputs
+
+        (end, _), outputs = packed_scan(step_and_derive, (carry, derive(carry)), inputs)
+        return end, outputs
+
+    return jax.lax.platform_dependent(carry, inputs, cpu=plain_scan, default=deriving_scan)
 
 
 def packed_scan(
@@ -113,31 +149,24 @@ def packed_scan(
     carry: Carry,
     inputs: Any,
     *,
-    packs_carry: bool = False,
+    unroll: int = 1,
 ) -> tuple[Carry, Any]:
-    """Computes `jax.lax.scan(step, carry, inputs)`, and stores its outputs packed.
+    """Computes `jax.lax.scan(step, carry, inputs, unroll=unroll)`, and stores its outputs packed.
 
     Args:
       step: `(carry, input) -> (carry, outputs)`; the outputs are as `Packing` takes them.
       carry: the initial carry.
       inputs: tree of arrays with a leading axis.
-      packs_carry: packs the carry as well, and unrolls two steps. XLA copies the arrays of a carry
-        that a step both reads and replaces: so it copies one array in two steps.
+      unroll: steps in one iteration of the loop.
 
     Returns:
       The carry after the last step, and the outputs with a leading axis.
     """
-    outputs, carries = Packing(), Packing()
-    pack, unpack = (carries.pack, carries.unpack) if packs_carry else (_same, _same)
+    packing = Packing()
 
-    def packed_step(packed_carry: Any, inputs: Any) -> tuple[Any, Any]:
-        carry, output = step(unpack(packed_carry), inputs)
-        return pack(carry), outputs.pack(output)
+    def packed_step(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
+        carry, output = step(carry, inputs)
+        return carry, packing.pack(output)
 
-    unroll = 2 if packs_carry else 1
-    end, stored = jax.lax.scan(packed_step, pack(carry), inputs, unroll=unroll)
-    return unpack(end), outputs.unpack(stored)
-
-
-def _same(x: Any) -> Any:
-    return x
+    end, stored = jax.lax.scan(packed_step, carry, inputs, unroll=unroll)
+    return end, packing.unpack(stored)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete, Leaf, Space, leaves, shape_of
 from ppo_jax.errors import ConfigError, unknown_name
@@ -237,8 +238,6 @@ class ActorCritic(nn.Module):
     actor_memory: RecurrentLayer | None
     critic_memory: RecurrentLayer | None
     has_critic: bool = True
-    has_equal_torsos: bool = False
-    """The torsos differ in their parameters alone, and see the same."""
 
     def setup(self) -> None:
         """Makes the last layers; flax calls this."""
@@ -294,7 +293,12 @@ class ActorCritic(nn.Module):
         self, obs: Any, state: Any, start: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the features of actor and critic, which share no torso."""
-        of_actor, of_critic = self._torso_features(obs)
+        assert self.critic_torso is not None
+        of_actor = self._apply_torso(self.actor_torso, self.actor_view, obs)
+        # Of images the two share the patches of their first convolutions.
+        if not any(map(is_image, leaves(self.critic_view.space))):
+            obs = _unmerged(obs)
+        of_critic = self._apply_torso(self.critic_torso, self.critic_view, obs)
         if self.actor_memory is None or self.critic_memory is None:
             return of_actor, of_critic
         assert start is not None, "a sequence has starts"
@@ -302,43 +306,6 @@ class ActorCritic(nn.Module):
         states = (state["actor"], state["critic"])
         of_actor, of_critic = run(layers, states, (of_actor, of_critic), start)
         return output_of(of_actor), output_of(of_critic)
-
-    def _torso_features(self, obs: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns the features of both torsos, in batched products where that is faster."""
-        assert self.critic_torso is not None
-        # There are none before initialisation, and without hidden layers.
-        has_params = "params" in self.actor_torso.variables
-        if not (self.has_equal_torsos and has_params):
-            return (
-                self._apply_torso(self.actor_torso, self.actor_view, obs),
-                self._apply_torso(self.critic_torso, self.critic_view, obs),
-            )
-        torso = self.actor_torso.clone(parent=None, name=None)
-        params = [x.variables["params"] for x in (self.actor_torso, self.critic_torso)]
-
-        def apply(params: Any, obs: Any) -> jax.Array:
-            return self._apply_torso(
-                lambda x: torso.apply({"params": params}, x), self.actor_view, obs
-            )
-
-        def together(params: Any, obs: Any) -> tuple[jax.Array, jax.Array]:
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *params)
-            if torso.image is None:
-                # With a copy for each, the gradient of the first layer transposes no activations:
-                # 12.7 instead of 13.7 GiB an update of CartPole with 2,048 environments. Images
-                # are not copied, because the patches of a convolution would be as well.
-                obs = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape)), obs)
-            axis = 0 if torso.image is None else None
-            found = jax.vmap(apply, in_axes=(0, axis))(stacked, obs)
-            return found[0], found[1]
-
-        # Half the kernels for an accelerator; a CPU multiplies small batches slowly.
-        return jax.lax.platform_dependent(
-            params,
-            obs,
-            cpu=lambda params, obs: (apply(params[0], obs), apply(params[1], obs)),
-            default=together,
-        )
 
     def _apply_torso(self, torso: Callable[[Any], jax.Array], view: View, obs: Any) -> jax.Array:
         """Applies a torso, which sees a single batch axis, to any batch shape."""
@@ -358,6 +325,17 @@ class ActorCritic(nn.Module):
 
     def _value(self, features: jax.Array) -> jax.Array:
         return self.critic_out(features).squeeze(-1)
+
+
+def _unmerged(obs: Any) -> Any:
+    """Returns observations whose products XLA does not merge with others of the same observations.
+
+    For a GPU it would compute the first layers of actor and critic as one product, and then add
+    their biases and separate the outputs by kernels of their own.
+    """
+    return jax.lax.platform_dependent(
+        obs, cpu=lambda obs: obs, default=jax.lax.optimization_barrier
+    )
 
 
 def has_action_mask(space: Space) -> bool:
@@ -382,6 +360,20 @@ class _LogStd(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         return self.param("value", nn.initializers.zeros_init(), self.shape)
+
+
+def torso_biases(params: Any) -> dict[tuple[str, ...], jax.Array]:
+    """Returns the biases of the torsos' layers, by their place in `params`."""
+    return {
+        path: x
+        for path, x in flatten_dict(params).items()
+        if path[1].endswith("_torso") and path[-1] == "bias"
+    }
+
+
+def with_biases(params: Any, biases: dict[tuple[str, ...], jax.Array]) -> Any:
+    """Returns parameters with the given biases in their places."""
+    return unflatten_dict(flatten_dict(params) | biases)
 
 
 def split_params(params: Any) -> tuple[Any, Any]:

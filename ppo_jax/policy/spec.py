@@ -152,8 +152,6 @@ def network_of(spec: PolicySpec) -> ActorCritic:
         # A flax module that stands in two places would share its parameters.
         critic_memory=cell.copy() if cell is not None and spec.has_critic_torso else None,
         has_critic=spec.has_critic,
-        # A user's module may keep more than parameters.
-        has_equal_torsos=isinstance(spec.network, str) and actor_view == critic_view,
     )
 
 

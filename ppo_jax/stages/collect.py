@@ -169,7 +169,9 @@ def _evaluated(
     starts = jnp.concatenate([before.start[None], trajectory.done[:-1]])
     if not has_critic:
         return None, starts, after
-    values, critic_state = _values_in_sequence(policy, trajectory, before.recurrent_state, starts)
+    values, critic_state = _values_in_sequence(
+        policy, trajectory, before.recurrent_state, starts, num_states=num_states
+    )
     recurrent_state = {**after.recurrent_state, **critic_state}
     return values, starts, after.replace(recurrent_state=recurrent_state)
 
@@ -203,23 +205,40 @@ def _values(policy: Policy, trajectory: Trajectory, num_states: int) -> Values:
 
 
 def _values_in_sequence(
-    policy: Policy, trajectory: Trajectory, recurrent_state: Any, starts: jax.Array
+    policy: Policy,
+    trajectory: Trajectory,
+    recurrent_state: Any,
+    starts: jax.Array,
+    *,
+    num_states: int,
 ) -> tuple[Values, Any]:
     """Returns V(s_t) and V(s'_t), `[T, N]`, of a recurrent critic, and its state afterwards.
 
-    A true successor is evaluated from the recurrent state after s_t, before a reset clears it.
+    Computed for about `num_states` states at a time. A true successor is evaluated from the
+    recurrent state after s_t, before a reset clears it.
     """
     num_steps, num_envs = trajectory.reward.shape
-    value, states = policy.values(trajectory.obs, recurrent_state, starts)
-    # One step of T·N environments, each with the recurrent state after its observation.
-    flat_obs = jax.tree.map(
-        lambda x: x.reshape(1, num_steps * num_envs, *x.shape[2:]), trajectory.final_obs
+    size = largest_divisor(num_steps, at_most=max(1, num_states // num_envs))
+
+    def block_values(state: Any, block: tuple) -> tuple[Any, Values]:
+        obs, final_obs, start = block
+        value, states = policy.values(obs, state, start)
+
+        # One step of size · N environments, each with the recurrent state after its observation.
+        flat_obs = jax.tree.map(lambda x: x.reshape(1, start.size, *x.shape[2:]), final_obs)
+        flat_states = jax.tree.map(lambda x: x.reshape(start.size, *x.shape[2:]), states)
+        no_start = jnp.zeros((1, start.size), bool)
+        next_value, _ = policy.values(flat_obs, flat_states, no_start)
+        last = jax.tree.map(lambda x: x[-1], states)
+        return last, Values(value, next_value.reshape(start.shape))
+
+    part = "critic" if policy.spec.has_critic_torso else "actor"
+    blocks = jax.tree.map(
+        lambda x: x.reshape(num_steps // size, size, *x.shape[1:]),
+        (trajectory.obs, trajectory.final_obs, starts),
     )
-    flat_states = jax.tree.map(lambda x: x.reshape(num_steps * num_envs, *x.shape[2:]), states)
-    no_start = jnp.zeros((1, num_steps * num_envs), bool)
-    next_value, _ = policy.values(flat_obs, flat_states, no_start)
-    last = jax.tree.map(lambda x: x[-1], states)
-    return Values(value, next_value.reshape(num_steps, num_envs)), last
+    state, values = jax.lax.scan(block_values, {part: recurrent_state[part]}, blocks)
+    return jax.tree.map(lambda x: x.reshape(num_steps, num_envs), values), state
 
 
 def _learned_reward(

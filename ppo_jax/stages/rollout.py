@@ -169,27 +169,33 @@ def _act_in_groups(
     num_blocks = largest_divisor(
         num_steps // size, at_most=max(1, min(memory // drawn, num_steps // size // 4))
     )
-    outer: Callable[..., tuple[Carry, Trajectory]] = jax.lax.scan
+    make_packing = packing.Packing if packs else packing.NoPacking
+    carries, episodes = make_packing(), make_packing()
+    outer: Callable[..., tuple[Any, Trajectory]] = jax.lax.scan
     inner = outer
     if packs:
-        outer, inner = packing.packed_scan, partial(packing.packed_scan, packs_carry=True)
+        # XLA copies the arrays of a carry that a step both reads and replaces. Packed, and with two
+        # steps in an iteration, it copies one array in two steps.
+        outer, inner = packing.packed_scan, partial(packing.packed_scan, unroll=2)
 
-    def act_in_group(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
+    def act_in_group(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
         noise, keys = inputs
         # The first step's key serves the block; those of later steps are not used.
-        new_episodes = draw(keys[::size, :, 1])
+        new_episodes = jax.vmap(episodes.pack)(draw(keys[::size, :, 1]))
 
-        def act_at(carry: Carry, inputs: tuple) -> tuple[Carry, Trajectory]:
+        def act_at(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
             index, *rest = inputs
-            new_episode = jax.tree.map(lambda x: x[index // size], new_episodes)
-            return act(new_episode, carry, tuple(rest))
+            new_episode = episodes.unpack(jax.tree.map(lambda x: x[index // size], new_episodes))
+            carry, transition = act(new_episode, carries.unpack(packed), tuple(rest))
+            return carries.pack(carry), transition
 
         indices = jnp.arange(len(keys), dtype=jnp.uint32)
-        return inner(act_at, carry, (indices, noise, keys[:, :, 0]))
+        return inner(act_at, packed, (indices, noise, keys[:, :, 0]))
 
     groups = jax.tree.map(lambda x: x.reshape(-1, num_blocks * size, *x.shape[1:]), inputs)
-    carry, trajectory = outer(act_in_group, carry, groups)
-    return carry, jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]), trajectory)
+    packed, trajectory = outer(act_in_group, carries.pack(carry), groups)
+    trajectory = jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]), trajectory)
+    return carries.unpack(packed), trajectory
 
 
 def _where(done: jax.Array, new_episode: Any, successor: Any) -> Any:

@@ -24,7 +24,7 @@ from ppo_jax.ops.natural_gradient import (
     line_search,
 )
 from ppo_jax.ops.shuffle import shuffled
-from ppo_jax.policy.networks import merge_params, split_params
+from ppo_jax.policy.networks import merge_params, split_params, torso_biases, with_biases
 from ppo_jax.stages.algorithm import MakeUpdateRule, UpdateInputs, UpdateRule
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.optimizers import Optimizer, Schedule, clip_actor_and_critic
@@ -62,10 +62,10 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
         step = _gradient_step(losses, losses.joint, tx, unravel, hparams, clip=clip)
 
         def step_while_near(
-            carry: tuple[_FlatLearner, jax.Array], samples: Batch
+            carry: tuple[_FlatLearner, jax.Array], biases: Any, samples: Batch
         ) -> tuple[tuple[_FlatLearner, jax.Array], tuple[Scalars, jax.Array]]:
             old, active = carry
-            new, metrics = step(old, samples)
+            new, metrics = step(old, biases, samples)
             if hparams.target_kl is not None:
                 # The KL is that of the parameters before this step, so the step that exceeds the
                 # bound is the first that is not applied. A KL of NaN exceeds nothing: the guard
@@ -76,7 +76,12 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
 
         start = _FlatLearner(flat, state), jnp.array(True)
         (end, _), (metrics, applied) = _run_epochs(
-            step_while_near, start, inputs, config=config, losses=losses
+            step_while_near,
+            start,
+            inputs,
+            biases_of=lambda carry: torso_biases(unravel(carry[0].params)),
+            config=config,
+            losses=losses,
         )
         # The first minibatch is always within the bound, because the KL before it is 0.
         end, means = _guarded(start[0], end, metrics, applied)
@@ -111,7 +116,7 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         step = _gradient_step(losses, losses.policy, tx, unravel, hparams)
         # One step only: after it, the batch is off-policy.
         start = _FlatLearner(flat, actor_state)
-        (flat, actor_state), metrics = _guarded(start, *step(start, batch))
+        (flat, actor_state), metrics = _guarded(start, *step(start, {}, batch))
         if hparams.critic_learning_rate is not None:
             critic, critic_state, critic_metrics = fit_critic(critic, critic_state, inputs)
             metrics |= critic_metrics
@@ -223,7 +228,7 @@ def _gradient_step(
     hparams: HParams,
     *,
     clip: Callable[[Any], Any] | None = None,
-) -> Callable[[_FlatLearner, Batch], tuple[_FlatLearner, Scalars]]:
+) -> Callable[[_FlatLearner, Any, Batch], tuple[_FlatLearner, Scalars]]:
     """Returns a function that takes one step of the optimiser on a minibatch.
 
     Parameters stay one vector from step to step. Optimisers work elementwise except for norms, and
@@ -240,11 +245,11 @@ def _gradient_step(
       clip: transforms a gradient as a tree, before the optimiser; None leaves it as it is.
     """
 
-    def step(old: _FlatLearner, minibatch: Batch) -> tuple[_FlatLearner, Scalars]:
+    def step(old: _FlatLearner, biases: Any, minibatch: Batch) -> tuple[_FlatLearner, Scalars]:
         grads, metrics = mean_over(
             _gradient(
                 loss_fn,
-                unravel(old.params),
+                with_biases(unravel(old.params), biases),
                 minibatch,
                 hparams,
                 chunk_size=losses.shard.chunk_size,
@@ -335,7 +340,14 @@ def _make_critic_fit(
         tx = optimizer(hparams.critic_learning_rate * inputs.anneal, hparams)
         step = _gradient_step(losses, losses.value, tx, unravel, hparams)
         start = _FlatLearner(flat, opt_state)
-        end, metrics = _run_epochs(step, start, inputs, config=config, losses=losses)
+        end, metrics = _run_epochs(
+            step,
+            start,
+            inputs,
+            biases_of=lambda learner: torso_biases(unravel(learner.params)),
+            config=config,
+            losses=losses,
+        )
         # All minibatches count: `target_kl` stops the policy, which this does not change.
         end, metrics = _guarded(start, end, metrics)
         if SKIPPED in metrics:  # the policy's steps have the name
@@ -346,10 +358,11 @@ def _make_critic_fit(
 
 
 def _run_epochs(
-    gradient_step: Callable[[Carry, Batch], tuple[Carry, Any]],
+    gradient_step: Callable[[Carry, Any, Batch], tuple[Carry, Any]],
     carry: Carry,
     inputs: UpdateInputs,
     *,
+    biases_of: Callable[[Carry], Any],
     config: Config,
     losses: Losses,
 ) -> tuple[Carry, Any]:
@@ -359,9 +372,12 @@ def _run_epochs(
     sequences.
 
     Args:
-      gradient_step: `(carry, minibatch) -> (carry, outputs)`.
+      gradient_step: `(carry, biases_of(carry), minibatch) -> (carry, outputs)`.
       carry: the initial carry.
       inputs: have the batch of the rollout, `[T, N]`, and the random key of the orders.
+      biases_of: returns the biases that accelerators carry from step to step. XLA for GPUs adds a
+        bias in the kernel of a product only if it is an argument of the loop; as a part of the
+        vector of parameters it takes a pass over all activations.
       config: complete; has the numbers of epochs and minibatches.
       losses: normalise the advantages of a minibatch.
 
@@ -381,14 +397,18 @@ def _run_epochs(
         batch = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), batch)
 
     @jax.named_scope("minibatches")
-    def minibatch(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Any]:
+    def minibatch(
+        carry: Carry, biases: Any, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[Carry, Any]:
         indices, advantages = inputs
         samples = jax.tree.map(lambda x: x[indices], batch)._replace(advantages=advantages)
         # Networks take sequences time-major.
-        return gradient_step(carry, _swap_time_and_envs(samples) if has_memory else samples)
+        return gradient_step(carry, biases, _swap_time_and_envs(samples) if has_memory else samples)
+
+    derive = jax.named_scope("minibatches")(biases_of)
 
     @jax.named_scope("shuffle")
-    def epoch(carry: Carry, key: jax.Array) -> tuple[Carry, Any]:
+    def epoch(carry: Carry, _: None, key: jax.Array) -> tuple[Carry, Any]:
         order = shuffled(key, jnp.arange(count), size=count)
         # Minibatches are consecutive parts of the order, so that each sample is in exactly one.
         order = order.reshape(num_minibatches, -1)
@@ -396,7 +416,7 @@ def _run_epochs(
         # instead of at every step.
         mask = None if batch.mask is None else batch.mask[order]
         advantages = jax.vmap(losses.normalize_advantages)(batch.advantages[order], mask)
-        return packing.scan(minibatch, carry, (order, advantages))
+        return packing.scan(minibatch, carry, (order, advantages), derive=derive)
 
     return packing.scan(epoch, carry, jax.random.split(inputs.key, config.num_epochs))
 
