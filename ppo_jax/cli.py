@@ -57,6 +57,10 @@ class TrainCommand:
     """Updates between two evaluations while it trains, of which the best policy is kept."""
     log_every: int | None = None
     """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
+    log: str = ""
+    """Sinks of the rows besides the run's files: tensorboard, wandb, separated by commas."""
+    stop_at_return: float | None = None
+    """Stop once the mean return of an evaluation reaches this; needs --eval-every."""
     debug_nans: bool = False
     """Stop at the first update with a NaN, and name the operation that made it. Slower."""
     dry_run: bool = False
@@ -104,6 +108,8 @@ class TrainCommand:
                 eval_episodes=self.eval_episodes,
                 eval_every=self.eval_every,
                 log_every=self.log_every,
+                log=_names(self.log),
+                stop_at_return=self.stop_at_return,
                 debug_nans=self.debug_nans,
                 progress=not self.quiet,
             ),
@@ -147,6 +153,10 @@ class ResumeCommand:
     """Updates between two evaluations while it trains."""
     log_every: int | None = None
     """Updates per row of metrics.jsonl."""
+    log: str | None = None
+    """Destinations of the rows besides the run's files, as in `train`."""
+    stop_at_return: float | None = None
+    """Stop once the mean return of an evaluation reaches this."""
     deterministic: bool = False
     """On a GPU, use only operations that give the same bits in every run, as in `train`."""
     quiet: bool = False
@@ -175,10 +185,17 @@ class ResumeCommand:
                 eval_episodes=self.eval_episodes,
                 eval_every=self.eval_every,
                 log_every=self.log_every,
+                log=None if self.log is None else _names(self.log),
+                stop_at_return=self.stop_at_return,
                 progress=not self.quiet,
             ),
             config,
         )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Returns the names in a list that is separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _say_rounded(config: Config) -> None:
@@ -218,6 +235,8 @@ def _run_training(run: Callable[[], Any], config: Config) -> int:
             f"{what if has_checkpoint else f'the policy so far is in {result.run_dir}'}"
         )
         return 128 + (result.signal or signal.SIGINT)
+    if result.is_stopped:
+        print(f"stopped after {result.timesteps:,} steps, as asked")
     if result.evaluation is not None:
         _print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
     print(f"run: {result.run_dir}")

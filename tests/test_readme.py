@@ -36,7 +36,9 @@ def outputs(codes, folder, *flags):
     return result.stdout.split("END\n")[:-1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/policies.md", "docs/sweeps.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/logging.md", "docs/policies.md", "docs/sweeps.md"]
+)
 def test_examples_of_a_page(page, tmp_path):
     codes = examples(page)
     assert codes

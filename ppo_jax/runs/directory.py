@@ -19,6 +19,7 @@ from ppo_jax.runs.settings import (
     settings_to_plain,
     to_plain,
 )
+from ppo_jax.runs.sinks import SINKS
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+METRICS_TABLE = "metrics.csv"
 POLICY = "policy"
 _OLD_POLICY = "policy.msgpack"
 EVALUATION = "evaluation.json"
@@ -33,12 +35,12 @@ EVALUATIONS = "evaluations.jsonl"
 BEST = "best"
 CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"  # the name in `lock`, whose library the command line loads late
-OPTIONS = ("checkpoint_every", "eval_episodes", "eval_every", "log_every")
+OPTIONS = ("checkpoint_every", "eval_episodes", "eval_every", "log_every", "log", "stop_at_return")
 """Arguments of `train` that do not change the training."""
 _CHANGEABLE = ("total_timesteps", "num_devices")  # settings with which a run may continue
 _LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
-_FILES = (CONFIG, METRICS, EVALUATION, EVALUATIONS, _OLD_POLICY)
-_FOLDERS = (POLICY, BEST, CHECKPOINTS)
+_FILES = (CONFIG, METRICS, METRICS_TABLE, EVALUATION, EVALUATIONS, _OLD_POLICY)
+_FOLDERS = (POLICY, BEST, CHECKPOINTS, *SINKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,18 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / CHECKPOINTS
+
+    def write_table(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes the rows of metrics as CSV."""
+        import pandas as pd
+
+        files.write_text(self.path / METRICS_TABLE, pd.DataFrame(rows).to_csv(index=False))
+
+    def read_settings(self) -> dict[str, Any]:
+        """Reads the settings of the run as they are on the disk, and what it was made with."""
+        names = ("config", "hparams", "resolved", "seeds", "made_with")
+        record = self._read_record()
+        return {name: record[name] for name in names if name in record}
 
     def write_config(
         self,

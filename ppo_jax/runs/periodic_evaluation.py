@@ -66,12 +66,14 @@ class PeriodicEvaluation:
         """Returns the updates until the next evaluation; None if there is none."""
         return None if self._every is None else self._every - updates % self._every
 
+    def is_due(self, updates: int) -> bool:
+        """Returns whether there is an evaluation after a number of updates."""
+        return self._every is not None and updates % self._every == 0
+
     def after(self, updates: int, policy: Policy) -> list[dict[str, Any]]:
         """Evaluates the policy after a number of updates, and returns a row for each seed."""
         evaluation = self.evaluate(policy)
-        returns = np.reshape(evaluation.returns, (len(self._seeds), -1))
-        lengths = np.reshape(evaluation.lengths, returns.shape)
-        means = returns.mean(axis=1)
+        means = np.reshape(evaluation.returns, (len(self._seeds), -1)).mean(axis=1)
         # A return that was reached again is no better: a run that continues repeats evaluations.
         is_better = means > self.best.returns
         # Seeds have their best policies at different updates.
@@ -81,17 +83,33 @@ class PeriodicEvaluation:
             np.where(is_better, means, self.best.returns),
             np.where(is_better, updates, self.best.updates),
         )
-        return [
-            {
-                "update": updates,
-                "timesteps": updates * self._batch_size,
-                "seed": seed,
-                "eval/return": float(means[i]),
-                "eval/return_std": float(returns[i].std()),
-                "eval/length": float(lengths[i].mean()),
-            }
-            for i, seed in enumerate(self._seeds)
-        ]
+        return evaluation_rows(evaluation, self._seeds, updates, self._batch_size)
+
+
+def evaluation_rows(
+    evaluation: Evaluation, seeds: Sequence[int], updates: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """Returns a row for each seed of an evaluation.
+
+    Args:
+      evaluation: of the policies of all seeds.
+      seeds: of the training.
+      updates: that were done before it.
+      batch_size: environment steps of an update, for each seed.
+    """
+    returns = np.reshape(evaluation.returns, (len(seeds), -1))
+    lengths = np.reshape(evaluation.lengths, returns.shape)
+    return [
+        {
+            "update": updates,
+            "timesteps": updates * batch_size,
+            "seed": seed,
+            "eval/return": float(returns[i].mean()),
+            "eval/return_std": float(returns[i].std()),
+            "eval/length": float(lengths[i].mean()),
+        }
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def _choose(is_better: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -31,12 +31,14 @@ from ppo_jax.runs.failure import Failure, fail_at_first_skip, failure_finder
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
 from ppo_jax.runs.lock import writable
 from ppo_jax.runs.metrics_log import EMPTY_LOG, MetricsLog, average
-from ppo_jax.runs.periodic_evaluation import PeriodicEvaluation, make_evaluate
+from ppo_jax.runs.periodic_evaluation import PeriodicEvaluation, evaluation_rows, make_evaluate
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.policy_files import encode_policy
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.run_checkpoints import Snapshot, read_newest
 from ppo_jax.runs.run_writer import RunWriter
+from ppo_jax.runs.settings import settings_to_plain
+from ppo_jax.runs.sinks import OnRows, RunInfo, Sinks, make_sinks
 from ppo_jax.runs.training import LARGEST_PIECE, Training, compile_training
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer, make_trainer
@@ -72,6 +74,8 @@ class Run:
     """Files that could not be written, with the reasons."""
     signal: int | None = None
     """Number of the signal that stopped the training; None if none did."""
+    is_stopped: bool = False
+    """True if `on_rows` or `stop_at_return` stopped the training."""
 
     def __repr__(self) -> str:
         returns = "not evaluated"
@@ -111,6 +115,9 @@ def train(
     eval_episodes: int = 128,
     eval_every: int | None = None,
     log_every: int | None = None,
+    log: Sequence[str] = (),
+    on_rows: OnRows | None = None,
+    stop_at_return: float | None = None,
     debug_nans: bool = False,
     progress: bool = True,
 ) -> Run:
@@ -144,6 +151,14 @@ def train(
       eval_every: updates between two evaluations while it trains, each of the same episodes. The
         best policy of each seed is kept: `load(run_dir, best=True)`. None for none.
       log_every: updates per row of `metrics.jsonl`; by default about 1000 rows in all.
+      log: sinks that get the rows besides the files, by their names in `runs.sinks.SINKS`. They
+        need `run_dir`.
+      on_rows: is called between compiled pieces, about once a second, with the new rows of metrics
+        and of evaluations: dicts with `update`, `timesteps`, `seed` and metrics. If it returns
+        True, the training stops and is evaluated. If it raises an error, it is warned of and not
+        called again.
+      stop_at_return: stop once the mean return of an evaluation, over all seeds, is at least this.
+        It needs `eval_every`.
       debug_nans: stop at the first update with a NaN, repeat it, and name the operation in
         `Run.failures`. Updates run one by one, which is slower.
       progress: show a progress bar on standard error.
@@ -162,6 +177,8 @@ def train(
     )
     require_seed(seed)
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
+    _check_sinks(log, run_dir, stop_at_return, eval_every)
+    sinks = make_sinks(log, on_rows, stop_at_return)
     hparams = complete_hparams(hparams, config)
     trainer = make_trainer(config)
     # `num_seeds=1` keeps an axis of seeds; None has none.
@@ -177,7 +194,10 @@ def train(
         eval_episodes=eval_episodes,
         eval_every=eval_every,
         log_every=log_every or max(1, config.num_updates // _LOGGED_ROWS),
+        log=tuple(log),
+        stop_at_return=stop_at_return,
         debug_nans=debug_nans,
+        sinks=sinks,
     )
     if run_dir is None:
         return _train(plan, None, is_resumed=False, progress=progress)
@@ -243,6 +263,9 @@ def resume(
     eval_episodes: int | None = None,
     eval_every: int | None = None,
     log_every: int | None = None,
+    log: Sequence[str] | None = None,
+    on_rows: OnRows | None = None,
+    stop_at_return: float | None = None,
     network: Any = None,
     progress: bool = True,
 ) -> Run:
@@ -258,6 +281,9 @@ def resume(
       eval_episodes: see `train`.
       eval_every: see `train`.
       log_every: see `train`.
+      log: see `train`.
+      on_rows: see `train`; None is no callback.
+      stop_at_return: see `train`.
       network: the module that was `Config.network`, unless that was the name of one of ours.
       progress: show a progress bar on standard error.
 
@@ -274,6 +300,8 @@ def resume(
         "eval_episodes": eval_episodes,
         "eval_every": eval_every,
         "log_every": log_every,
+        "log": log,
+        "stop_at_return": stop_at_return,
     }
     options |= {name: value for name, value in asked.items() if value is not None}
     # A number on disk is a run without an axis of seeds.
@@ -285,6 +313,7 @@ def resume(
         num_seeds=num_seeds,
         run_dir=run_dir,
         resume=True,
+        on_rows=on_rows,
         progress=progress,
         **options,
     )
@@ -302,7 +331,10 @@ class _Plan(NamedTuple):
     eval_episodes: int
     eval_every: int | None
     log_every: int
+    log: tuple[str, ...]
+    stop_at_return: float | None
     debug_nans: bool
+    sinks: Sinks
 
     @property
     def seeds_on_disk(self) -> int | list[int]:
@@ -333,6 +365,31 @@ def _check_files(
         )
 
 
+def _check_sinks(
+    log: Sequence[str],
+    run_dir: str | Path | None,
+    stop_at_return: float | None,
+    eval_every: int | None,
+) -> None:
+    """Checks that a run has what its sinks need.
+
+    Args:
+      log: names of sinks.
+      run_dir: directory of the run; None without one.
+      stop_at_return: see `train`.
+      eval_every: see `train`.
+    """
+    if isinstance(log, str):
+        raise ConfigError(f"log must be a sequence of names; got {log!r}. Pass ({log!r},).")
+    if log and run_dir is None:
+        raise ConfigError(f"log needs the run_dir of the run; got log={tuple(log)} and None.")
+    if stop_at_return is not None and eval_every is None:
+        raise ConfigError(
+            f"stop_at_return needs evaluations; got {stop_at_return} and no eval_every. Set "
+            "eval_every (--eval-every)."
+        )
+
+
 def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, progress: bool) -> Run:
     """Compiles a training, runs its updates, and evaluates the result."""
     config, keys = plan.config, plan.keys()
@@ -346,6 +403,8 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
             if is_resumed and directory is not None:
                 _continue_best(periodic, directory, config.network)
             with _writer(plan, directory, start) as writer:
+                sinks = plan.sinks
+                sinks.start(_info(plan, directory, start))
                 compiled = time.perf_counter()
                 end, rows, evaluations = _run_updates(
                     plan, training, start, periodic, writer=writer, bar=bar, interrupt=interrupt
@@ -357,10 +416,17 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
                     rows, evaluations = writer.metrics.read(), writer.evaluations.read()
                 evaluation = None
                 # After a signal, the run that continues evaluates.
-                if end.updates == config.num_updates and not interrupt.requested:
+                is_done = end.updates == config.num_updates or sinks.ask_to_stop
+                if is_done and not interrupt.requested:
                     evaluation = evaluate(policy)
                     if writer is not None:
                         writer.write_evaluation(summarize(evaluation, plan.seeds, greedy=True))
+                    if not periodic.is_due(end.updates):
+                        new = evaluation_rows(
+                            evaluation, plan.seeds, end.updates, config.batch_size
+                        )
+                        sinks.on_rows([{**row, "time/seconds": end.seconds} for row in new])
+                sinks.finish()
     for failure in end.failures:
         warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
     return Run(
@@ -378,6 +444,19 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
         failures=end.failures,
         unwritten=() if writer is None else tuple(writer.unwritten),
         signal=interrupt.signal,
+        is_stopped=plan.sinks.ask_to_stop and end.updates < config.num_updates,
+    )
+
+
+def _info(plan: _Plan, directory: RunDirectory | None, start: Snapshot) -> RunInfo:
+    """Returns what sinks are told about a run."""
+    return RunInfo(
+        run_dir=None if directory is None else directory.path,
+        seeds=plan.seeds,
+        settings=settings_to_plain(plan.config, plan.hparams)
+        if directory is None
+        else directory.read_settings(),
+        timesteps_before=start.updates * plan.config.batch_size,
     )
 
 
@@ -463,22 +542,36 @@ def _run_updates(
     update_timesteps = config.batch_size * len(seeds)
     log = MetricsLog(seeds, config.batch_size, plan.log_every, start.log)
     find_failures = failure_finder(config, plan.hparams, seeds, debug_nans=plan.debug_nans)
-    state, guard, _, updates, failures = start
+    state, guard, _, updates, failures, total_seconds = start
     bar.start(config.num_updates * update_timesteps, done=updates * update_timesteps)
     rows: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
     # The first piece is a single update, because its time is not known.
     rate, count = math.nan, 1
 
-    def record(new: list[dict[str, Any]]) -> None:
-        new = [{**row, "time/steps_per_second": rate} for row in new]
+    def record(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # Windows that end within a piece share its speed, and are timed by it.
+        new = [
+            {
+                **row,
+                "time/steps_per_second": rate,
+                "time/seconds": total_seconds - (updates - row["update"]) * update_timesteps / rate,
+            }
+            for row in new
+        ]
         # With a file, memory does not grow with the length of the run.
         if writer is None:
             rows.extend(new)
         else:
             writer.append_metrics(new)
+        return new
 
-    while updates < config.num_updates and not interrupt.requested and (guard.failed_at < 0).any():
+    def goes_on() -> bool:
+        is_asked_to_stop = interrupt.requested or plan.sinks.ask_to_stop
+        has_seeds = bool((guard.failed_at < 0).any())
+        return updates < config.num_updates and not is_asked_to_stop and has_seeds
+
+    while goes_on():
         # A piece ends where an evaluation is due, whatever its length would be.
         until_evaluation = periodic.updates_left(updates)
         count = min(count, config.num_updates - updates, until_evaluation or count)
@@ -492,23 +585,28 @@ def _run_updates(
             guard = fail_at_first_skip(guard, metrics, updates)
         failures += tuple(find_failures(state if before is None else before, had_failed, guard))
         updates += count
+        total_seconds += seconds
         rate = count * update_timesteps / seconds
-        record(log.add(metrics, guard.failed_at))
+        new = record(log.add(metrics, guard.failed_at))
         if count == until_evaluation:
-            new = periodic.after(updates, plan.trainer.policy(state))
+            evaluated = periodic.after(updates, plan.trainer.policy(state))
+            evaluated = [{**row, "time/seconds": total_seconds} for row in evaluated]
             if writer is None:
-                evaluations += new
+                evaluations += evaluated
             else:
-                writer.append_evaluations(new, periodic.best)
+                writer.append_evaluations(evaluated, periodic.best)
+            new += evaluated
+        plan.sinks.on_rows(new)
         if writer is not None and writer.is_checkpoint_due:
-            writer.save(Snapshot(state, guard, log.state, updates, failures))
+            writer.save(Snapshot(state, guard, log.state, updates, failures, total_seconds))
         bar.advance(
             count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
         )
         count = 1 if plan.debug_nans else min(next_size(count, seconds), LARGEST_PIECE)
     # An unfinished window is a row, too; a run that goes on cuts it off again.
-    record(log.unfinished(guard.failed_at))
-    return Snapshot(state, guard, log.state, updates, failures), rows, evaluations
+    plan.sinks.on_rows(record(log.unfinished(guard.failed_at)))
+    end = Snapshot(state, guard, log.state, updates, failures, total_seconds)
+    return end, rows, evaluations
 
 
 def load(

@@ -27,6 +27,8 @@ class Snapshot(NamedTuple):
     log: LogState
     updates: int
     failures: tuple[Failure, ...]
+    seconds: float = 0.0
+    """Seconds of training alone, over all processes that continued the run."""
 
 
 def save_snapshot(
@@ -45,6 +47,7 @@ def save_snapshot(
         "updates": snapshot.updates,
         "logged_updates": snapshot.log.updates,
         "failures": [failure._asdict() for failure in snapshot.failures],
+        "seconds": snapshot.seconds,
     }
     writer.save(snapshot.updates * batch_size, _tree(snapshot), record)
 
@@ -67,7 +70,7 @@ def _restored(
     training: Training, arrays: dict[str, np.ndarray], record: dict[str, Any], path: Path
 ) -> Snapshot:
     """Returns a checkpoint's snapshot, placed on the devices as the training has it."""
-    updates, logged, failures = _counters(record, path)
+    updates, logged, failures, seconds = _counters(record, path)
     guard_shape: Any = jax.ShapeDtypeStruct(training.metric_shapes.num_updates.shape, np.int32)
     snapshot = Snapshot(
         state=training.state_shapes,
@@ -83,6 +86,7 @@ def _restored(
         ),
         updates=updates,
         failures=failures,
+        seconds=seconds,
     )
     found = checkpoint.unflatten(_tree(snapshot), arrays, record["keys"], path)
     if found["key"].dtype != training.state_shapes.key.dtype:
@@ -105,16 +109,17 @@ def _restored(
     )
 
 
-def _counters(record: Mapping[str, Any], path: Path) -> tuple[int, int, tuple[Failure, ...]]:
-    """Returns the updates that are done and logged, and the failures; checked, as in any file."""
+def _counters(record: Mapping[str, Any], path: Path) -> tuple[int, int, tuple[Failure, ...], float]:
+    """Returns the updates that are done and logged, failures and seconds, checked."""
     try:
         updates, logged = (operator.index(record[name]) for name in ("updates", "logged_updates"))
         failures = tuple(Failure(**failure) for failure in record["failures"])
-    except (KeyError, TypeError) as error:
+        seconds = float(record.get("seconds", 0.0))  # a checkpoint of 0.1 may lack it
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"a run continues from a checkpoint of a run; {path} is another one. Remove it."
         ) from error
-    return updates, logged, failures
+    return updates, logged, failures, seconds
 
 
 def _tree(snapshot: Snapshot) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class RunWriter:
         save_snapshot(self._checkpoints, snapshot, self._settings, self._batch_size)
 
     def finish(self, snapshot: Snapshot, policy: Policy) -> None:
-        """Writes the last checkpoint and the policy, and waits until they are on the disk."""
+        """Writes the last checkpoint, the policy and tables, and waits until the disk has them."""
         # Rows that could not be written before are tried once more.
         self._attempt("metrics", lambda: self.metrics.append([]))
         self._attempt("evaluations", lambda: self.evaluations.append([]))
@@ -88,6 +88,7 @@ class RunWriter:
         self._checkpoints.wait()
         self._note("checkpoint", self._checkpoints.error)
         self._attempt("policy", lambda: self._directory.write_policy(policy))
+        self._attempt("table", lambda: self._directory.write_table(self.metrics.read()))
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Writes the evaluation of the trained policy."""

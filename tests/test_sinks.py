@@ -1,0 +1,252 @@
+"""Sinks get the rows of a run, and none of them can harm it."""
+
+import json
+import struct
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import ppo_jax
+from ppo_jax import Config, ConfigError, cli
+from ppo_jax.runs.sinks import SINKS, Sink, make_sinks
+from tests.test_checkpoint import assert_same_bits
+from tests.test_resume import rows_of
+
+CONFIG = Config(num_envs=4, num_steps=16, total_timesteps=64 * 20, hidden_sizes=(8,))
+SEEDS = (3, 4)
+
+
+def train(**arguments):
+    common = {"log_every": 4, "eval_every": 8, "eval_episodes": 4, "progress": False}
+    return ppo_jax.train(CONFIG, seed=SEEDS[0], num_seeds=2, **{**common, **arguments})
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """A run with all sinks, and the rows that its callback got."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        calls = []
+        path = tmp_path_factory.mktemp("sinks") / "run"
+        run = train(run_dir=path, log=tuple(SINKS), on_rows=calls.append)
+    return run, calls
+
+
+def metrics_of(row):
+    return {name: x for name, x in row.items() if "/" in name}
+
+
+def test_a_callback_gets_the_rows_of_all_files_in_order(logged):
+    run, calls = logged
+    rows = [row for call in calls for row in call]
+    assert all(calls)
+    # Each file has its rows in order. The last rows are those of the final evaluation.
+    files = {
+        name: [json.loads(line) for line in (run.run_dir / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "evaluations.jsonl")
+    }
+    *rows, first, second = rows
+    assert [row for row in rows if "eval/return" not in row] == files["metrics.jsonl"]
+    assert [row for row in rows if "eval/return" in row] == files["evaluations.jsonl"]
+    assert [row["update"] for row in rows] == sorted(row["update"] for row in rows)
+    assert [(row["update"], row["timesteps"], row["seed"]) for row in (first, second)] == [
+        (20, 20 * 64, seed) for seed in SEEDS
+    ]
+    returns = np.mean(run.evaluation.returns, axis=1)
+    np.testing.assert_allclose([first["eval/return"], second["eval/return"]], returns)
+
+
+def test_every_row_says_how_long_the_training_took(logged):
+    run, calls = logged
+    seconds = run.metrics.groupby("seed")["time/seconds"].apply(list)
+    for times in seconds:
+        assert times == sorted(times)
+        assert times[0] > 0
+        # Between two pieces a run takes a little longer than the pieces themselves.
+        assert times[-1] <= run.run_seconds
+    assert calls[-1][0]["time/seconds"] == seconds[SEEDS[0]][-1]
+
+
+def test_the_rows_are_a_table_as_well(logged):
+    run, _ = logged
+    table = pd.read_csv(run.run_dir / "metrics.csv")
+    pd.testing.assert_frame_equal(table, run.metrics, check_exact=True, check_dtype=False)
+
+
+def tensorboard_events(folder):
+    """Yields the events of a folder; TFRecord: length, checksum, content, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+def test_tensorboard_has_the_rows_of_each_seed(logged):
+    run, calls = logged
+    for seed in SEEDS:
+        rows = [row for call in calls for row in call if row["seed"] == seed]
+        events = list(tensorboard_events(run.run_dir / "tensorboard" / f"seed_{seed}"))
+        scalars = [
+            (event.step, {value.tag: value.simple_value for value in event.summary.value})
+            for event in events
+            if event.summary.value and event.summary.value[0].HasField("simple_value")
+        ]
+        assert [step for step, _ in scalars] == [row["timesteps"] for row in rows]
+        for (_, found), row in zip(scalars, rows, strict=True):
+            expected = metrics_of(row)
+            assert found.keys() == expected.keys()
+            np.testing.assert_array_equal(
+                list(found.values()), np.array(list(expected.values()), np.float32)
+            )
+        (settings,) = [
+            value.tensor.string_val[0].decode()
+            for event in events
+            for value in event.summary.value
+            if value.tag.startswith("settings")
+        ]
+        assert '"num_envs": 4' in settings
+        assert '"learning_rate"' in settings
+
+
+def wandb_records(path):
+    """Yields the records of a file of W&B: after 7 bytes, parts of records in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, record = path.read_bytes(), 7, b""
+    while position + 7 < len(content):
+        if 2**15 - position % 2**15 < 7:  # too short for a part
+            position += 2**15 - position % 2**15
+            continue
+        length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_weights_and_biases_has_a_run_for_each_seed(logged):
+    run, calls = logged
+    found = {}
+    for path in (run.run_dir / "wandb").glob("offline-run-*/*.wandb"):
+        records = list(wandb_records(path))
+        (started,) = {x.run.display_name for x in records if x.HasField("run")}
+        points = [
+            {item.key or "/".join(item.nested_key): item.value_json for item in x.history.item}
+            for x in records
+            if x.HasField("history")
+        ]
+        found[started] = [
+            {name: json.loads(x) for name, x in point.items() if not name.startswith("_")}
+            for point in points
+        ]
+        (group,) = {x.run.run_group for x in records if x.HasField("run")}
+        assert group == "run"
+    assert found.keys() == {f"run/seed_{seed}" for seed in SEEDS}
+    for seed in SEEDS:
+        rows = [row for call in calls for row in call if row["seed"] == seed]
+        expected = [{"timesteps": row["timesteps"], **metrics_of(row)} for row in rows]
+        assert found[f"run/seed_{seed}"] == expected
+
+
+def test_a_callback_stops_a_training_which_can_go_on(tmp_path, logged):
+    whole, _ = logged
+    stopped = train(run_dir=tmp_path / "run", on_rows=lambda rows: rows[-1]["update"] >= 8)
+    assert stopped.is_stopped
+    assert 8 * 64 <= stopped.timesteps < whole.timesteps
+    assert stopped.evaluation is not None
+    rest = ppo_jax.resume(tmp_path / "run", progress=False)
+    assert not rest.is_stopped
+    assert_same_bits(rest.state, whole.state)
+    assert rows_of(rest.run_dir) == rows_of(whole.run_dir)
+    # Seconds of both parts are added up.
+    assert rest.metrics["time/seconds"].is_monotonic_increasing
+    assert rest.metrics["time/seconds"].iloc[-1] > stopped.metrics["time/seconds"].iloc[-1]
+
+
+class Broken(Sink):
+    """Fails in one method."""
+
+    def __init__(self, name):
+        self.calls = []
+
+        def fail(*arguments):
+            self.calls.append(arguments)
+            raise OSError("no disk")
+
+        setattr(self, name, fail)
+
+
+@pytest.mark.parametrize("name", ["start", "on_rows", "finish"])
+def test_a_sink_that_fails_ends_alone(name, monkeypatch, tmp_path, logged):
+    whole, _ = logged
+    broken, rows = Broken(name), []
+    monkeypatch.setitem(sys.modules[Sink.__module__].SINKS, "broken", lambda: broken)
+    with pytest.warns(RuntimeWarning, match="broken failed and gets no more rows: OSError: no di"):
+        run = train(run_dir=tmp_path / "run", log=("broken",), on_rows=rows.extend)
+    assert len(broken.calls) == 1
+    assert_same_bits(run.state, whole.state)
+    assert len(rows) == len(whole.metrics) + len(whole.evaluations) + 2
+
+
+def test_a_training_stops_at_a_return(logged):
+    whole, _ = logged
+    means = whole.evaluations.groupby("timesteps")["eval/return"].mean()
+    run = train(stop_at_return=means.iloc[0])
+    assert run.is_stopped
+    assert run.timesteps == means.index[0]
+    run = train(stop_at_return=1e6)
+    assert not run.is_stopped
+    assert run.timesteps == whole.timesteps
+
+
+def test_a_run_goes_on_with_its_sinks(tmp_path):
+    path = tmp_path / "run"
+    stopped = train(run_dir=path, log=("tensorboard",), on_rows=lambda rows: True)
+    ppo_jax.resume(path, progress=False)
+    events = list(tensorboard_events(path / "tensorboard" / f"seed_{SEEDS[0]}"))
+    assert events[-1].step == CONFIG.total_timesteps
+    # TensorBoard hides what an earlier process wrote after the state that is continued.
+    (restart,) = [event.step for event in events if event.HasField("session_log")]
+    assert restart == stopped.timesteps + 1
+    train(run_dir=path, overwrite=True)
+    assert not (path / "tensorboard").exists()
+
+
+def test_the_command_logs_and_stops(tmp_path, capsys):
+    path = tmp_path / "run"
+    options = "--total-timesteps 1280 --num-envs 4 --num-steps 16 --quiet --eval-episodes 4"
+    more = "--log tensorboard, --eval-every 4 --stop-at-return 1"
+    arguments = ["train", "CartPole-v1", "--run-dir", str(path), *options.split(), *more.split()]
+    assert cli.main(arguments) == 0
+    assert "stopped after 256 steps, as asked" in capsys.readouterr().out
+    assert (path / "tensorboard" / "seed_0").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"log": ("tensorbord",), "run_dir": "x"}, "tensorbord.*[Dd]id you mean.*tensorboard"),
+        ({"log": "wandb", "run_dir": "x"}, r"must be a sequence of names; got 'wandb'"),
+        ({"log": ("tensorboard",)}, r"log needs the run_dir"),
+        ({"stop_at_return": 1.0, "eval_every": None}, "stop_at_return needs evaluations"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        train(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_package_that_is_missing_is_named(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"{package}.*pip install 'ppo-jax\[{name}\]'"):
+        make_sinks((name,), None, None)
