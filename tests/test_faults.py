@@ -139,6 +139,7 @@ def test_a_stopped_run_is_continued_unless_all_its_seeds_failed(num_failures, st
         evaluation=None,
         run_dir=Path("nowhere"),
         signal=signal.SIGTERM,
+        is_stopped=False,
     )
     assert _run_training(lambda: result, CONFIG) == status
     assert ("stopped after 32 steps of each seed" in capsys.readouterr().out) == (status == 143)
