@@ -333,7 +333,7 @@ def _needed_share(line: Instruction, user: Instruction, needed_of_user: float) -
     size, user_size = (sum(array.size for array in x.arrays) for x in (line, user))
     is_first = user.operands[0] == line.name
     if user.opcode in ("dynamic-slice", "slice", "gather") and is_first:
-        return user_size / size
+        return user_size / max(size, 1)
     if user.opcode == "dynamic-update-slice" and is_first and line.opcode == "parameter":
         return 0.0  # updated in place, and not read at all
     if user.opcode not in _MIXING and user_size == size > 0:

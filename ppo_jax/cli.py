@@ -154,7 +154,7 @@ class ResumeCommand:
     log_every: int | None = None
     """Updates per row of metrics.jsonl."""
     log: str | None = None
-    """Destinations of the rows besides the run's files, as in `train`."""
+    """Sinks of the rows besides the run's files, as in `train`."""
     stop_at_return: float | None = None
     """Stop once the mean return of an evaluation reaches this."""
     deterministic: bool = False
