@@ -58,7 +58,8 @@ class TrainCommand:
     log_every: int | None = None
     """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
     log: str = ""
-    """Sinks of the rows besides the run's files: tensorboard, wandb, separated by commas."""
+    """Trackers that get the rows besides the run's files, separated by commas: tensorboard, wandb,
+    mlflow, trackio."""
     stop_at_return: float | None = None
     """Stop once the mean return of an evaluation reaches this; needs --eval-every."""
     debug_nans: bool = False
@@ -154,7 +155,7 @@ class ResumeCommand:
     log_every: int | None = None
     """Updates per row of metrics.jsonl."""
     log: str | None = None
-    """Sinks of the rows besides the run's files, as in `train`."""
+    """Trackers that get the rows besides the run's files, as in `train`."""
     stop_at_return: float | None = None
     """Stop once the mean return of an evaluation reaches this."""
     deterministic: bool = False
@@ -224,6 +225,9 @@ def _run_training(run: Callable[[], Any], config: Config) -> int:
         f"{result.run_seconds:.1f} s ({total / max(result.run_seconds, 1e-9):,.0f} steps/s), "
         f"compiled in {result.compile_seconds:.1f} s"
     )
+    if len(result.evaluations):
+        share = result.evaluation_seconds / (result.run_seconds + result.evaluation_seconds)
+        print(f"evaluations took {result.evaluation_seconds:.1f} s, {share:.0%} of the run")
     for problem in (*result.failures, *result.unwritten):
         _say(f"ppo-jax: error: {problem}")
     # A training whose seeds have all failed is not one to continue.
@@ -277,6 +281,8 @@ class SweepCommand:
     """On a GPU, use only operations that give the same bits in every run, as in `train`."""
     eval_episodes: int = 64
     """Number of episodes of each member's final evaluation."""
+    log: str = ""
+    """Trackers of the members, each of which is a run of its own, as in `train`."""
     search: Literal["halving", "pbt"] | None = None
     """Search: successive halving stops the worst trials and draws new ones; population-based
     training (pbt) replaces the worst members by perturbed copies of the best."""
@@ -326,6 +332,7 @@ class SweepCommand:
             "run_dir": run_dir,
             "checkpoint_every": self.checkpoint_every,
             "eval_episodes": self.eval_episodes,
+            "log": _names(self.log),
             "say": _say,
             "progress": not self.quiet,
         }

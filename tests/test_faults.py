@@ -133,6 +133,8 @@ def test_a_stopped_run_is_continued_unless_all_its_seeds_failed(num_failures, st
         timesteps_before=0,
         seeds=(0, 1),
         run_seconds=1.0,
+        evaluation_seconds=0.0,
+        evaluations=(),
         compile_seconds=1.0,
         failures=("seed failed",) * num_failures,
         unwritten=(),

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,10 @@ import pytest
 
 import ppo_jax
 from ppo_jax import Config, ConfigError, cli
-from ppo_jax.runs.sinks import SINKS, Sink, make_sinks
+from ppo_jax.runs import periodic_evaluation
+from ppo_jax.runs.sink import Sink
+from ppo_jax.runs.sinks import make_sinks
+from ppo_jax.runs.trackers import TRACKERS
 from tests.test_checkpoint import assert_same_bits
 from tests.test_resume import rows_of
 
@@ -26,12 +30,24 @@ def train(**arguments):
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """A run with all sinks, and the rows that its callback got."""
+    calls = []
+    path = tmp_path_factory.mktemp("sinks") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        calls = []
-        path = tmp_path_factory.mktemp("sinks") / "run"
-        run = train(run_dir=path, log=tuple(SINKS), on_rows=calls.append)
+        store_locally(patch, path.parent)
+        run = train(run_dir=path, log=tuple(TRACKERS), on_rows=calls.append)
     return run, calls
+
+
+def store_locally(patch, folder):
+    patch.setenv("WANDB_MODE", "offline")
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    # Trackio reads the variable when it is imported, and keeps what it read in several modules.
+    import trackio
+
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "trackio" and hasattr(module, "TRACKIO_DIR"):
+            patch.setattr(module, "TRACKIO_DIR", folder / "trackio")
+    assert folder / "trackio" == trackio.utils.TRACKIO_DIR
 
 
 def metrics_of(row):
@@ -155,6 +171,44 @@ def test_weights_and_biases_has_a_run_for_each_seed(logged):
         assert found[f"run/seed_{seed}"] == expected
 
 
+def test_mlflow_has_a_run_for_each_seed(logged):
+    from mlflow import MlflowClient
+
+    run, calls = logged
+    client = MlflowClient(f"sqlite:///{run.run_dir.parent / 'mlflow.db'}")
+    (experiment,) = (x for x in client.search_experiments() if x.name == "ppo_jax")
+    found = {x.info.run_name: x for x in client.search_runs([experiment.experiment_id])}
+    assert found.keys() == {f"run/seed_{seed}" for seed in SEEDS}
+    for seed in SEEDS:
+        logged_run = found[f"run/seed_{seed}"]
+        assert logged_run.info.status == "FINISHED"
+        assert logged_run.data.params["config.num_envs"] == "4"
+        assert "hparams.learning_rate" in logged_run.data.params
+        rows = [row for call in calls for row in call if row["seed"] == seed]
+        for name in ("train/entropy", "eval/return"):
+            points = client.get_metric_history(logged_run.info.run_id, name)
+            expected = [(row["timesteps"], row[name]) for row in rows if name in row]
+            assert [(point.step, point.value) for point in points] == expected
+
+
+def test_trackio_has_a_run_for_each_seed(logged):
+    import sqlite3
+
+    run, calls = logged
+    (database,) = (run.run_dir.parent / "trackio").glob("ppo_jax*.db")
+    with sqlite3.connect(database) as connection:
+        found = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step, id")
+        points = found.fetchall()
+        settings = dict(connection.execute("SELECT run_name, config FROM configs").fetchall())
+    for seed in SEEDS:
+        rows = [row for call in calls for row in call if row["seed"] == seed]
+        own = [
+            (step, json.loads(text)) for name, step, text in points if name == f"run/seed_{seed}"
+        ]
+        assert own == [(row["timesteps"], metrics_of(row)) for row in rows]
+        assert json.loads(settings[f"run/seed_{seed}"])["config"]["num_envs"] == 4
+
+
 def test_a_callback_stops_a_training_which_can_go_on(tmp_path, logged):
     whole, _ = logged
     stopped = train(run_dir=tmp_path / "run", on_rows=lambda rows: rows[-1]["update"] >= 8)
@@ -187,7 +241,7 @@ class Broken(Sink):
 def test_a_sink_that_fails_ends_alone(name, monkeypatch, tmp_path, logged):
     whole, _ = logged
     broken, rows = Broken(name), []
-    monkeypatch.setitem(sys.modules[Sink.__module__].SINKS, "broken", lambda: broken)
+    monkeypatch.setitem(TRACKERS, "broken", lambda: broken)
     with pytest.warns(RuntimeWarning, match="broken failed and gets no more rows: OSError: no di"):
         run = train(run_dir=tmp_path / "run", log=("broken",), on_rows=rows.extend)
     assert len(broken.calls) == 1
@@ -245,8 +299,90 @@ def test_mistakes_are_named_before_anything_starts(arguments, sentence, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_rows_reach_a_tracker_although_the_training_fails(tmp_path, monkeypatch):
+    """The last rows before an error are those that tell its cause."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no evaluation today")
+
+    monkeypatch.setattr(periodic_evaluation.PeriodicEvaluation, "after", fail)
+    with pytest.raises(RuntimeError, match="no evaluation today"):
+        train(run_dir=tmp_path / "run", log=("tensorboard",), eval_every=16)
+    events = list(tensorboard_events(tmp_path / "run" / "tensorboard" / f"seed_{SEEDS[0]}"))
+    assert [event.step for event in events if event.summary.value][1:] == [
+        update * 64 for update in (4, 8, 12)
+    ]
+
+
+def test_a_slow_tracker_does_not_hold_up_the_training(tmp_path, monkeypatch, logged):
+    whole, _ = logged
+    seconds, taken = 0.5, []
+
+    class Slow(Sink):
+        def on_rows(self, rows):
+            time.sleep(seconds)
+            taken.extend(rows)
+
+    monkeypatch.setitem(TRACKERS, "slow", Slow)
+    times = []
+    train(run_dir=tmp_path / "run", log=("slow",), on_rows=lambda _: times.append(time.time()))
+    assert len(taken) == len(whole.metrics) + len(whole.evaluations) + 2
+    # Pieces of this training end within milliseconds of each other.
+    assert np.median(np.diff(times[:-1])) < seconds / 2
+
+
+SPACE = {"learning_rate": [1e-3, 1e-2]}
+
+
+@pytest.mark.parametrize("kind", ["sweep", "search"])
+def test_each_member_of_a_sweep_is_a_run_of_its_own(kind, tmp_path):
+    common = {"run_dir": tmp_path / "x", "log": ("tensorboard",), "progress": False}
+    if kind == "sweep":
+        result = ppo_jax.sweep(CONFIG, SPACE, seeds=SEEDS, num_rows=5, eval_episodes=4, **common)
+    else:
+        result = ppo_jax.search(
+            CONFIG, SPACE, method="pbt", num_members=4, num_rounds=5, eval_episodes=4, **common
+        )
+    members = result.members.set_index("member")
+    folders = {path.name: path for path in (tmp_path / "x" / "tensorboard").iterdir()}
+    assert folders.keys() == {
+        f"member_{number}_seed_{seed}" for number, seed in members["seed"].items()
+    }
+    for number, member in members.iterrows():
+        folder = folders[f"member_{number}_seed_{member['seed']}"]
+        points = [
+            (event.step, value.tag, value.simple_value)
+            for event in tensorboard_events(folder)
+            for value in event.summary.value
+            if value.HasField("simple_value")
+        ]
+        curve = result.curves[result.curves["member"] == number]
+        found = [(step, x) for step, tag, x in points if tag == "train/entropy"]
+        np.testing.assert_allclose(found, curve[["timesteps", "train/entropy"]], rtol=1e-6)
+        *_, last = [(step, x) for step, tag, x in points if tag == "eval/return"]
+        np.testing.assert_allclose(last, (member["timesteps"], member["eval/return"]), rtol=1e-6)
+        text = b"".join(path.read_bytes() for path in folder.iterdir())
+        assert str(member["learning_rate"]).encode() in text
+
+
+def test_evaluations_have_a_time_of_their_own(logged):
+    run, _ = logged
+    assert run.evaluation_seconds > 0
+    without = train(eval_every=None)
+    # The final evaluation is timed as well.
+    assert without.evaluation_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("tensorboard", "tensorboardX"),
+        ("wandb", "wandb"),
+        ("mlflow", "mlflow"),
+        ("trackio", "trackio"),
+    ],
+)
 def test_a_package_that_is_missing_is_named(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"{package}.*pip install 'ppo-jax\[{name}\]'"):
-        make_sinks((name,), None, None)
+        make_sinks((name,), run_dir="x")

@@ -19,7 +19,7 @@ from ppo_jax.runs.settings import (
     settings_to_plain,
     to_plain,
 )
-from ppo_jax.runs.sinks import SINKS
+from ppo_jax.runs.trackers import TENSORBOARD, WANDB
 
 if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
@@ -40,7 +40,7 @@ OPTIONS = ("checkpoint_every", "eval_episodes", "eval_every", "log_every", "log"
 _CHANGEABLE = ("total_timesteps", "num_devices")  # settings with which a run may continue
 _LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
 _FILES = (CONFIG, METRICS, METRICS_TABLE, EVALUATION, EVALUATIONS, _OLD_POLICY)
-_FOLDERS = (POLICY, BEST, CHECKPOINTS, *SINKS)
+_FOLDERS = (POLICY, BEST, CHECKPOINTS, TENSORBOARD, WANDB)
 
 
 @dataclasses.dataclass(frozen=True)

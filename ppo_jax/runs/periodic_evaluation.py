@@ -1,5 +1,6 @@
 """Evaluations while a run trains: always at the same updates, on the same episodes."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,8 +59,10 @@ class PeriodicEvaluation:
           batch_size: environment steps of an update, for each seed.
           every: updates between two evaluations; None for no evaluation.
         """
-        self.evaluate, self._seeds = evaluate, seeds
+        self._evaluate, self._seeds = evaluate, seeds
         self._batch_size, self._every = batch_size, every
+        self.seconds = 0.0
+        """Seconds of the evaluations so far; the first includes compilation."""
         self.best = Best(None, np.full(len(seeds), -np.inf), np.zeros(len(seeds), int))
 
     def updates_left(self, updates: int) -> int | None:
@@ -69,6 +72,13 @@ class PeriodicEvaluation:
     def is_due(self, updates: int) -> bool:
         """Returns whether there is an evaluation after a number of updates."""
         return self._every is not None and updates % self._every == 0
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        """Evaluates a policy, and adds the time that it takes to `seconds`."""
+        started = time.perf_counter()
+        evaluation = jax.block_until_ready(self._evaluate(policy))
+        self.seconds += time.perf_counter() - started
+        return evaluation
 
     def after(self, updates: int, policy: Policy) -> list[dict[str, Any]]:
         """Evaluates the policy after a number of updates, and returns a row for each seed."""

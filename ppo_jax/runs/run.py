@@ -38,7 +38,8 @@ from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.run_checkpoints import Snapshot, read_newest
 from ppo_jax.runs.run_writer import RunWriter
 from ppo_jax.runs.settings import settings_to_plain
-from ppo_jax.runs.sinks import OnRows, RunInfo, Sinks, make_sinks
+from ppo_jax.runs.sink import OnRows, RunInfo
+from ppo_jax.runs.sinks import Sinks, make_sinks
 from ppo_jax.runs.training import LARGEST_PIECE, Training, compile_training
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer, make_trainer
@@ -64,7 +65,9 @@ class Run:
     """Environment steps of each seed that were done before the run was resumed."""
     compile_seconds: float
     run_seconds: float
-    """Seconds of training alone, without compilation and evaluation."""
+    """Seconds of training and its files, without compilation and evaluations."""
+    evaluation_seconds: float
+    """Seconds of all evaluations, with the compilation of the first."""
     run_dir: Path | None
     evaluations: pd.DataFrame
     """A row for each evaluation while it trained and each seed; empty without `eval_every`."""
@@ -151,8 +154,8 @@ def train(
       eval_every: updates between two evaluations while it trains, each of the same episodes. The
         best policy of each seed is kept: `load(run_dir, best=True)`. None for none.
       log_every: updates per row of `metrics.jsonl`; by default about 1000 rows in all.
-      log: sinks that get the rows besides the files, by their names in `runs.sinks.SINKS`. They
-        need `run_dir`.
+      log: trackers that get the rows besides the files: "tensorboard", "wandb", "mlflow",
+        "trackio". They need `run_dir`.
       on_rows: is called between compiled pieces, about once a second, with the new rows of metrics
         and of evaluations: dicts with `update`, `timesteps`, `seed` and metrics. If it returns
         True, the training stops and is evaluated. If it raises an error, it is warned of and not
@@ -177,8 +180,7 @@ def train(
     )
     require_seed(seed)
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
-    _check_sinks(log, run_dir, stop_at_return, eval_every)
-    sinks = make_sinks(log, on_rows, stop_at_return)
+    sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
     hparams = complete_hparams(hparams, config)
     trainer = make_trainer(config)
     # `num_seeds=1` keeps an axis of seeds; None has none.
@@ -193,7 +195,7 @@ def train(
         checkpoint_every=checkpoint_every,
         eval_episodes=eval_episodes,
         eval_every=eval_every,
-        log_every=log_every or max(1, config.num_updates // _LOGGED_ROWS),
+        log_every=log_every or math.ceil(config.num_updates / _LOGGED_ROWS),
         log=tuple(log),
         stop_at_return=stop_at_return,
         debug_nans=debug_nans,
@@ -365,31 +367,6 @@ def _check_files(
         )
 
 
-def _check_sinks(
-    log: Sequence[str],
-    run_dir: str | Path | None,
-    stop_at_return: float | None,
-    eval_every: int | None,
-) -> None:
-    """Checks that a run has what its sinks need.
-
-    Args:
-      log: names of sinks.
-      run_dir: directory of the run; None without one.
-      stop_at_return: see `train`.
-      eval_every: see `train`.
-    """
-    if isinstance(log, str):
-        raise ConfigError(f"log must be a sequence of names; got {log!r}. Pass ({log!r},).")
-    if log and run_dir is None:
-        raise ConfigError(f"log needs the run_dir of the run; got log={tuple(log)} and None.")
-    if stop_at_return is not None and eval_every is None:
-        raise ConfigError(
-            f"stop_at_return needs evaluations; got {stop_at_return} and no eval_every. Set "
-            "eval_every (--eval-every)."
-        )
-
-
 def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, progress: bool) -> Run:
     """Compiles a training, runs its updates, and evaluates the result."""
     config, keys = plan.config, plan.keys()
@@ -402,14 +379,16 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
             start = _start(plan, training, directory, is_resumed=is_resumed)
             if is_resumed and directory is not None:
                 _continue_best(periodic, directory, config.network)
-            with _writer(plan, directory, start) as writer:
-                sinks = plan.sinks
-                sinks.start(_info(plan, directory, start))
+            sinks = plan.sinks
+            with (
+                _writer(plan, directory, start) as writer,
+                sinks.running(_info(plan, directory, start)),
+            ):
                 compiled = time.perf_counter()
                 end, rows, evaluations = _run_updates(
                     plan, training, start, periodic, writer=writer, bar=bar, interrupt=interrupt
                 )
-                finished = time.perf_counter()
+                run_seconds = time.perf_counter() - compiled - periodic.seconds
                 policy = plan.trainer.policy(end.state)
                 if writer is not None:
                     writer.finish(end, policy)
@@ -418,7 +397,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
                 # After a signal, the run that continues evaluates.
                 is_done = end.updates == config.num_updates or sinks.ask_to_stop
                 if is_done and not interrupt.requested:
-                    evaluation = evaluate(policy)
+                    evaluation = periodic.evaluate(policy)
                     if writer is not None:
                         writer.write_evaluation(summarize(evaluation, plan.seeds, greedy=True))
                     if not periodic.is_due(end.updates):
@@ -426,7 +405,6 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
                             evaluation, plan.seeds, end.updates, config.batch_size
                         )
                         sinks.on_rows([{**row, "time/seconds": end.seconds} for row in new])
-                sinks.finish()
     for failure in end.failures:
         warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
     return Run(
@@ -438,7 +416,8 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
         timesteps=end.updates * config.batch_size,
         timesteps_before=start.updates * config.batch_size,
         compile_seconds=compiled - started,
-        run_seconds=finished - compiled,
+        run_seconds=run_seconds,
+        evaluation_seconds=periodic.seconds,
         run_dir=None if directory is None else directory.path,
         evaluations=pd.DataFrame(evaluations),
         failures=end.failures,

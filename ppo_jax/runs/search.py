@@ -32,6 +32,8 @@ from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.search_tables import SearchRecord, make_search_tables, member_numbers
+from ppo_jax.runs.sink import RunInfo
+from ppo_jax.runs.sinks import make_sinks, member_rows
 from ppo_jax.runs.sweep import Sweep
 from ppo_jax.runs.sweep_store import SweepStore
 from ppo_jax.runs.training import output_shapes
@@ -55,6 +57,7 @@ def search(
     run_dir: str | Path | None = None,
     checkpoint_every: float = 60.0,
     eval_episodes: int = 64,
+    log: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -82,6 +85,8 @@ def search(
         on. None keeps nothing.
       checkpoint_every: seconds between two checkpoints in `run_dir`; 0 for none.
       eval_episodes: episodes of each member's final greedy evaluation.
+      log: trackers, as in `train`. Each member is a run of its own, which is logged when the search
+        is complete. They need `run_dir`.
       say: takes lines about what will be done; None is silent.
       progress: show a progress bar on standard error.
 
@@ -101,6 +106,7 @@ def search(
     require_seed(seed)
     require_seed(seed + num_members - 1)
     require_checkpoint_every(checkpoint_every)
+    sinks = make_sinks(log, run_dir=run_dir, is_sweep=True)
     config = _whole_rounds(config, num_rounds)
     hparams = complete_hparams(hparams, config)
     drawn = _distributions(space, config)
@@ -150,6 +156,9 @@ def search(
                     is_stopped=lambda: interrupt.requested,
                 )
                 result = result._replace(signal=interrupt.signal)
+            if result.is_complete:
+                with sinks.running(RunInfo(store.path, (seed,), description)):
+                    sinks.on_rows(member_rows((result.members, result.curves)))
     # The last checkpoint is written when the store is left.
     return result._replace(unwritten=tuple(store.unwritten.values()))
 

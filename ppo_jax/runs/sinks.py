@@ -1,58 +1,21 @@
-"""Destinations of a run's rows besides its files: TensorBoard, Weights & Biases, and callbacks."""
+"""All sinks of a run. Trackers run in threads, so that an accelerator does not wait for them."""
 
-import hashlib
-import json
-import os
+import contextlib
+import itertools
+import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
 
 from ppo_jax.errors import ConfigError, require_known
-
-Rows = list[dict[str, Any]]
-OnRows = Callable[[Rows], bool | None]
-"""`rows -> stop`: takes rows, one for each seed and window of updates. True stops the training."""
-
-
-class RunInfo(NamedTuple):
-    """Description of a run, which its sinks get before the first rows."""
-
-    run_dir: Path | None
-    seeds: tuple[int, ...]
-    settings: Mapping[str, Any]
-    """Settings and hyperparameters of the run, as JSON has them."""
-    timesteps_before: int
-    """Environment steps of each seed that were done before the run was resumed."""
-
-    @property
-    def name(self) -> str:
-        """Name of the run's directory."""
-        return "run" if self.run_dir is None else self.run_dir.resolve().name
-
-    def id_of(self, seed: int) -> str:
-        """Returns a name of one seed of the run that no other run has, and a resumed run keeps."""
-        what = json.dumps([self.name, self.settings, seed], sort_keys=True)
-        return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
-class Sink:
-    """Receives the rows of a run, between compiled pieces of its training.
-
-    Rows of metrics and of evaluations have `update`, `timesteps` (environment steps of the seed),
-    `seed`, `time/seconds` (of training), and metrics by their names. A method that raises an error
-    ends the sink and not the training.
-    """
-
-    def start(self, run: RunInfo) -> None:
-        """Is called once, before the first rows."""
-
-    def on_rows(self, rows: Rows) -> bool | None:
-        """Takes new rows. Returns True to ask the training to stop."""
-
-    def finish(self) -> None:
-        """Is called once, after the last rows."""
+from ppo_jax.runs.report import varied
+from ppo_jax.runs.sink import OnRows, Rows, RunInfo, Sink
+from ppo_jax.runs.trackers import TRACKERS
 
 
 class Callback(Sink):
@@ -66,110 +29,153 @@ class Callback(Sink):
         return self._on_rows(rows)
 
 
-class TensorBoard(Sink):
-    """Event files in `RUN/tensorboard/seed_N`; the step is the number of environment steps."""
+class _Members(Sink):
+    """Gives each member of a sweep a run of its own in a tracker.
 
-    def __init__(self) -> None:
-        import tensorboardX
-
-        self._writer_of = tensorboardX.SummaryWriter
-        self._writers: dict[int, Any] = {}
-
-    def start(self, run: RunInfo) -> None:
-        """Opens a file for each seed. Points after the state that is continued are hidden."""
-        assert run.run_dir is not None, "train checks it"
-        for seed in run.seeds:
-            folder = run.run_dir / TENSORBOARD / f"seed_{seed}"
-            writer = self._writer_of(
-                str(folder), purge_step=run.timesteps_before + 1 if run.timesteps_before else None
-            )
-            text = json.dumps(run.settings, indent=2)
-            writer.add_text("settings", f"```json\n{text}\n```", run.timesteps_before)
-            self._writers[seed] = writer
-
-    def on_rows(self, rows: Rows) -> None:
-        """Writes an event with all metrics of a row."""
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        for row in rows:
-            metrics = metrics_of(row).items()
-            values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics]
-            writer = self._writers[row["seed"]]
-            writer.file_writer.add_summary(Summary(value=values), row["timesteps"])
-
-    def finish(self) -> None:
-        """Closes the files."""
-        for writer in self._writers.values():
-            writer.close()
-
-
-class WeightsAndBiases(Sink):
-    """A run of Weights & Biases for each seed, in a group; `WANDB_MODE=offline` needs no account.
-
-    The project is `WANDB_PROJECT`, or ppo_jax.
+    Rows are those of `member_rows`.
     """
 
-    def __init__(self) -> None:
-        import wandb
-
-        self._wandb = wandb
-        self._runs: dict[int, Any] = {}
+    def __init__(self, make: Callable[[], Sink]) -> None:
+        self._make = make
+        make()  # an error of a package that is missing
 
     def start(self, run: RunInfo) -> None:
-        """Starts a run for each seed, or continues it."""
-        for seed in run.seeds:
-            self._runs[seed] = self._wandb.init(
-                project=None if "WANDB_PROJECT" in os.environ else "ppo_jax",
-                dir=run.run_dir,
-                group=run.name,
-                name=f"{run.name}/seed_{seed}",
-                id=run.id_of(seed),
-                resume="allow",
-                config={**run.settings, "seed": seed},
-                reinit="create_new",
-                settings=self._wandb.Settings(console="off", silent=True),
-            )
-            self._runs[seed].define_metric("*", step_metric="timesteps")
+        """Keeps the description of the sweep."""
+        self._sweep = run
 
     def on_rows(self, rows: Rows) -> None:
-        """Logs a row as one point."""
-        for row in rows:
-            point = {"timesteps": row["timesteps"], **metrics_of(row)}
-            self._runs[row["seed"]].log(point)
+        """Logs all rows of finished members."""
+        for number, of_member in itertools.groupby(rows, operator.itemgetter("member")):
+            own = list(of_member)
+            sink = self._make()
+            sink.start(
+                self._sweep._replace(
+                    seeds=(own[0]["seed"],),
+                    settings={**self._sweep.settings, "values": own[0]["values"]},
+                    prefix=f"member_{number}_",
+                )
+            )
+            sink.on_rows(
+                [{k: x for k, x in row.items() if k not in ("member", "values")} for row in own]
+            )
+            sink.finish()
+
+
+def member_rows(tables: tuple[pd.DataFrame, pd.DataFrame]) -> Rows:
+    """Returns the rows of members, one member after another.
+
+    Args:
+      tables: of finished members and of their curves, as a sweep or a search makes them.
+
+    Returns:
+      Rows with `member`, `values` (the settings that the sweep gave it), and what rows of a run
+      have. The last row of each member is its final evaluation.
+    """
+    members, curves = tables
+    rows: Rows = []
+    for summary in members.to_dict("records"):
+        label = {
+            "member": summary["member"],
+            "seed": summary["seed"],
+            # A search has results among the columns.
+            "values": {
+                name: summary[name] for name in varied(members) if name not in ("round", "score")
+            },
+        }
+        own = curves[curves["member"] == summary["member"]].to_dict("records")
+        for row in [*own, {**summary, "update": own[-1]["update"]}]:
+            row["eval/score"] = row.get("score", np.nan)  # of a search, after each round
+            metrics = {name: x for name, x in row.items() if "/" in name and not pd.isna(x)}
+            steps = {"update": row["update"], "timesteps": row["timesteps"]}
+            rows.append({**label, **steps, **metrics})
+    return rows
+
+
+class _InThread(Sink):
+    """Runs the methods of a sink in a thread, one after another.
+
+    An error of a method is raised by the next call, and ends the sink.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._thread = ThreadPoolExecutor(1, "ppo_jax-sink")
+        self._error: Exception | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Starts the sink."""
+        self._submit(partial(self._sink.start, run))
+
+    def on_rows(self, rows: Rows) -> None:
+        """Passes rows on."""
+        self._submit(partial(self._sink.on_rows, rows))
 
     def finish(self) -> None:
-        """Finishes the runs."""
-        for run in self._runs.values():
-            run.finish()
+        """Finishes the sink, once it has taken all rows."""
+        self._submit(self._sink.finish)
+        self._thread.shutdown()
+        self._raise_error()
+
+    def _submit(self, call: Callable[[], object]) -> None:
+        self._raise_error()
+        self._thread.submit(self._run, call)
+
+    def _run(self, call: Callable[[], object]) -> None:
+        if self._error is None:
+            try:
+                call()
+            except Exception as error:  # of any library
+                self._error = error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
-TENSORBOARD = "tensorboard"
-WANDB = "wandb"
-SINKS: Mapping[str, Callable[[], Sink]] = {TENSORBOARD: TensorBoard, WANDB: WeightsAndBiases}
-"""Sinks by their names in `train(log=…)`; each name is that of an extra and of a folder."""
-
-
-def make_sinks(log: Sequence[str], on_rows: OnRows | None, stop_at_return: float | None) -> "Sinks":
+def make_sinks(
+    log: Sequence[str],
+    on_rows: OnRows | None = None,
+    stop_at_return: float | None = None,
+    *,
+    run_dir: str | Path | None,
+    eval_every: int | None = None,
+    is_sweep: bool = False,
+) -> "Sinks":
     """Makes the sinks of a run. They open nothing yet.
 
     Args:
-      log: names in `SINKS`.
+      log: names in `trackers.TRACKERS`.
       on_rows: a callback; None for none.
       stop_at_return: asks to stop at this mean return of an evaluation; None for none.
+      run_dir: directory of the run, which trackers need; None without one.
+      eval_every: updates between two evaluations, which `stop_at_return` needs; None for none.
+      is_sweep: give each member of a sweep a run of its own; rows are those of `member_rows`.
 
     Raises:
-      ConfigError: a name is not known, or its package is not installed.
+      ConfigError: a name is not known, its package is not installed, or the run lacks what a sink
+        needs.
     """
+    if isinstance(log, str):
+        raise ConfigError(f"log must be a sequence of names; got {log!r}. Pass ({log!r},).")
+    if log and run_dir is None:
+        raise ConfigError(f"log needs the run_dir of the run; got log={tuple(log)} and None.")
+    if stop_at_return is not None and eval_every is None:
+        raise ConfigError(
+            f"stop_at_return needs evaluations; got {stop_at_return} and no eval_every. Set "
+            "eval_every (--eval-every)."
+        )
     sinks: dict[str, Sink] = {}
     for name in log:
-        require_known("sink", name, SINKS)
+        require_known("sink", name, TRACKERS)
         try:
-            sinks[name] = SINKS[name]()
+            make = TRACKERS[name]
+            sinks[name] = _InThread(_Members(make) if is_sweep else make())
         except ImportError as error:
             raise ConfigError(
                 f"log={name!r} needs a package that is not installed ({error}). Install it by "
                 f"pip install 'ppo-jax[{name}]'."
             ) from error
+    # In the training's thread: they decide how it goes on.
     if on_rows is not None:
         sinks["on_rows"] = Callback(on_rows)
     if stop_at_return is not None:
@@ -185,9 +191,14 @@ class Sinks:
         self.ask_to_stop = False
         """True once a sink has asked the training to stop."""
 
-    def start(self, run: RunInfo) -> None:
-        """Starts the sinks."""
+    @contextlib.contextmanager
+    def running(self, run: RunInfo) -> Iterator[None]:
+        """Starts the sinks, and finishes them at the end, also of a training that fails."""
         self._each(lambda sink: sink.start(run))
+        try:
+            yield
+        finally:
+            self._each(lambda sink: sink.finish())
 
     def on_rows(self, rows: Rows) -> None:
         """Passes rows on, if there are any."""
@@ -195,10 +206,6 @@ class Sinks:
             # A copy for each, which may change it.
             answers = self._each(lambda sink: sink.on_rows([dict(row) for row in rows]))
             self.ask_to_stop |= any(answers)
-
-    def finish(self) -> None:
-        """Finishes the sinks."""
-        self._each(lambda sink: sink.finish())
 
     def _each(self, call: Callable[[Sink], bool | None]) -> list[bool | None]:
         answers = []
@@ -214,11 +221,6 @@ class Sinks:
                     stacklevel=4,
                 )
         return answers
-
-
-def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of a row, without what says which row it is."""
-    return {name: x for name, x in row.items() if name not in ("update", "timesteps", "seed")}
 
 
 def _reaches(threshold: float, rows: Rows) -> bool:

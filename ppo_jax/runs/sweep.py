@@ -17,6 +17,8 @@ from ppo_jax.population.search_space import Row, Sampler, Space
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.runs.sink import RunInfo
+from ppo_jax.runs.sinks import make_sinks
 from ppo_jax.runs.sweep_runner import PlannedGroup, SweepRunner, make_group_trainer
 from ppo_jax.runs.sweep_store import SweepStore
 from ppo_jax.runs.sweep_tables import to_cell
@@ -59,6 +61,7 @@ def sweep(
     checkpoint_every: float = 60.0,
     eval_episodes: int = 64,
     num_rows: int = 50,
+    log: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -86,6 +89,8 @@ def sweep(
         `run_dir`; 0 for none.
       eval_episodes: episodes of each member's final greedy evaluation.
       num_rows: rows of each member's curve; each is the mean over a window of updates.
+      log: trackers, as in `train`. Each member is a run of its own, which is logged when it is
+        finished. They need `run_dir`.
       say: takes lines about what will be done; None is silent.
       progress: show a progress bar on standard error.
 
@@ -99,6 +104,7 @@ def sweep(
         {"chunk": chunk, "eval_episodes": eval_episodes, "num_rows": num_rows}
     )
     require_checkpoint_every(checkpoint_every)
+    sinks = make_sinks(log, run_dir=run_dir, is_sweep=True)
     hparams = HParams() if hparams is None else hparams
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     for seed in seeds:
@@ -120,6 +126,7 @@ def sweep(
         SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store,
         TrainingProgress(visible=progress) as bar,
         deferred_interrupt() as interrupt,
+        sinks.running(RunInfo(store.path, seeds, description)),
     ):
         runner = SweepRunner(
             num_rows=num_rows,
@@ -130,6 +137,7 @@ def sweep(
             say=say,
             bar=bar,
             is_stopped=lambda: interrupt.requested,
+            on_rows=sinks.on_rows,
         )
         # A grid is asked for once; an adaptive sampler asks again after it was told the scores.
         while asked:

@@ -10,6 +10,8 @@ from ppo_jax.population.member import make_member
 from ppo_jax.population.plan import Group, Member
 from ppo_jax.runs.compiled_population import CompiledPopulation, PieceDone
 from ppo_jax.runs.progress import TrainingProgress
+from ppo_jax.runs.sink import Rows
+from ppo_jax.runs.sinks import member_rows
 from ppo_jax.runs.sweep_store import SweepStore
 from ppo_jax.runs.sweep_tables import make_tables
 from ppo_jax.trainer import Trainer, make_trainer
@@ -32,6 +34,7 @@ class SweepRunner:
         say: Callable[[str], None],
         bar: TrainingProgress,
         is_stopped: Callable[[], bool],
+        on_rows: Callable[[Rows], None],
     ) -> None:
         """Prepares an empty runner.
 
@@ -44,7 +47,9 @@ class SweepRunner:
           say: takes lines about what will be done.
           bar: shows the progress.
           is_stopped: whether to stop after the piece that is running, which takes about a second.
+          on_rows: takes the rows of members that are finished.
         """
+        self._on_rows = on_rows
         self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
         self._say, self._bar, self._is_stopped = say, bar, is_stopped
         # A single member a device is compiled without batched kernels and rounds differently; from
@@ -105,7 +110,9 @@ class SweepRunner:
             best = chunk.members[chunk.best]
             score = float(chunk.outcome.returns[chunk.best].mean())
             store.offer_policy(chunk.best_policy, score, member=best, config=group.config)
-            store.add(make_tables(group.config, chunk.members, chunk.outcome))
+            tables = make_tables(group.config, chunk.members, chunk.outcome)
+            store.add(tables)
+            self._on_rows(member_rows(tables))
             self.run_seconds += chunk.seconds
 
     def _make_population(self, group: Group, trainer: Trainer) -> CompiledPopulation:

@@ -1,0 +1,61 @@
+"""The interface of a sink: a destination of a run's rows besides its files."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Rows = list[dict[str, Any]]
+OnRows = Callable[[Rows], bool | None]
+"""`rows -> stop`: takes rows, one for each seed and window of updates. True stops the training."""
+
+
+class RunInfo(NamedTuple):
+    """Description of a run, which its sinks get before the first rows."""
+
+    run_dir: Path | None
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+    """Settings and hyperparameters of the run, as JSON has them."""
+    timesteps_before: int = 0
+    """Environment steps of each seed that were done before the run was resumed."""
+    prefix: str = ""
+    """Distinguishes the members of a sweep in the names of their seeds."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's directory."""
+        return "run" if self.run_dir is None else self.run_dir.resolve().name
+
+    def label_of(self, seed: int) -> str:
+        """Returns the name of a seed within the run."""
+        return f"{self.prefix}seed_{seed}"
+
+    def id_of(self, seed: int) -> str:
+        """Returns a name of one seed of the run that no other run has, and a resumed run keeps."""
+        what = json.dumps([self.name, self.settings, self.label_of(seed)], sort_keys=True)
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+class Sink:
+    """Receives the rows of a run, between compiled pieces of its training.
+
+    Rows of metrics and of evaluations have `update`, `timesteps` (environment steps of the seed),
+    `seed`, `time/seconds` (of training), and metrics by their names. A method that raises an error
+    ends the sink and not the training.
+    """
+
+    def start(self, run: RunInfo) -> None:
+        """Is called once, before the first rows."""
+
+    def on_rows(self, rows: Rows) -> bool | None:
+        """Takes new rows. Returns True to ask the training to stop."""
+
+    def finish(self) -> None:
+        """Is called once, after the last rows."""
+
+
+def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics of a row, without what says which row it is."""
+    return {name: x for name, x in row.items() if name not in ("update", "timesteps", "seed")}
