@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from ppo_jax.policy.spec import register_action_distribution
     from ppo_jax.presets import preset
     from ppo_jax.runs.checkpoint import load_state, save_state
-    from ppo_jax.runs.run import load, resume, train
+    from ppo_jax.runs.run import resume, train
     from ppo_jax.runs.search import search
     from ppo_jax.runs.sweep import sweep
+    from ppo_jax.runs.trained import load
     from ppo_jax.stages.algorithm import Algorithm
     from ppo_jax.stages.metrics import Metrics
     from ppo_jax.trainer import Trainer, make_train, make_trainer
@@ -47,7 +48,7 @@ _MODULES = {
     "Trainer": "trainer",
     "evaluate": "evaluation",
     "hyperparameter": "hparams",
-    "load": "runs.run",
+    "load": "runs.trained",
     "load_state": "runs.checkpoint",
     "make_env": "envs",
     "make_train": "trainer",

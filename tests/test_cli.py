@@ -9,7 +9,8 @@ import pytest
 
 from ppo_jax import Config, HParams
 from ppo_jax.algorithms import ALGORITHMS
-from ppo_jax.cli import _new_run_dir, _spell_out, main
+from ppo_jax.cli import _spell_out, main
+from ppo_jax.commands.common import new_run_dir
 from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.envs.wrappers import WRAPPERS
 from ppo_jax.runs.directory import RunDirectory
@@ -31,7 +32,7 @@ def test_train_then_eval_then_resume(tmp_path, capsys):
     assert record["hparams"]["learning_rate"] == 3e-4
     assert record["hparams"]["value_clip_eps"] == 0.2  # the preset's, not overridden
 
-    assert main(["eval", path, "--episodes", "2", "--sample"]) == 0
+    assert main(["eval", path, "--episodes", "2", "--actions", "sampled"]) == 0
     assert "over 2 sampled episodes" in capsys.readouterr().out
 
     assert main(["train", "CartPole-v1", *SMALL, *arguments]) == 2
@@ -111,7 +112,7 @@ def test_a_sweep_is_no_training_for_a_directory_named_train(tmp_path, monkeypatc
 
 
 def test_run_directories_of_the_same_second_differ():
-    names = {_new_run_dir("brax:hopper", "ppo_seed3").name for _ in range(20)}
+    names = {new_run_dir("brax:hopper", "ppo_seed3").name for _ in range(20)}
     assert len(names) == 20
     assert all(name.startswith("brax-hopper_ppo_seed3_") for name in names)
 

@@ -9,7 +9,7 @@ import pytest
 
 import ppo_jax
 from ppo_jax.runs import checkpoint
-from ppo_jax.runs.run import evaluate_run
+from ppo_jax.runs.trained import evaluate_run
 
 GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
 

@@ -23,7 +23,7 @@ from ppo_jax.resolve import complete_config, complete_hparams
 from ppo_jax.runs import checkpoint
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.policy_files import load_policy
-from ppo_jax.runs.run import evaluate_run
+from ppo_jax.runs.trained import evaluate_run
 
 PACKAGE = Path(ppo_jax.__file__).parent
 

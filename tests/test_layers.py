@@ -25,7 +25,9 @@ LAYERS = [
     ["diagnosis"],
     ["population"],
     ["runs"],
+    ["results", "export"],
     ["flags"],
+    ["commands"],
     ["cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -108,6 +110,9 @@ SLOW = ["jax", "gymnax", "brax", "distrax", "flax"]
         ["train", "CartPole-v1", "--num-envz", "2"],
         ["train", "CartPole-v1", "--run-dir", "."],
         ["eval", "/nowhere"],
+        ["plot", "/nowhere", "-o", "x.txt"],
+        ["render", "/nowhere", "-o", "x.gif"],
+        ["export", "/nowhere", "--format", "onnx"],
     ],
 )
 def test_help_and_errors_need_no_slow_package(arguments):

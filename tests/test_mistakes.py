@@ -13,7 +13,7 @@ import ppo_jax
 from ppo_jax import Config, ConfigError, envs, make_trainer
 from ppo_jax.cli import main
 from ppo_jax.runs import device_memory
-from ppo_jax.runs.run import evaluate_run
+from ppo_jax.runs.trained import evaluate_run
 
 CONFIG = Config(num_envs=2, num_steps=8, hidden_sizes=(4,), total_timesteps=32)
 

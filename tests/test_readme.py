@@ -37,7 +37,8 @@ def outputs(codes, folder, *flags):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/logging.md", "docs/policies.md", "docs/sweeps.md"]
+    "page",
+    ["README.md", "docs/logging.md", "docs/policies.md", "docs/results.md", "docs/sweeps.md"],
 )
 def test_examples_of_a_page(page, tmp_path):
     codes = examples(page)

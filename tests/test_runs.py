@@ -19,7 +19,7 @@ from ppo_jax.runs import progress
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
-from ppo_jax.runs.run import evaluate_run
+from ppo_jax.runs.trained import evaluate_run
 from ppo_jax.stages.metrics import Metrics
 
 pytestmark = pytest.mark.xdist_group("runs")

@@ -17,8 +17,8 @@ from ppo_jax.population.rounds import training_score
 from ppo_jax.population.search_space import LogUniform
 from ppo_jax.runs import device_memory, search_plots
 from ppo_jax.runs import search as search_module
-from ppo_jax.runs.run import evaluate_run
 from ppo_jax.runs.search_tables import make_search_tables
+from ppo_jax.runs.trained import evaluate_run
 from tests.quadratic import quadratic, quadratic_that_breaks
 
 CONFIG = Config(num_envs=2, num_steps=16, hidden_sizes=(8,), total_timesteps=6 * 2 * 32)

@@ -1,13 +1,13 @@
 """Adapter for tasks of brax. The only module that imports brax."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.envs.environment import Environment, Step, cast
+from ppo_jax.envs.environment import Environment, Renderer, Step, cast
 from ppo_jax.envs.spaces import Box, Dict, Space
 from ppo_jax.errors import ConfigError
 
@@ -98,7 +98,16 @@ def adapt(name: str, env: Any) -> Environment:
         params=Params(),
         observation_space=space,
         action_space=Box((size,), low=(-1.0,) * size, high=(1.0,) * size),
+        renderer=Renderer(State, page=lambda states: _page(env, states)),
     )
+
+
+def _page(env: Any, states: Sequence[State]) -> str:
+    """Returns brax's page of an episode, whose viewer is loaded from the internet."""
+    from brax.io import html
+
+    system = env.sys.tree_replace({"opt.timestep": env.dt})
+    return html.render(system, [state.inner.pipeline_state for state in states], colab=False)
 
 
 def _space(name: str, shape: Any) -> Space:

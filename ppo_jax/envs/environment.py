@@ -1,10 +1,11 @@
 """The protocol of environments inside ppo_jax, whatever suite they come from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppo_jax.envs.spaces import Dict, Leaf, Space, Tuple, dtype_of
 
@@ -20,6 +21,20 @@ class Step(NamedTuple):
     """bool: the episode reached a terminal state, whose value is 0."""
     truncated: jax.Array
     """bool: a time limit cut the episode; the successor keeps its value."""
+
+
+class Renderer(NamedTuple):
+    """Pictures of an environment, drawn on the host."""
+
+    state_type: type
+    """Type of the environment's states, by which they are found inside the states of wrappers."""
+    frames: Callable[[Sequence[Any], Any], Iterator[np.ndarray]] | None = None
+    """`(states, params) -> frames`, a frame for each state: uint8 `[height, width, 3]`, all of one
+    size. None if the environment can only be shown as a page."""
+    page: Callable[[Sequence[Any]], str] | None = None
+    """`states -> HTML`; None if there is no such page."""
+    frames_per_second: float = 30.0
+    """Steps of the environment in a second of the video."""
 
 
 def max_steps_in_episode(params: Any) -> float | None:
@@ -50,6 +65,8 @@ class Environment(NamedTuple):
     longest_episode: Callable[[Any], float | None] = max_steps_in_episode
     """`params -> steps`: the largest number of steps that an episode can have; None if there is no
     bound."""
+    renderer: Renderer | None = None
+    """Draws states, for `ppo-jax render`; None if they cannot be drawn. Wrappers keep it."""
 
 
 def cast(space: Space, obs: Any) -> Any:

@@ -1,7 +1,8 @@
 """Adapter for environments of gymnax. The only module that imports gymnax."""
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +11,31 @@ import numpy as np
 
 from ppo_jax.envs import spaces
 from ppo_jax.envs.deferred import deferred
-from ppo_jax.envs.environment import Environment, Step, cast
+from ppo_jax.envs.environment import Environment, Renderer, Step, cast
 from ppo_jax.envs.spaces import Box, Discrete, Leaf, MultiDiscrete, Space
 from ppo_jax.errors import ConfigError
+
+# Frames in a second by Gymnasium's metadata.
+_CLASSIC_CONTROL = {
+    "CartPole-v1": 50,
+    "Acrobot-v1": 15,
+    "MountainCar-v0": 30,
+    "MountainCarContinuous-v0": 30,
+    "Pendulum-v1": 30,
+}
+# Those that gymnax's Visualizer draws by matplotlib.
+_DRAWN = (
+    "Asterix-MinAtar",
+    "Breakout-MinAtar",
+    "Freeway-MinAtar",
+    "Seaquest-MinAtar",
+    "SpaceInvaders-MinAtar",
+    "Catch-bsuite",
+    "FourRooms-misc",
+    "MetaMaze-misc",
+    "PointRobot-misc",
+    "Pong-misc",
+)
 
 
 def make(name: str, **kwargs: Any) -> Environment:
@@ -78,7 +101,69 @@ def adapt(name: str, env: Any) -> Environment:
         params=params,
         observation_space=observation_space,
         action_space=action_space,
+        renderer=_renderer(env),
     )
+
+
+def _renderer(env: Any) -> Renderer | None:
+    """Returns the renderer of an environment of gymnax, if it has one."""
+    if not type(env).__module__.startswith("gymnax.environments."):
+        return None
+    from gymnax.environments.environment import EnvState
+
+    if env.name in _CLASSIC_CONTROL:
+        frames = functools.partial(_frames_of_gymnasium, env.name)
+        return Renderer(EnvState, frames, frames_per_second=_CLASSIC_CONTROL[env.name])
+    if env.name in _DRAWN:
+        return Renderer(EnvState, functools.partial(_frames_of_matplotlib, env), None, 10)
+    return None
+
+
+def _frames_of_gymnasium(name: str, states: Sequence[Any], params: Any) -> Iterator[np.ndarray]:
+    """Draws states by the environment of the same name in Gymnasium.
+
+    `gymnax.visualize.vis_gym` makes an environment for each frame, which takes ten times as long.
+    """
+    import gymnasium
+    from gymnax.visualize import vis_gym
+
+    # pygame starts sound and a screen, and complains where there is none.
+    for name_of_driver in ("SDL_AUDIODRIVER", "SDL_VIDEODRIVER"):
+        os.environ.setdefault(name_of_driver, "dummy")
+    game = gymnasium.make(name, render_mode="rgb_array")
+    game.reset()
+    inner: Any = game.unwrapped
+    vis_gym.set_gym_params(inner, name, params)
+    try:
+        for state in states:
+            inner.state = vis_gym.get_gym_state(state, name)
+            inner.last_u = np.ravel(getattr(state, "last_u", 0.0))[0]  # the arrow of Pendulum
+            yield inner.render()
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ConfigError(
+            f"pictures of {name} need pygame, which is not installed: pip install 'ppo-jax[video]'."
+        ) from error
+    finally:
+        game.close()
+
+
+def _frames_of_matplotlib(env: Any, states: Sequence[Any], params: Any) -> Iterator[np.ndarray]:
+    """Draws states by gymnax's Visualizer."""
+    import matplotlib.pyplot as plt
+    from gymnax.visualize import Visualizer
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    visualizer = Visualizer(env, params, states)
+    visualizer.fig.set_dpi(80)
+    canvas = FigureCanvasAgg(visualizer.fig)  # whatever backend a notebook has
+    try:
+        visualizer.init()
+        for i in range(len(states)):
+            visualizer.update(i)
+            canvas.draw()
+            yield np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    finally:
+        plt.close(visualizer.fig)
 
 
 def _without_reset(env: Any) -> Callable[..., tuple]:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from ppo_jax.ops.collective import sum_over
 
-_EPS = 1e-8
-_CLIP = 10.0
+EPS = 1e-8
+"""Added to a variance before it divides."""
+CLIP = 10.0
+"""Bound on normalised values."""
 
 
 class RunningStats(NamedTuple):
@@ -76,10 +78,10 @@ def normalize(stats: RunningStats, x: jax.Array) -> jax.Array:
     """
     axes = tuple(range(x.ndim - stats.mean.ndim))
     mean, var = (jnp.expand_dims(value, axes) for value in (stats.mean, stats.var))
-    normalized = jnp.clip((x - mean) * jax.lax.rsqrt(var + _EPS), -_CLIP, _CLIP)
+    normalized = jnp.clip((x - mean) * jax.lax.rsqrt(var + EPS), -CLIP, CLIP)
     return jnp.where(stats.num_samples > 0, normalized, x)
 
 
 def scale(stats: RunningStats, x: jax.Array) -> jax.Array:
     """Returns x / standard deviation, clipped to ±10; unlike `normalize` it keeps 0 at 0."""
-    return jnp.clip(x * jax.lax.rsqrt(stats.var + _EPS), -_CLIP, _CLIP)
+    return jnp.clip(x * jax.lax.rsqrt(stats.var + EPS), -CLIP, CLIP)

@@ -30,7 +30,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file as `write_file` does."""
-    write_file(path, lambda file: file.write_text(text))
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:

@@ -76,6 +76,7 @@ class PeriodicEvaluation:
     def evaluate(self, policy: Policy) -> Evaluation:
         """Evaluates a policy, and adds the time that it takes to `seconds`."""
         started = time.perf_counter()
+        # Dispatch is asynchronous: without the wait the time would be that of the next update.
         evaluation = jax.block_until_ready(self._evaluate(policy))
         self.seconds += time.perf_counter() - started
         return evaluation

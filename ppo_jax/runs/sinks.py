@@ -47,6 +47,7 @@ class _Members(Sink):
         """Logs all rows of finished members."""
         for number, of_member in itertools.groupby(rows, operator.itemgetter("member")):
             own = list(of_member)
+            # Opened and closed at once: a sweep may have more members than files may be open.
             sink = self._make()
             sink.start(
                 self._sweep._replace(
@@ -113,6 +114,7 @@ class _InThread(Sink):
     def finish(self) -> None:
         """Finishes the sink, once it has taken all rows."""
         self._submit(self._sink.finish)
+        # Waits: rows that are still in the queue would be lost when the process ends.
         self._thread.shutdown()
         self._raise_error()
 

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ppo_jax.runs.plots import add_legend, is_logarithmic, label, save, scale_axis, shown
-from ppo_jax.runs.report import Report, drawn_names, interval, varied
+from ppo_jax.runs.plots import (
+    add_legend,
+    draw_curve,
+    is_logarithmic,
+    label,
+    save,
+    scale_axis,
+    shown,
+)
+from ppo_jax.runs.report import Report, drawn_names, varied
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,13 +77,7 @@ def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
     for _, row in report.configurations.head(_SHOWN).iterrows():
         rows = curves[curves["configuration"] == row["configuration"]]
         table = rows.pivot_table(index="timesteps", columns="seed", values="episode/return")
-        # No episode ended in any update.
-        if table.empty:
-            continue
-        estimates = [interval(values[~np.isnan(values)]) for values in table.to_numpy()]
-        estimate, low, high = np.array(estimates).T
-        (line,) = axes.plot(table.index, estimate, label=label(row, _names_of(report)))
-        axes.fill_between(table.index, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        draw_curve(axes, table, label(row, _names_of(report)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(
         title=_title(report),

@@ -107,6 +107,7 @@ class MLflow(Sink):
     def start(self, run: RunInfo) -> None:
         """Starts a run for each seed, or continues it."""
         self._client = self._client_of()
+        # The client does not read this variable, as `mlflow.start_run` does.
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
@@ -124,6 +125,7 @@ class MLflow(Sink):
                 run_name=f"{run.name}/{run.label_of(seed)}",
             )
             self._ids[seed] = created.info.run_id
+            # Values of any type are text for the service.
             params = [
                 self._entities.Param(f"{group}.{name}", str(value))
                 for group, values in run.settings.items()

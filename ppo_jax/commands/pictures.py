@@ -1,0 +1,94 @@
+"""Commands that make pictures of runs: `plot` and `render`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ppo_jax.commands.common import enable_compilation_cache
+from ppo_jax.errors import ConfigError
+from ppo_jax.results.outputs import require_output
+from ppo_jax.runs.directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotCommand:
+    """Plot learning curves of one or more runs over environment steps and over time."""
+
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories that `ppo-jax train` wrote."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
+    """File that ends in .png, .svg or .pdf; by default curves.png and curves.svg in the directory
+    of a single run."""
+    metric: str = "episode/return"
+    """Metric of training, such as train/entropy."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        if not self.run_dirs:
+            raise ConfigError("plot needs one run or more; got none. Name their directories.")
+        if self.output is None and len(self.run_dirs) > 1:
+            raise ConfigError(
+                f"a plot of several runs needs a file; got {len(self.run_dirs)} runs and no "
+                "output. Name one, as in -o curves.png."
+            )
+        # Files that the command itself makes in a run are replaced; a file of a user is not.
+        if self.output is None:
+            outputs = [self.run_dirs[0] / f"curves.{kind}" for kind in ("png", "svg")]
+        else:
+            kinds = ("png", "svg", "pdf")
+            outputs = [require_output(self.output, kinds, overwrite=self.overwrite)]
+        from ppo_jax.results.curves import plot_runs, read_curves
+
+        figure = plot_runs([read_curves(path) for path in self.run_dirs], self.metric)
+        for path in outputs:
+            figure.savefig(path, dpi=150)
+        print(f"plot: {', '.join(map(str, outputs))}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderCommand:
+    """Draw episodes of a run's policy, by the environment's own renderer."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory that `ppo-jax train` wrote."""
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """File that ends in .gif, .mp4, or .html for tasks of brax."""
+    episodes: int = 1
+    """Episodes, one after another."""
+    seed: int = 0
+    """Random seed of the episodes."""
+    run_seed: int | None = None
+    """Which seed of a run of several seeds; the first by default."""
+    best: bool = False
+    """Draw the best policy of a run that was trained with --eval-every, not the last one."""
+    sample: bool = False
+    """Sample actions instead of taking the most likely ones."""
+    max_steps: int | None = None
+    """Bound on the steps of an episode; by default that of the environment, or 1000."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        RunDirectory.open(self.run_dir)
+        enable_compilation_cache()
+        from ppo_jax.results.render import render_run
+
+        returns = render_run(
+            self.run_dir,
+            self.output,
+            num_episodes=self.episodes,
+            seed=self.seed,
+            run_seed=self.run_seed,
+            greedy=not self.sample,
+            best=self.best,
+            max_steps=self.max_steps,
+            overwrite=self.overwrite,
+        )
+        print(f"returns {', '.join(f'{x:.1f}' for x in returns)}: {self.output}")
+        return 0

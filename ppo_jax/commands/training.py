@@ -1,0 +1,238 @@
+"""The commands `train` and `resume`."""
+
+import dataclasses
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ppo_jax import envs, flags
+from ppo_jax.commands.common import (
+    names,
+    new_run_dir,
+    prepare_devices,
+    print_evaluation,
+    say,
+    show_warning,
+    use_deterministic_operations,
+)
+from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError
+from ppo_jax.runs.directory import CHECKPOINTS, RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCommand:
+    """Train a policy, evaluate it, and keep both in a run directory.
+
+    A known environment and algorithm start from their tuned preset, others from the algorithm's
+    defaults; flags override either.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[Any]
+    hparams: tyro.conf.OmitArgPrefixes[Any]
+    seed: int = 0
+    """Random seed."""
+    seeds: int | None = None
+    """Train this many seeds together, starting from --seed. A seed that is trained with others
+    rounds differently than alone, and so may take another path: compare seeds of the same run."""
+    run_dir: Path | None = None
+    """Directory of the run; runs/ENV_ALGORITHM_SEED_TIME by default."""
+    overwrite: bool = False
+    """Replace a run that is there already."""
+    resume: bool = False
+    """Continue the run in --run-dir, if there is one; for jobs that a scheduler starts again."""
+    checkpoint_every: float = 60.0
+    """Seconds between two checkpoints, from which `ppo-jax resume` continues; 0 for none."""
+    eval_episodes: int = 128
+    """Episodes of the evaluation at the end, for each seed."""
+    eval_every: int | None = None
+    """Updates between two evaluations while it trains, of which the best policy is kept."""
+    log_every: int | None = None
+    """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
+    log: str = ""
+    """Trackers that get the rows besides the run's files, separated by commas: tensorboard, wandb,
+    mlflow, trackio."""
+    stop_at_return: float | None = None
+    """Stop once the mean return of an evaluation reaches this; needs --eval-every."""
+    debug_nans: bool = False
+    """Stop at the first update with a NaN, and name the operation that made it. Slower."""
+    dry_run: bool = False
+    """Compile the training and say what it would take and do; run nothing and write nothing."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in every run, which may be slower. On a
+    CPU every run does so in any case."""
+    quiet: bool = False
+    """Show no progress."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """YAML with a mapping of settings to values, applied to the preset; flags override it."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        if self.resume and self.run_dir is None:
+            raise ConfigError(
+                "--resume continues the run in a directory; got no --run-dir. Name it, so that "
+                "the next start finds the same directory."
+            )
+        config = self.config.config
+        hparams = flags.hparams_type(config.algorithm)(**vars(self.hparams))
+        envs.check_name(config.env)
+        _say_rounded(config)
+        if self.deterministic:
+            use_deterministic_operations()
+        if self.dry_run:
+            return self._print_dry_run(config, hparams)
+        run_dir = self.run_dir or new_run_dir(config.env, f"{config.algorithm}_seed{self.seed}")
+        if not (self.resume and RunDirectory.holds_run(run_dir)):
+            RunDirectory.check(run_dir, overwrite=self.overwrite)
+        prepare_devices(config, self.seeds)
+
+        from ppo_jax.runs.run import train
+
+        return _run_training(
+            lambda: train(
+                config,
+                hparams,
+                seed=self.seed,
+                num_seeds=self.seeds,
+                run_dir=run_dir,
+                overwrite=self.overwrite,
+                resume=self.resume,
+                checkpoint_every=self.checkpoint_every,
+                eval_episodes=self.eval_episodes,
+                eval_every=self.eval_every,
+                log_every=self.log_every,
+                log=names(self.log),
+                stop_at_return=self.stop_at_return,
+                debug_nans=self.debug_nans,
+                progress=not self.quiet,
+            ),
+            config,
+        )
+
+    def _print_dry_run(self, config: Config, hparams: Any) -> int:
+        """Prints what the training would do and take."""
+        prepare_devices(config, self.seeds)
+        from ppo_jax.runs.run import dry_run
+
+        found = dry_run(config, hparams, num_seeds=self.seeds)
+        seeds = f", for each of {self.seeds} seeds" if self.seeds is not None else ""
+        available = "" if found.limit is None else f" of {found.limit / 2**20:,.0f} MiB"
+        print(f"steps    {found.timesteps:,} in {found.num_updates:,} updates{seeds}")
+        print(f"memory   {found.num_bytes / 2**20:,.1f} MiB{available} a device")
+        print(f"compile  {found.compile_seconds:.1f} s")
+        print("nothing was run, and no file was written")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeCommand:
+    """Continue a run that was stopped or killed, or extend one that has finished.
+
+    Options that are left out keep the values of the run.
+    """
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory that `ppo-jax train` wrote."""
+    total_timesteps: int | None = None
+    """Environment steps in all, over all environments. A schedule of the learning rate is that of
+    the new total."""
+    num_devices: int | None = None
+    """Devices that share the environments from now on."""
+    checkpoint_every: float | None = None
+    """Seconds between two checkpoints."""
+    eval_episodes: int | None = None
+    """Episodes of the evaluation at the end, for each seed."""
+    eval_every: int | None = None
+    """Updates between two evaluations while it trains."""
+    log_every: int | None = None
+    """Updates per row of metrics.jsonl."""
+    log: str | None = None
+    """Trackers that get the rows besides the run's files, as in `train`."""
+    stop_at_return: float | None = None
+    """Stop once the mean return of an evaluation reaches this."""
+    deterministic: bool = False
+    """On a GPU, use only operations that give the same bits in every run, as in `train`."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        directory = RunDirectory.open(self.run_dir)
+        config, seeds = directory.read_config()[0], directory.read_seeds()
+        if self.num_devices is not None:
+            config = config.replace(num_devices=self.num_devices)
+        if self.total_timesteps is not None:
+            _say_rounded(config.replace(total_timesteps=self.total_timesteps))
+        if self.deterministic:
+            use_deterministic_operations()
+        prepare_devices(config, None if isinstance(seeds, int) else len(seeds))
+
+        from ppo_jax.runs.run import resume
+
+        return _run_training(
+            lambda: resume(
+                self.run_dir,
+                total_timesteps=self.total_timesteps,
+                num_devices=self.num_devices,
+                checkpoint_every=self.checkpoint_every,
+                eval_episodes=self.eval_episodes,
+                eval_every=self.eval_every,
+                log_every=self.log_every,
+                log=None if self.log is None else names(self.log),
+                stop_at_return=self.stop_at_return,
+                progress=not self.quiet,
+            ),
+            config,
+        )
+
+
+def _say_rounded(config: Config) -> None:
+    """Says before a run, instead of rounding silently, how many steps will run."""
+    timesteps = config.num_updates * config.batch_size
+    if timesteps != config.total_timesteps:
+        say(
+            f"{config.total_timesteps:,} steps are not a whole number of updates of "
+            f"{config.batch_size:,}: {timesteps:,} will run."
+        )
+
+
+def _run_training(run: Callable[[], Any], config: Config) -> int:
+    """Trains, and says what came of it; returns the exit status."""
+    from ppo_jax.runs.interrupt import exit_at_second_signal
+    from ppo_jax.runs.trained import summarize
+
+    with warnings.catch_warnings(), exit_at_second_signal():
+        # Failures are printed below, as errors.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, message="seed .* failed with")
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        result = run()
+    total = (result.timesteps - result.timesteps_before) * len(result.seeds)
+    print(
+        f"trained {config.env} with {config.algorithm}: {total:,} steps in "
+        f"{result.run_seconds:.1f} s ({total / max(result.run_seconds, 1e-9):,.0f} steps/s), "
+        f"compiled in {result.compile_seconds:.1f} s"
+    )
+    if len(result.evaluations):
+        share = result.evaluation_seconds / (result.run_seconds + result.evaluation_seconds)
+        print(f"evaluations took {result.evaluation_seconds:.1f} s, {share:.0%} of the run")
+    for problem in (*result.failures, *result.unwritten):
+        say(f"ppo-jax: error: {problem}")
+    # A training whose seeds have all failed is not one to continue.
+    if result.evaluation is None and len(result.failures) < len(result.seeds):
+        has_checkpoint = (result.run_dir / CHECKPOINTS).is_dir()
+        what = f"ppo-jax resume {result.run_dir} continues the run"
+        print(
+            f"stopped after {result.timesteps:,} steps{' of each seed' * (len(result.seeds) > 1)}; "
+            f"{what if has_checkpoint else f'the policy so far is in {result.run_dir}'}"
+        )
+        return 128 + (result.signal or signal.SIGINT)
+    if result.is_stopped:
+        print(f"stopped after {result.timesteps:,} steps, as asked")
+    if result.evaluation is not None:
+        print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
+    print(f"run: {result.run_dir}")
+    return 1 if result.failures or result.unwritten else 0
