@@ -18,7 +18,7 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
 	fit=$$(awk '/MemAvailable/ {print int($$2 / 2621440)}' /proc/meminfo 2>/dev/null); \
 	fit=$${fit:-$$cores}; fit=$$((fit < 1 ? 1 : fit)); echo $$((fit < cores ? fit : cores)))
 
-.PHONY: help install train test test-slow test-fuzz soak accelerators lint types guard check lock clean
+.PHONY: help install train test test-slow test-fuzz soak accelerators lint types docs package guard check lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,10 +55,16 @@ lint: $(DEV_STAMP)  ## check style and format
 types: $(DEV_STAMP)  ## check types
 	@$(BIN)/mypy
 
+docs: $(DEV_STAMP)  ## build the documentation, strictly, in .cache/site
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --strict
+
+package: $(DEV_STAMP)  ## build wheel and sdist, and try both in clean environments
+	@PYTHON="$(PYTHON)" scripts/check_package $(BIN)
+
 guard: $(DEV_STAMP)  ## check that no training has become slower
 	@$(BIN)/python benchmarks/guard.py
 
-check: test lint types guard  ## run everything that CI checks
+check: test lint types docs package guard  ## run everything that CI checks
 
 $(STAMP): pyproject.toml requirements.lock
 	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements.lock

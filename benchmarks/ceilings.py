@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ppo_jax import Config
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, network_of
+from ppo_jax.profiling import UniformPolicy
 from ppo_jax.resolve import resolve
 from ppo_jax.stages.algorithm import UpdateInputs
 from ppo_jax.stages.collect import collect
@@ -24,14 +25,6 @@ class Arithmetic(NamedTuple):
 
     flops: float
     bytes: float
-
-
-class Uniform(Policy):
-    """A policy that ignores observations; its `params` are those of the distribution."""
-
-    def step(self, obs: Any, recurrent_state: Any, start: Any = None) -> tuple[Any, Any]:  # noqa: ARG002
-        """Returns the same parameters for every observation."""
-        return self.params, recurrent_state
 
 
 class Stages:
@@ -65,7 +58,7 @@ class Stages:
         uniform = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
 
         def update(state: RolloutState, key: jax.Array) -> tuple[RolloutState, jax.Array]:
-            policy = Uniform(uniform, spec=self.spec)
+            policy = UniformPolicy(uniform, spec=self.spec)
             env, params, steps = self.env, self.env.params, self.config.num_steps
             state, trajectory, _ = rollout(env, params, policy, state, key, num_steps=steps)
             return state, jnp.sum(trajectory.reward)

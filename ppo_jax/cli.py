@@ -19,6 +19,7 @@ from ppo_jax.commands.common import say
 from ppo_jax.commands.environments import EnvsCommand
 from ppo_jax.commands.pictures import PlotCommand, RenderCommand
 from ppo_jax.commands.policies import EvalCommand, ExportCommand
+from ppo_jax.commands.profiling import ProfileCommand
 from ppo_jax.commands.sweeping import ReportCommand, SweepCommand
 from ppo_jax.commands.training import ResumeCommand, TrainCommand
 from ppo_jax.config import Config
@@ -115,6 +116,7 @@ def _commands(argv: list[str]) -> Any:
         Annotated[PlotCommand, subcommand("plot")],
         Annotated[RenderCommand, subcommand("render")],
         Annotated[ExportCommand, subcommand("export")],
+        Annotated[ProfileCommand, subcommand("profile")],
         Annotated[SweepCommand, subcommand("sweep", default=sweep)],
         Annotated[ReportCommand, subcommand("report")],
         Annotated[EnvsCommand, subcommand("envs")],

@@ -52,7 +52,7 @@ class Trainer(NamedTuple):
     """Every hyperparameter that the training uses, at its default."""
 
 
-class _Stages(NamedTuple):
+class Stages(NamedTuple):
     """A resolved config with the functions that one update is composed of."""
 
     resolved: Resolved
@@ -81,7 +81,7 @@ def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) ->
     >>> int(state.updates_done)
     1
     """
-    stages = _make_stages(resolve(config), devices)
+    stages = make_stages(config, devices)
 
     def init(key: jax.Array, hparams: HParams | None = None, env_params: Any = None) -> TrainState:
         return _init(stages, key, hparams, env_params)
@@ -112,7 +112,9 @@ def make_train(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
     return make_trainer(config).run
 
 
-def _make_stages(resolved: Resolved, devices: Sequence[jax.Device] | None) -> _Stages:
+def make_stages(config: Config, devices: Sequence[jax.Device] | None = None) -> Stages:
+    """Returns the functions that an update consists of; arguments are those of `make_trainer`."""
+    resolved = resolve(config)
     config, algorithm = resolved.config, resolved.algorithm
     mesh = make_env_mesh(config.num_devices, devices)
     shard = make_shard(mesh, config.num_envs)
@@ -129,7 +131,7 @@ def _make_stages(resolved: Resolved, devices: Sequence[jax.Device] | None) -> _S
     rule = report_learning_rates(rule)
     if resolved.schedule.adapt is not None:
         rule = adaptive_learning_rate(rule, resolved.schedule, losses)
-    return _Stages(resolved, mesh, shard, losses, rule)
+    return Stages(resolved, mesh, shard, losses, rule)
 
 
 def _check_shared_parts(config: Config, rule: UpdateRule) -> None:
@@ -147,11 +149,11 @@ def _check_shared_parts(config: Config, rule: UpdateRule) -> None:
         )
 
 
-def _policy(stages: _Stages, state: TrainState) -> Policy:
+def _policy(stages: Stages, state: TrainState) -> Policy:
     return Policy(state.learner.params, state.statistics.obs, spec=stages.resolved.spec)
 
 
-def _init(stages: _Stages, key: jax.Array, hparams: HParams | None, env_params: Any) -> TrainState:
+def _init(stages: Stages, key: jax.Array, hparams: HParams | None, env_params: Any) -> TrainState:
     """Returns the state before the first update."""
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
     hparams = _without_folding(complete_hparams(hparams, config))
@@ -186,9 +188,7 @@ def _init(stages: _Stages, key: jax.Array, hparams: HParams | None, env_params: 
     return place(state, stages.mesh)
 
 
-def _step(
-    stages: _Stages, state: TrainState, hparams: HParams | None
-) -> tuple[TrainState, Metrics]:
+def _step(stages: Stages, state: TrainState, hparams: HParams | None) -> tuple[TrainState, Metrics]:
     """Returns the state after one update, and its metrics."""
     # Completed in every call, because a caller may pass other values to each step.
     complete = complete_hparams(hparams, stages.resolved.config)
@@ -208,7 +208,7 @@ def _step(
 
 
 def _step_on_one_device(
-    stages: _Stages, state: TrainState, hparams: HParams
+    stages: Stages, state: TrainState, hparams: HParams
 ) -> tuple[TrainState, Metrics]:
     """Computes one device's part of an update."""
     resolved = stages.resolved

@@ -222,6 +222,20 @@ def test_a_sweep_of_algorithms_leaves_defaults_to_them(capsys):
     assert "(default: 8)" in options["num-envs"]
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_compiled_programs_are_kept_unless_the_cache_is_off(is_on, tmp_path):
+    environment = {k: x for k, x in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    if not is_on:
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    small = "--num-envs 2 --num-steps 8 --total-timesteps 16 --num-minibatches 2 --quiet"
+    command = [sys.executable, "-m", "ppo_jax", "train", "CartPole-v1", *small.split()]
+    command += ["--eval-episodes", "1", "--run-dir", str(tmp_path / "run")]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    folder = tmp_path / "cache" / "ppo_jax" / "compiled"
+    assert (folder.is_dir() and any(folder.iterdir())) == is_on
+
+
 def test_an_imported_algorithm_brings_its_options(tmp_path, monkeypatch, capsys):
     (tmp_path / "rolled_back.py").write_text(ROLLED_BACK)
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ LAYERS = [
     ["resolve"],
     ["devices", "evaluation", "testing"],
     ["trainer"],
-    ["diagnosis"],
+    ["diagnosis", "profiling"],
     ["population"],
     ["runs"],
     ["results", "export"],
@@ -113,6 +113,7 @@ SLOW = ["jax", "gymnax", "brax", "distrax", "flax"]
         ["plot", "/nowhere", "-o", "x.txt"],
         ["render", "/nowhere", "-o", "x.gif"],
         ["export", "/nowhere", "--format", "onnx"],
+        ["profile", "CartPol-v1"],
     ],
 )
 def test_help_and_errors_need_no_slow_package(arguments):

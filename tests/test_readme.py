@@ -38,7 +38,15 @@ def outputs(codes, folder, *flags):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/logging.md", "docs/policies.md", "docs/results.md", "docs/sweeps.md"],
+    [
+        "README.md",
+        "docs/coming-from.md",
+        "docs/index.md",
+        "docs/logging.md",
+        "docs/policies.md",
+        "docs/results.md",
+        "docs/sweeps.md",
+    ],
 )
 def test_examples_of_a_page(page, tmp_path):
     codes = examples(page)

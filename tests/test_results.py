@@ -1,6 +1,10 @@
 """What is made of runs: plots, pictures, and evaluations in Gymnasium."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 import warnings
 
 import gymnasium
@@ -17,7 +21,7 @@ import ppo_jax
 from ppo_jax import Config, ConfigError, cli, envs
 from ppo_jax.envs.environment import Renderer
 from ppo_jax.evaluation import Evaluation
-from ppo_jax.results import gymnasium_client, render
+from ppo_jax.results import gymnasium_client, page, render
 from ppo_jax.results.curves import plot_runs, read_curves
 from ppo_jax.runs.plots import plot_returns
 from ppo_jax.runs.trained import evaluate_run, summarize
@@ -293,9 +297,9 @@ def test_a_task_of_brax_is_a_page(tmp_path, any_rank):
     small = config.replace(num_envs=2, num_steps=2, num_minibatches=1, total_timesteps=4)
     run = ppo_jax.train(small, run_dir=tmp_path / "run", eval_episodes=1, progress=False)
     render.render_run(run.run_dir, tmp_path / "x.html", max_steps=2)
-    page = (tmp_path / "x.html").read_text()
-    assert "<html" in page
-    assert len(page) > 1000
+    text = (tmp_path / "x.html").read_text()
+    assert "<html" in text
+    assert len(text) > 1000
     with pytest.raises(ConfigError, match=r"can be drawn as an \.html page"):
         render.render_run(run.run_dir, tmp_path / "x.gif")
 
@@ -354,3 +358,72 @@ def test_evaluation_json_has_the_statistics(runs):
     record = json.loads((single.run_dir / "evaluation.json").read_text())
     (seed,) = record["seeds"]
     assert seed["eval/return_quantiles"].keys() == {"0.05", "0.25", "0.5", "0.75", "0.95"}
+
+
+def test_a_page_has_everything_and_needs_nothing(runs, tmp_path):
+    several, _ = runs
+    path = page.write_page(several.run_dir)
+    text = path.read_text()
+    assert path == several.run_dir / "report.html"
+    config = several.run_dir / "config.json"
+    versions = json.loads(config.read_text())["made_with"]["versions"]
+    for expected in (
+        "CartPole-v1, ppo",
+        f"{several.timesteps:,}",
+        "4 greedy episodes of each seed",
+        "95 % interval of the mean",
+        "seconds of training",
+        r"train\u002fentropy",  # as plotly escapes it
+        "data:image/gif;base64,",
+        "<td>num_steps</td><td>32</td>",
+        "<td>learning_rate</td>",
+        f"<td>jax</td><td>&quot;{versions['jax']}&quot;</td>",
+    ):
+        assert expected in text, expected
+    # Changed settings are marked, and others are not.
+    assert "<tr class=changed><td>num_envs</td>" in text
+    assert "<tr><td>activation</td>" in text
+    # Nothing is loaded from elsewhere: plotly's code is in the page.
+    assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="http', text)
+    with pytest.raises(ConfigError, match="must be new"):
+        page.write_page(several.run_dir, path)
+    assert page.write_page(several.run_dir, tmp_path / "x.html").stat().st_size > 4_000_000
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_draws_the_page(runs):
+    several, _ = runs
+    path = page.write_page(several.run_dir)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--virtual-time-budget=3000", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    # Two figures of returns, eleven of metrics: plotly drew a line in each.
+    figures = done.stdout.count('class="main-svg"') // 3
+    lines = len(re.findall(r'class="js-line"', done.stdout))
+    metrics = [name for name in several.metrics if name.startswith("train/")]
+    assert figures == 2 + len(metrics) + 2
+    assert lines >= figures
+
+
+def test_a_page_of_a_run_that_cannot_be_drawn_or_is_not_finished(tmp_path):
+    config = Config(env="DeepSea-bsuite", num_envs=4, num_steps=32, total_timesteps=256)
+    run = ppo_jax.train(config, run_dir=tmp_path / "run", eval_episodes=2, progress=False)
+    (run.run_dir / "evaluation.json").unlink()
+    text = page.write_page(run.run_dir).read_text()
+    assert "DeepSea-bsuite has none" in text
+    assert "has not been evaluated yet" in text
+
+
+def test_the_command_makes_a_page(runs, capsys, monkeypatch):
+    _, single = runs
+    assert cli.main(["report", str(single.run_dir), "--html"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert cli.main(["report", str(single.run_dir)]) == 2
+    assert "add --html" in capsys.readouterr().err
+    assert cli.main(["report", str(single.run_dir), "-o", "x.html"]) == 2
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert cli.main(["report", str(single.run_dir), "--html"]) == 2
+    assert "pip install 'ppo-jax[html]'" in capsys.readouterr().err

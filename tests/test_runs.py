@@ -4,6 +4,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import gymnax
 import jax
@@ -327,3 +328,8 @@ def test_a_run_records_what_it_was_resolved_to_and_made_with(run):
     assert made_with["versions"]["ppo-jax"] == ppo_jax.__version__
     assert made_with["platform"] == "cpu"
     assert datetime.datetime.fromisoformat(made_with["time"]).tzinfo is not None
+
+
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).parent.parent
+    assert f"\nversion: {ppo_jax.__version__}\n" in (root / "CITATION.cff").read_text()

@@ -23,6 +23,7 @@ from ppo_jax.commands.common import (
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
+from ppo_jax.runs.directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,13 +174,30 @@ class SweepCommand:
 
 @dataclasses.dataclass(frozen=True)
 class ReportCommand:
-    """Compare the configurations of a sweep in tables and plots."""
+    """Compare the configurations of a sweep in tables and plots, or show a run as a page."""
 
     run_dir: tyro.conf.Positional[Path]
-    """A directory that `ppo-jax sweep` wrote."""
+    """A directory that `ppo-jax sweep` wrote, or with --html one that `ppo-jax train` wrote."""
+    html: bool = False
+    """Write a page with the curves, the evaluation, an episode and the settings of a run."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
+    """File of the page; RUN/report.html by default."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
+        if self.html:
+            RunDirectory.open(self.run_dir)
+            enable_compilation_cache()
+            from ppo_jax.results.page import write_page
+
+            print(f"page: {write_page(self.run_dir, self.output, overwrite=self.overwrite)}")
+            return 0
+        if self.output is not None:
+            raise ConfigError(f"--output is the file of --html; got {self.output}. Leave it out.")
+        if RunDirectory.holds_run(self.run_dir):
+            raise ConfigError(f"the report of a run is a page; add --html for {self.run_dir}.")
         _print_report(self.run_dir)
         return 0
 

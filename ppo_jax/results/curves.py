@@ -23,6 +23,7 @@ class Curves(NamedTuple):
     """The tables of a run."""
 
     name: str
+    """Name of the run's directory."""
     metrics: pd.DataFrame
     """A row per logged update and seed."""
     evaluations: pd.DataFrame

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,30 +45,51 @@ def plot_returns(metrics: pd.DataFrame, axes: Any = None) -> Any:
     return axes
 
 
-def draw_curve(axes: "Axes", table: pd.DataFrame, text: str, x: Any = None) -> None:
-    """Draws the interquartile mean over seeds, and its 95 % interval if there are several.
+class Curve(NamedTuple):
+    """The interquartile mean over seeds at some points, with its 95 % bootstrap interval."""
 
-    Long curves are averaged over consecutive points, so that about 250 points are drawn.
+    x: np.ndarray  # [points]
+    estimate: np.ndarray  # [points]
+    low: np.ndarray  # [points], NaN for a single seed
+    high: np.ndarray  # [points], NaN for a single seed
+
+
+def curve(table: pd.DataFrame, x: Any = None) -> Curve | None:
+    """Returns the curve of a table of values `[points, seeds]`; None if there are no values.
+
+    Long curves are averaged over consecutive points, to about 250.
 
     Args:
-      axes: of matplotlib.
-      table: values `[points, seeds]`; NaN where a seed has none.
-      text: label of the line.
+      table: values, NaN where a seed has none.
       x: horizontal position of each point; by default the index of the table.
     """
     table = table.set_axis(np.asarray(table.index if x is None else x, float))
     table = table[table.notna().any(axis=1)]
     if table.empty:  # no episode ended
-        return
+        return None
     # A window of points is averaged as the rows of a curve are: over its updates.
-    width = math.ceil(len(table) / _DRAWN_POINTS)
-    windows = table.groupby(np.arange(len(table)) // width).mean()
-    x = pd.Series(table.index).groupby(np.arange(len(table)) // width).last()
-    estimates = [interval(values[~np.isnan(values)]) for values in windows.to_numpy()]
-    estimate, low, high = np.array(estimates).T
-    (line,) = axes.plot(x, estimate, label=text)
+    windows = np.arange(len(table)) // math.ceil(len(table) / _DRAWN_POINTS)
+    values = table.groupby(windows).mean().to_numpy()
+    ends = pd.Series(table.index).groupby(windows).last().to_numpy()
+    return Curve(ends, *np.array([interval(row[~np.isnan(row)]) for row in values]).T)
+
+
+def draw_curve(axes: "Axes", table: pd.DataFrame, text: str, x: Any = None) -> None:
+    """Draws the curve of a table, and its interval if there are several seeds.
+
+    Args:
+      axes: of matplotlib.
+      table: see `curve`.
+      text: label of the line.
+      x: see `curve`.
+    """
+    found = curve(table, x)
+    if found is None:
+        return
+    (line,) = axes.plot(found.x, found.estimate, label=text)
     if table.shape[1] > 1:
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
+        color = line.get_color()
+        axes.fill_between(found.x, found.low, found.high, color=color, alpha=0.2, lw=0)
 
 
 def label(row: pd.Series, names: list[str]) -> str:

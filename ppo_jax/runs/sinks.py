@@ -73,6 +73,7 @@ def member_rows(tables: tuple[pd.DataFrame, pd.DataFrame]) -> Rows:
       have. The last row of each member is its final evaluation.
     """
     members, curves = tables
+    # Tables have a column for each metric of any member; a member has some of them.
     rows: Rows = []
     for summary in members.to_dict("records"):
         label = {

@@ -185,6 +185,7 @@ class Trackio(Sink):
     def on_rows(self, rows: Rows) -> None:
         """Logs a row as one point."""
         for row in rows:
+            # Its axis is the step; there is no setting of another one, as W&B has.
             self._runs[row["seed"]].log(metrics_of(row), step=row["timesteps"])
 
     def finish(self) -> None:

@@ -91,12 +91,8 @@ def collect(
     state, trajectory, ended = rollout(
         env, env_params, policy, state, key, num_steps=config.num_steps
     )
-    values, starts, state = _evaluated(
-        policy,
-        trajectory,
-        before=before,
-        after=state,
-        num_states=_evaluated_together(config, shard),
+    values, starts, state = evaluate_trajectory(
+        policy, trajectory, before=before, after=state, config=config, shard=shard
     )
     # Rewards are normalised first, because advantages are estimated from normalised rewards.
     reward, discounted_return, reward_stats = _learned_reward(
@@ -140,20 +136,31 @@ def collect(
 
 
 @jax.named_scope("values")
-def _evaluated(
+def evaluate_trajectory(
     policy: Policy,
     trajectory: Trajectory,
     *,
     before: RolloutState,
     after: RolloutState,
-    num_states: int,
+    config: Config,
+    shard: Shard,
 ) -> tuple[Values | None, jax.Array | None, RolloutState]:
     """Evaluates a trajectory by the critic, which may be recurrent or missing.
 
-    Returns the values, the starts of episodes `[T, N]` (None without a memory), and the state after
-    the rollout with the critic's recurrent state brought up to date: the rollout carries that of
-    the actor alone.
+    Args:
+      policy: has the critic.
+      trajectory: of the rollout.
+      before: state before the rollout.
+      after: state after the rollout.
+      config: a complete config.
+      shard: the environments of this device.
+
+    Returns:
+      The values, the starts of episodes `[T, N]` (None without a memory), and the state after the
+      rollout with the critic's recurrent state brought up to date: the rollout carries that of the
+      actor alone.
     """
+    num_states = _evaluated_together(config, shard)
     has_critic = policy.spec.has_critic
     if before.recurrent_state is None:
         values = None

@@ -1,0 +1,50 @@
+"""The command `profile`."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from ppo_jax import envs, flags, presets
+from ppo_jax.commands.common import enable_compilation_cache
+from ppo_jax.errors import require_positive_integer
+from ppo_jax.runs.directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileCommand:
+    """Measure where the time of an update goes."""
+
+    target: tyro.conf.Positional[str]
+    """A directory that `ppo-jax train` wrote, or an environment, whose preset is measured."""
+    algorithm: str = "ppo"
+    """Algorithm, for an environment."""
+    repeats: int = 10
+    """Number of measurements of each stage, of which the minimum counts."""
+    trace: Path | None = None
+    """Folder for a trace of jax.profiler, which Perfetto and XProf show; none by default."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        require_positive_integer("repeats", self.repeats)
+        # A directory may have the name of an environment: the directory is meant.
+        if Path(self.target).is_dir():
+            config, hparams = RunDirectory.open(self.target).read_config()
+        else:
+            envs.check_name(self.target)
+            config, hparams = presets.preset(self.target, self.algorithm)
+            hparams = flags.hparams_type(self.algorithm)(**hparams.given())
+        enable_compilation_cache()
+        from ppo_jax.profiling import profile
+
+        found = profile(config, hparams, repeats=self.repeats, trace_dir=self.trace)
+        print(
+            f"an update of {config.env} with {config.algorithm}: {found.timesteps:,} steps in "
+            f"{found.seconds * 1e3:.2f} ms ({found.timesteps / found.seconds:,.0f} steps/s), "
+            f"compiled in {found.compile_seconds:.1f} s"
+        )
+        for name, seconds in found.stages.items():
+            print(f"  {name:12} {seconds * 1e3:9.2f} ms {seconds / found.seconds:6.0%}")
+        if self.trace is not None:
+            print(f"trace: {self.trace}")
+        return 0
