@@ -57,7 +57,7 @@ def profile(
     work on a machine only adds to a time.
 
     Args:
-      config: of the training; of a training on several devices, the share of one is measured.
+      config: the training. Of a training on several devices, the share of one is measured.
       hparams: scalars; None for the algorithm's defaults.
       repeats: how often each program runs.
       trace_dir: folder for a trace of `jax.profiler` of three updates; None for none.
@@ -78,7 +78,7 @@ def profile(
         **{name: jax.jit(f) for name, f in _partial_updates(config, trainer).items()},
         "minibatches": update,
     }
-    # In turn: the speed of a machine drifts, and would make a stage of it.
+    # In turn, because the speed of a machine drifts from minute to minute.
     seconds = dict.fromkeys(programs, float("inf"))
     for repeat in range(repeats + 1):
         for name, program in programs.items():
@@ -86,7 +86,7 @@ def profile(
             jax.block_until_ready(program(state, hparams))
             if repeat:  # the first call compiles
                 seconds[name] = min(seconds[name], time.perf_counter() - started)
-    # Apart from the measurements, which a trace would slow down.
+    # Separately, because a trace slows down the programs.
     if trace_dir is not None:
         with jax.profiler.trace(str(trace_dir)):
             for _ in range(_TRACED_UPDATES):

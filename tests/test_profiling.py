@@ -83,5 +83,6 @@ def test_the_command_profiles_an_environment_and_a_run(tmp_path, capsys):
     assert "an update of CartPole-v1 with ppo: 64 steps" in output
     assert all(f"  {stage} " in output for stage in STAGES)
     assert list((tmp_path / "t").rglob("*.xplane.pb"))
+    assert cli.main(["profile", str(tmp_path / "run"), "--algorithm", "trpo"]) == 2
     assert cli.main(["profile", "CartPol-v1"]) == 2
     assert cli.main(["profile", "CartPole-v1", "--repeats", "0"]) == 2

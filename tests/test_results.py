@@ -1,6 +1,7 @@
 """What is made of runs: plots, pictures, and evaluations in Gymnasium."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -95,6 +96,11 @@ def test_run_plot_draws_the_same_line(runs):
     np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-6)
 
 
+def test_a_run_without_a_complete_episode_is_plotted():
+    frame = pd.DataFrame({"timesteps": [1, 2], "seed": 0, "episode/return": np.nan})
+    assert not plot_returns(frame).lines
+
+
 def test_a_long_curve_is_averaged_over_windows():
     steps = np.arange(1000)
     frame = pd.DataFrame({"timesteps": steps, "seed": 0, "episode/return": steps.astype(float)})
@@ -119,6 +125,8 @@ def test_the_command_plots_and_replaces_nothing(runs, tmp_path, capsys):
     assert "must end in .png or .svg" in capsys.readouterr().err
     assert cli.main([*arguments, "-o", str(output), "--overwrite", "--metric", "train/entrpy"]) == 2
     assert "train/entropy" in capsys.readouterr().err
+    assert cli.main(["plot", str(single.run_dir), "--metric", "train/entropy"]) == 2
+    assert cli.main(["plot", str(single.run_dir), "--overwrite"]) == 2
     assert cli.main(["plot", str(single.run_dir)]) == 0
     assert (single.run_dir / "curves.png").stat().st_size > 10_000
 
@@ -343,6 +351,9 @@ def test_mistakes_of_render_are_named(runs, tmp_path, capsys, monkeypatch):
     assert "folder that exists" in capsys.readouterr().err
     assert cli.main(["render", path, "-o", str(tmp_path / "x.html")]) == 2
     assert "can be drawn as a .gif or an .mp4" in capsys.readouterr().err
+    assert cli.main(["render", path, "-o", str(tmp_path / "upper.GIF"), "--max-steps", "3"]) == 0
+    assert (tmp_path / "upper.GIF").read_bytes().startswith(b"GIF")
+    assert not {"SDL_VIDEODRIVER", "SDL_AUDIODRIVER"} & os.environ.keys()
     (tmp_path / "x.gif").write_text("mine")
     assert cli.main(["render", path, "-o", str(tmp_path / "x.gif")]) == 2
     assert (tmp_path / "x.gif").read_text() == "mine"
@@ -351,6 +362,17 @@ def test_mistakes_of_render_are_named(runs, tmp_path, capsys, monkeypatch):
     assert cli.main(["render", path, "-o", str(tmp_path / "x.gif"), "--overwrite"]) == 0
     assert len(frames_of(tmp_path / "x.gif")) > 2
     assert "returns" in capsys.readouterr().out
+
+
+def test_an_episode_that_is_cut_is_told(tmp_path, monkeypatch):
+    endless = envs.make("CartPole-v1")
+    endless = endless._replace(longest_episode=lambda params: None)
+    monkeypatch.setattr(render, "_limit", lambda env: 3)
+    policy = ppo_jax.make_trainer(Config()).policy
+    state = ppo_jax.make_trainer(Config()).init(jax.random.key(0))
+    monkeypatch.setattr(render, "_load", lambda *_, **__: (endless, policy(state)))
+    with pytest.warns(RuntimeWarning, match="cut after 3 steps, and so is its return"):
+        assert render.render_run("unused", tmp_path / "x.gif") == [3.0]
 
 
 def test_evaluation_json_has_the_statistics(runs):
@@ -406,6 +428,21 @@ def test_a_browser_draws_the_page(runs):
     metrics = [name for name in several.metrics if name.startswith("train/")]
     assert figures == 2 + len(metrics) + 2
     assert lines >= figures
+
+
+def test_a_new_run_keeps_nothing_of_the_old_one(tmp_path):
+    """The plots, the page and the exports of a run that is replaced are not of the new one."""
+    config = CONFIG.replace(total_timesteps=128)
+    common = {"run_dir": tmp_path / "run", "eval_episodes": 1, "progress": False}
+    ppo_jax.train(config, **common)
+    for command in (["plot"], ["report", "--html"], ["export", "--format", "numpy"]):
+        assert cli.main([command[0], str(tmp_path / "run"), *command[1:]]) == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    made = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"curves.png", "report.html", "export", "notes.txt"} <= made
+    ppo_jax.train(config, **common, overwrite=True)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert made - left == {"curves.png", "curves.svg", "report.html", "export"}
 
 
 def test_a_page_of_a_run_that_cannot_be_drawn_or_is_not_finished(tmp_path):

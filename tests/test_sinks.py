@@ -235,6 +235,10 @@ class Broken(Sink):
             raise OSError("no disk")
 
         setattr(self, name, fail)
+        self.num_finished = 0
+
+    def finish(self):
+        self.num_finished += 1
 
 
 @pytest.mark.parametrize("name", ["start", "on_rows", "finish"])
@@ -245,8 +249,36 @@ def test_a_sink_that_fails_ends_alone(name, monkeypatch, tmp_path, logged):
     with pytest.warns(RuntimeWarning, match="broken failed and gets no more rows: OSError: no di"):
         run = train(run_dir=tmp_path / "run", log=("broken",), on_rows=rows.extend)
     assert len(broken.calls) == 1
+    # Its files are closed, and its runs do not stay open.
+    assert broken.num_finished == (name != "finish")
     assert_same_bits(run.state, whole.state)
     assert len(rows) == len(whole.metrics) + len(whole.evaluations) + 2
+
+
+@pytest.mark.parametrize("answer", [3, "yes", np.arange(2), None, False])
+def test_only_true_stops_a_training(answer, logged):
+    """A function may return the number of bytes that it wrote."""
+    whole, _ = logged
+    assert train(on_rows=lambda rows: answer).timesteps == whole.timesteps
+
+
+def test_an_extended_run_continues_in_the_same_tracked_runs(tmp_path, monkeypatch):
+    runs = []
+
+    class Recorder(Sink):
+        def start(self, run):
+            runs.append(run)
+
+    monkeypatch.setitem(TRACKERS, "recorder", Recorder)
+    path = tmp_path / "run"
+    train(run_dir=path, log=("recorder",), on_rows=lambda rows: True)
+    ppo_jax.resume(path, total_timesteps=64 * 24, progress=False)
+    time.sleep(1.1)  # runs are told apart by the second of their start
+    train(run_dir=path, log=("recorder",), overwrite=True, on_rows=lambda rows: True)
+    first, second, other = runs
+    assert [run.is_resumed for run in runs] == [False, True, False]
+    assert first.id_of(3) == second.id_of(3) != first.id_of(4)
+    assert other.id_of(3) != first.id_of(3)
 
 
 def test_a_training_stops_at_a_return(logged):

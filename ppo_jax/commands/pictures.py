@@ -1,15 +1,19 @@
 """Commands that make pictures of runs: `plot` and `render`."""
 
 import dataclasses
+import functools
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ppo_jax.commands.common import enable_compilation_cache
+from ppo_jax.commands.common import enable_compilation_cache, show_warning
 from ppo_jax.errors import ConfigError
-from ppo_jax.results.outputs import require_output
-from ppo_jax.runs.directory import RunDirectory
+from ppo_jax.runs.directory import PLOTS, RunDirectory
+from ppo_jax.runs.outputs import kind_of, require_output
+
+RETURN = "episode/return"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +25,15 @@ class PlotCommand:
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
     """File that ends in .png, .svg or .pdf; by default curves.png and curves.svg in the directory
     of a single run."""
-    metric: str = "episode/return"
+    metric: str = RETURN
     """Metric of training, such as train/entropy."""
     overwrite: bool = False
     """Replace the output if it exists."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
+        if self.overwrite and self.output is None:
+            raise ConfigError("--overwrite is for --output; got none. Leave it out.")
         if not self.run_dirs:
             raise ConfigError("plot needs one run or more; got none. Name their directories.")
         if self.output is None and len(self.run_dirs) > 1:
@@ -37,15 +43,24 @@ class PlotCommand:
             )
         # Files that the command itself makes in a run are replaced; a file of a user is not.
         if self.output is None:
-            outputs = [self.run_dirs[0] / f"curves.{kind}" for kind in ("png", "svg")]
+            if self.metric != RETURN:
+                raise ConfigError(
+                    f"a plot of another metric needs a file; got {self.metric} and no output. "
+                    "Name one, as in -o curves.png."
+                )
+            outputs = [self.run_dirs[0] / name for name in PLOTS]
         else:
             kinds = ("png", "svg", "pdf")
             outputs = [require_output(self.output, kinds, overwrite=self.overwrite)]
         from ppo_jax.results.curves import plot_runs, read_curves
+        from ppo_jax.runs import files
+        from ppo_jax.runs.lock import writable
 
         figure = plot_runs([read_curves(path) for path in self.run_dirs], self.metric)
         for path in outputs:
-            figure.savefig(path, dpi=150)
+            save = functools.partial(figure.savefig, dpi=150, format=kind_of(path))
+            with writable(path.parent, "the folder of the output"):
+                files.write_file(path, save)
         print(f"plot: {', '.join(map(str, outputs))}")
         return 0
 
@@ -63,7 +78,7 @@ class RenderCommand:
     seed: int = 0
     """Random seed of the episodes."""
     run_seed: int | None = None
-    """Which seed of a run of several seeds; the first by default."""
+    """Seed whose policy is drawn, for a run of several seeds; the first by default."""
     best: bool = False
     """Draw the best policy of a run that was trained with --eval-every, not the last one."""
     sample: bool = False
@@ -79,16 +94,18 @@ class RenderCommand:
         enable_compilation_cache()
         from ppo_jax.results.render import render_run
 
-        returns = render_run(
-            self.run_dir,
-            self.output,
-            num_episodes=self.episodes,
-            seed=self.seed,
-            run_seed=self.run_seed,
-            greedy=not self.sample,
-            best=self.best,
-            max_steps=self.max_steps,
-            overwrite=self.overwrite,
-        )
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning  # type: ignore[assignment]
+            returns = render_run(
+                self.run_dir,
+                self.output,
+                num_episodes=self.episodes,
+                seed=self.seed,
+                run_seed=self.run_seed,
+                greedy=not self.sample,
+                best=self.best,
+                max_steps=self.max_steps,
+                overwrite=self.overwrite,
+            )
         print(f"returns {', '.join(f'{x:.1f}' for x in returns)}: {self.output}")
         return 0

@@ -8,6 +8,7 @@ import tyro
 
 from ppo_jax.commands.common import enable_compilation_cache, print_evaluation
 from ppo_jax.errors import require_positive_integer
+from ppo_jax.export.formats import Format
 from ppo_jax.runs.directory import RunDirectory
 
 
@@ -57,8 +58,8 @@ class EvalCommand:
 
 
 _USES = {
-    "stablehlo": "jax.export.deserialize(pathlib.Path({0!r}).read_bytes()).call(obs)",
-    "onnx": "onnxruntime.InferenceSession({0!r}).run(None, {{'obs': obs}})",
+    "stablehlo": "jax.export.deserialize(pathlib.Path({0!r}).read_bytes()).call({1})",
+    "onnx": "onnxruntime.InferenceSession({0!r}).run(None, inputs), inputs by name",
     "numpy": "import policy; policy.policy(obs), where Python finds {0}",
     "web": "open {0} in a browser",
 }
@@ -70,13 +71,13 @@ class ExportCommand:
 
     run_dir: tyro.conf.Positional[Path]
     """A directory that `ppo-jax train` wrote."""
-    format: Literal["stablehlo", "onnx", "numpy", "web"]
+    format: Format
     """StableHLO for JAX on any platform, ONNX, NumPy arrays with a short module, or a page that
     plays CartPole."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
     """Folder of the files; RUN/export/FORMAT by default."""
     run_seed: int | None = None
-    """Which seed of a run of several seeds; the first by default."""
+    """Seed whose policy is exported, for a run of several seeds; the first by default."""
     best: bool = False
     """Export the best policy of a run that was trained with --eval-every, not the last one."""
     overwrite: bool = False
@@ -85,7 +86,7 @@ class ExportCommand:
     def run(self) -> int:
         """Runs the command; returns its exit status."""
         # A misspelt directory is told before JAX is imported.
-        RunDirectory.open(self.run_dir)
+        directory = RunDirectory.open(self.run_dir)
         from ppo_jax.export.files import export_run
 
         paths = export_run(
@@ -96,6 +97,8 @@ class ExportCommand:
             best=self.best,
             overwrite=self.overwrite,
         )
+        has_memory = directory.read_config()[0].memory is not None
+        arguments = "obs, state" if has_memory else "obs"
         print(f"exported: {', '.join(map(str, paths))}")
-        print(f"use it:   {_USES[self.format].format(str(paths[-1]))}")
+        print(f"use it:   {_USES[self.format].format(str(paths[-1]), arguments)}")
         return 0

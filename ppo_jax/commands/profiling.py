@@ -7,7 +7,7 @@ import tyro
 
 from ppo_jax import envs, flags, presets
 from ppo_jax.commands.common import enable_compilation_cache
-from ppo_jax.errors import require_positive_integer
+from ppo_jax.errors import ConfigError, require_positive_integer
 from ppo_jax.runs.directory import RunDirectory
 
 
@@ -17,8 +17,8 @@ class ProfileCommand:
 
     target: tyro.conf.Positional[str]
     """A directory that `ppo-jax train` wrote, or an environment, whose preset is measured."""
-    algorithm: str = "ppo"
-    """Algorithm, for an environment."""
+    algorithm: str | None = None
+    """Algorithm, for an environment; ppo by default."""
     repeats: int = 10
     """Number of measurements of each stage, of which the minimum counts."""
     trace: Path | None = None
@@ -29,11 +29,17 @@ class ProfileCommand:
         require_positive_integer("repeats", self.repeats)
         # A directory may have the name of an environment: the directory is meant.
         if Path(self.target).is_dir():
+            if self.algorithm is not None:
+                raise ConfigError(
+                    f"--algorithm is for an environment; got {self.algorithm} and the run "
+                    f"{self.target}. Leave it out."
+                )
             config, hparams = RunDirectory.open(self.target).read_config()
         else:
             envs.check_name(self.target)
-            config, hparams = presets.preset(self.target, self.algorithm)
-            hparams = flags.hparams_type(self.algorithm)(**hparams.given())
+            algorithm = self.algorithm or "ppo"
+            config, hparams = presets.preset(self.target, algorithm)
+            hparams = flags.hparams_type(algorithm)(**hparams.given())
         enable_compilation_cache()
         from ppo_jax.profiling import profile
 

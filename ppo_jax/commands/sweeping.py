@@ -187,6 +187,8 @@ class ReportCommand:
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
+        if self.overwrite and self.output is None:
+            raise ConfigError("--overwrite is for --output; got none. Leave it out.")
         if self.html:
             RunDirectory.open(self.run_dir)
             enable_compilation_cache()

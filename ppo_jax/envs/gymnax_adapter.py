@@ -23,7 +23,7 @@ _CLASSIC_CONTROL = {
     "MountainCarContinuous-v0": 30,
     "Pendulum-v1": 30,
 }
-# Those that gymnax's Visualizer draws by matplotlib.
+# Environments that gymnax's Visualizer draws by matplotlib.
 _DRAWN = (
     "Asterix-MinAtar",
     "Breakout-MinAtar",
@@ -128,8 +128,8 @@ def _frames_of_gymnasium(name: str, states: Sequence[Any], params: Any) -> Itera
     from gymnax.visualize import vis_gym
 
     # pygame starts sound and a screen, and complains where there is none.
-    for name_of_driver in ("SDL_AUDIODRIVER", "SDL_VIDEODRIVER"):
-        os.environ.setdefault(name_of_driver, "dummy")
+    drivers = [x for x in ("SDL_AUDIODRIVER", "SDL_VIDEODRIVER") if x not in os.environ]
+    os.environ.update(dict.fromkeys(drivers, "dummy"))
     game = gymnasium.make(name, render_mode="rgb_array")
     game.reset()
     inner: Any = game.unwrapped
@@ -145,6 +145,9 @@ def _frames_of_gymnasium(name: str, states: Sequence[Any], params: Any) -> Itera
         ) from error
     finally:
         game.close()
+        # An environment that shows a window may follow in the same process.
+        for driver in drivers:
+            os.environ.pop(driver, None)
 
 
 def _frames_of_matplotlib(env: Any, states: Sequence[Any], params: Any) -> Iterator[np.ndarray]:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ppo_jax.envs import spaces
-from ppo_jax.envs.spaces import Box, Discrete, Leaf, MultiDiscrete
+from ppo_jax.envs.spaces import Box, Leaf
 from ppo_jax.errors import ConfigError
 from ppo_jax.ops import running_stats
 from ppo_jax.policy.networks import is_image
@@ -98,12 +98,3 @@ def dense_policy(policy: Policy) -> DensePolicy:
         head=head,
         has_std_outputs=spec.state_dependent_std or head == "beta",
     )
-
-
-def input_size(space: Leaf) -> int:
-    """Returns the number of features that the first layer sees."""
-    if isinstance(space, Discrete):
-        return space.num_values
-    if isinstance(space, MultiDiscrete):
-        return sum(space.num_values)
-    return int(np.prod(space.shape))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 RETURN = "episode/return"
 EVALUATED_RETURN = "eval/return"
-_SECONDS = "time/seconds"
+SECONDS = "time/seconds"
+AXES = ("environment steps of a seed", "seconds of training")
 
 
 class Curves(NamedTuple):
@@ -66,7 +67,7 @@ def plot_runs(runs: Sequence[Curves], metric: str = RETURN) -> "Figure":
     if metric == RETURN and any(len(run.evaluations) for run in runs):
         tables[EVALUATED_RETURN] = [run.evaluations for run in runs]
     # Runs of earlier versions have no seconds.
-    has_seconds = all(_SECONDS in run.metrics for run in runs)
+    has_seconds = all(SECONDS in run.metrics for run in runs)
     columns = 1 + has_seconds
     figure = Figure(figsize=(6.2 * columns, 4 * len(tables) + 0.6), layout="constrained")
     # One scale of returns in a row: steps and seconds show the same curve.
@@ -92,17 +93,27 @@ _LABELS = {
 }
 
 
+def table_of(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.Series | None]:
+    """Returns values of a metric `[points, seeds]`, and the seconds of training at each point.
+
+    Seeds train together, so that the seconds of a row are those of all of them. None instead of
+    seconds stands for a table of an earlier version.
+    """
+    table = frame.pivot_table(index="timesteps", columns="seed", values=metric)
+    if SECONDS not in frame:
+        return table, None
+    return table, frame.groupby("timesteps")[SECONDS].mean().reindex(table.index)
+
+
 def _draw(row: "Sequence[Axes]", frame: pd.DataFrame, metric: str, text: str) -> None:
     """Draws a metric over steps and, in the second axes if there are any, over seconds."""
     from matplotlib.ticker import EngFormatter
 
-    table = frame.pivot_table(index="timesteps", columns="seed", values=metric)
+    table, seconds = table_of(frame, metric)
     draw_curve(row[0], table, text)
     row[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(row) > 1:
-        # Seeds train together, so that a row's seconds are those of all of them.
-        seconds = frame.groupby("timesteps")[_SECONDS].mean()
-        draw_curve(row[1], table, text, x=seconds.reindex(table.index))
+        draw_curve(row[1], table, text, x=seconds)
 
 
 def _text(run: Curves) -> str:

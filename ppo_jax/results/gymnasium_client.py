@@ -1,7 +1,4 @@
-"""A policy in the original environment of Gymnasium, and how that differs from gymnax's.
-
-The only module that imports gymnasium.
-"""
+"""A policy in the original environment of Gymnasium, and how that differs from gymnax's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +29,7 @@ class _Original(NamedTuple):
 
 _PI = np.pi
 _ORIGINALS: Mapping[str, _Original] = {
-    # States within an episode: after its end each package does what it likes.
+    # States within an episode: packages differ in what they do after its end.
     "CartPole-v1": _Original(
         ("x", "x_dot", "theta", "theta_dot"), (-2.39, -3, -0.209, -3), (2.39, 3, 0.209, 3)
     ),
@@ -72,10 +69,10 @@ def evaluate_in_gymnasium(
     """Plays complete episodes in Gymnasium.
 
     Args:
-      policy: acts.
+      policy: the policy that acts.
       name: one of `NAMES`.
       num_episodes: E.
-      seed: of the actions; episode i is reset with `seed + i`.
+      seed: random seed of the actions; episode i is reset with `seed + i`.
       greedy: take the most likely actions instead of sampling.
 
     Returns:

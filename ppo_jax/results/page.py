@@ -13,13 +13,22 @@ from typing import Any
 import pandas as pd
 
 from ppo_jax.config import Config
+from ppo_jax.envs import make_env
 from ppo_jax.errors import ConfigError
-from ppo_jax.results.curves import EVALUATED_RETURN, RETURN, Curves, read_curves
-from ppo_jax.results.outputs import require_output
+from ppo_jax.results.curves import (
+    AXES,
+    EVALUATED_RETURN,
+    RETURN,
+    SECONDS,
+    Curves,
+    read_curves,
+    table_of,
+)
 from ppo_jax.results.render import render_run
 from ppo_jax.runs import files
-from ppo_jax.runs.directory import EVALUATION, RunDirectory
+from ppo_jax.runs.directory import EVALUATION, PAGE, RunDirectory
 from ppo_jax.runs.lock import writable
+from ppo_jax.runs.outputs import require_output
 from ppo_jax.runs.plots import curve
 from ppo_jax.runs.settings import to_plain
 
@@ -61,7 +70,7 @@ def write_page(
             "a page needs plotly, which is not installed: pip install 'ppo-jax[html]'."
         ) from error
     directory = RunDirectory.open(run_dir)
-    path = directory.path / "report.html"
+    path = directory.path / PAGE
     if output is not None:
         path = require_output(Path(output), ("html",), overwrite=overwrite)
     curves, record = read_curves(run_dir), directory.read_settings()
@@ -88,7 +97,7 @@ def write_page(
         configuration=_configuration(record),
         versions=_versions(record),
     )
-    with writable(path.parent):
+    with writable(path.parent, "the folder of the output"):
         files.write_text(path, page)
     return path
 
@@ -139,7 +148,10 @@ def _evaluation(directory: RunDirectory) -> str:
 
 
 def _episode(run_dir: str | Path, network: Any) -> str:
-    """Returns an episode of the policy as a picture, or why there is none."""
+    """Returns an episode of the policy as a picture, or the reason why there is none."""
+    renderer = make_env(RunDirectory.open(run_dir).read_config(network)[0]).renderer
+    if renderer is not None and renderer.frames is None:
+        return '<p class="note">ppo-jax render RUN -o episode.html draws an episode.</p>'
     # A picture is part of the page, not a file beside it.
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "episode.gif"
@@ -159,9 +171,8 @@ def _return_figures(curves: Curves) -> str:
     frames = {"training episodes": (curves.metrics, RETURN)}
     if len(curves.evaluations):
         frames["greedy evaluations"] = (curves.evaluations, EVALUATED_RETURN)
-    axes = {"timesteps": "environment steps of a seed", "time/seconds": "seconds of training"}
-    axes = {name: text for name, text in axes.items() if name in curves.metrics}
-    return _columns([_figure(frames, name, text, "return") for name, text in axes.items()])
+    axes = AXES if SECONDS in curves.metrics else AXES[:1]
+    return _columns([_figure(frames, title, "return") for title in axes])
 
 
 def _metric_figures(metrics: pd.DataFrame) -> str:
@@ -169,10 +180,7 @@ def _metric_figures(metrics: pd.DataFrame) -> str:
     names = [name for name in metrics if name.startswith("train/")]
     names += [name for name in ("episode/length", "time/steps_per_second") if name in metrics]
     return _columns(
-        [
-            _figure({name: (metrics, name)}, "timesteps", "environment steps", name, height=240)
-            for name in names
-        ],
+        [_figure({name: (metrics, name)}, AXES[0], name, height=240) for name in names],
         "columns small",
     )
 
@@ -183,7 +191,6 @@ def _columns(figures: Sequence[str], style: str = "columns") -> str:
 
 def _figure(
     frames: Mapping[str, tuple[pd.DataFrame, str]],
-    x: str,
     x_title: str,
     y_title: str,
     *,
@@ -193,8 +200,7 @@ def _figure(
 
     Args:
       frames: tables of a run and names of their metrics, by the text of the legend.
-      x: column of the horizontal axis.
-      x_title: its title.
+      x_title: title of the horizontal axis, one of `AXES`.
       y_title: title of the vertical axis.
       height: in pixels.
     """
@@ -202,12 +208,8 @@ def _figure(
 
     figure = graph_objects.Figure()
     for (text, (frame, metric)), color in zip(frames.items(), _COLORS, strict=False):
-        table = frame.pivot_table(index="timesteps", columns="seed", values=metric)
-        # Seeds train together: a row's seconds are those of all of them.
-        found = curve(
-            table,
-            frame.groupby("timesteps")[x].mean().reindex(table.index) if x != "timesteps" else None,
-        )
+        table, seconds = table_of(frame, metric)
+        found = curve(table, seconds if x_title == AXES[1] else None)
         if found is None:
             continue
         if table.shape[1] > 1:
@@ -241,7 +243,7 @@ def _configuration(record: Mapping[str, Any]) -> str:
     defaults = to_plain(vars(Config()))
     # Settings that were left to the algorithm have the values that it used.
     settings = {**record["config"], **record.get("resolved", {})}
-    # What differs is what a reader looks for among forty settings.
+    # A reader looks for the differences among forty settings.
     changed = {name for name, value in record["config"].items() if defaults.get(name) != value}
     return _table("setting", settings, changed) + _table(
         "hyperparameter", record["hparams"], frozenset()
@@ -249,7 +251,7 @@ def _configuration(record: Mapping[str, Any]) -> str:
 
 
 def _versions(record: Mapping[str, Any]) -> str:
-    """Returns what the run was made with, as tables."""
+    """Returns the device and the versions of the run, as tables."""
     made_with = dict(record["made_with"])
     versions = made_with.pop("versions")
     return _table("environment", made_with, frozenset()) + _table("package", versions, frozenset())

@@ -14,10 +14,10 @@ from ppo_jax.envs import make_env
 from ppo_jax.envs.environment import Environment, Renderer
 from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.policy.policy import Policy
-from ppo_jax.results.outputs import require_output
 from ppo_jax.runs import files
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.lock import writable
+from ppo_jax.runs.outputs import kind_of, require_output
 from ppo_jax.runs.trained import load
 
 _GIF_FRAMES_PER_SECOND = 25  # browsers slow down GIFs with more than 50, and files grow
@@ -39,7 +39,7 @@ def play(
     """Plays episodes and keeps their states.
 
     Args:
-      policy: acts.
+      policy: the policy that acts.
       env: the environment, with its parameters and a renderer.
       keys: random keys, one for each episode.
       max_steps: bound on the steps of an episode.
@@ -127,9 +127,9 @@ def render_run(
       run_dir: directory that `train` wrote.
       output: file that ends in .gif, .mp4 or .html. Tasks of brax are pages, whose viewer is loaded
         from the internet; a page has one episode.
-      num_episodes: episodes, one after another.
-      seed: of the episodes.
-      run_seed: of a run of several seeds; None is the first.
+      num_episodes: number of episodes, which follow one another.
+      seed: random seed of the episodes.
+      run_seed: seed whose policy is drawn, for a run of several seeds; None takes the first.
       greedy: take the most likely actions instead of sampling.
       best: the best policy while the run trained, instead of the last one.
       max_steps: bound on the steps of an episode; by default that of the environment, or 1000.
@@ -148,7 +148,7 @@ def render_run(
     path = require_output(Path(output), ("gif", "mp4", "html"), overwrite=overwrite)
     env, policy = _load(run_dir, run_seed=run_seed, best=best, network=network)
     renderer = _renderer_of(env)
-    is_page = path.suffix == ".html"
+    is_page = kind_of(path) == "html"
     if (renderer.page if is_page else renderer.frames) is None:
         other = "an .html page" if renderer.page is not None else "a .gif or an .mp4"
         raise ConfigError(f"{env.name} can be drawn as {other}; got {path}. Rename it.")
@@ -157,10 +157,18 @@ def render_run(
     limit = max_steps or _limit(env)
     keys = jax.random.split(jax.random.key(seed), num_episodes)
     episodes = play(policy, env, keys, max_steps=limit, greedy=greedy)
+    if max_steps is None and not all(episode.is_complete for episode in episodes):
+        warnings.warn(
+            f"an episode of {env.name} was cut after {limit} steps, and so is its return. Raise "
+            "max_steps (--max-steps).",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if is_page:
         assert renderer.page is not None, "checked above"
         text = renderer.page(episodes[0].states)
-        files.write_text(path, text)
+        with writable(path.parent, "the folder of the output"):
+            files.write_text(path, text)
     else:
         write_video(path, draw(env, episodes), renderer.frames_per_second)
     return [float(episode.rewards.sum()) for episode in episodes]
@@ -178,7 +186,7 @@ def _limit(env: Environment) -> int:
     """Returns the default bound on the steps of an episode."""
     # States of all steps are kept, also where an environment never ends an episode.
     longest = env.longest_episode(env.params)
-    return 1000 if longest is None else min(1000, int(longest))
+    return 1000 if longest is None else int(longest)
 
 
 def draw(env: Environment, episodes: Iterable[Episode]) -> Iterator[np.ndarray]:
@@ -195,8 +203,8 @@ def write_video(path: Path, frames: Iterable[np.ndarray], frames_per_second: flo
     Raises:
       ConfigError: an MP4 needs a package that is not installed.
     """
-    write = _write_gif if path.suffix == ".gif" else _write_mp4
-    with writable(path.parent):
+    write = _write_gif if kind_of(path) == "gif" else _write_mp4
+    with writable(path.parent, "the folder of the output"):
         files.write_file(path, lambda file: write(file, frames, frames_per_second))
 
 

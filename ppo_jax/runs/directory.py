@@ -39,8 +39,11 @@ OPTIONS = ("checkpoint_every", "eval_episodes", "eval_every", "log_every", "log"
 """Arguments of `train` that do not change the training."""
 _CHANGEABLE = ("total_timesteps", "num_devices")  # settings with which a run may continue
 _LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
-_FILES = (CONFIG, METRICS, METRICS_TABLE, EVALUATION, EVALUATIONS, _OLD_POLICY)
-_FOLDERS = (POLICY, BEST, CHECKPOINTS, TENSORBOARD, WANDB)
+EXPORT = "export"
+PAGE = "report.html"
+PLOTS = ("curves.png", "curves.svg")
+_FILES = (CONFIG, METRICS, METRICS_TABLE, EVALUATION, EVALUATIONS, _OLD_POLICY, PAGE, *PLOTS)
+_FOLDERS = (POLICY, BEST, CHECKPOINTS, TENSORBOARD, WANDB, EXPORT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,13 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
       write: writes the file of the name that it is given.
     """
     temporary = unfinished(path)
-    write(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -50,17 +50,17 @@ def owned(path: Path, folders: tuple[str, ...] = ()) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writable(path: Path) -> Iterator[None]:
+def writable(path: Path, what: str = "run_dir") -> Iterator[None]:
     """Turns the system's error of files that cannot be written in a directory into ours."""
     try:
         yield
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise _not_writable(path, error, what) from error
 
 
-def _not_writable(path: Path, error: OSError) -> ConfigError:
+def _not_writable(path: Path, error: OSError, what: str = "run_dir") -> ConfigError:
     return ConfigError(
-        f"run_dir must be a directory that can be written; {path} cannot: "
+        f"{what} must be a directory that can be written; {path} cannot: "
         f"{error.strerror or error}. "
         "Choose another."
     )

@@ -34,14 +34,16 @@ def plot_returns(metrics: pd.DataFrame, axes: Any = None) -> Any:
         _, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     table = metrics.pivot_table(index="timesteps", columns="seed", values="episode/return")
     num_seeds = table.shape[1]
-    if num_seeds > 1:
-        axes.plot(table.index, table, color="grey", alpha=0.5, lw=0.7)
-    text = f"seed {table.columns[0]}"
-    if num_seeds > 1:
-        text = f"interquartile mean of {num_seeds} seeds, 95 % interval"
-    draw_curve(axes, table, text)
+    if num_seeds == 1:
+        draw_curve(axes, table, f"seed {table.columns[0]}")
+    elif num_seeds > 1:
+        for seed in table:
+            episodes = table[seed].dropna()
+            axes.plot(episodes.index, episodes, color="grey", alpha=0.5, lw=0.7)
+        draw_curve(axes, table, f"interquartile mean of {num_seeds} seeds, 95 % interval")
     axes.set(xlabel="environment steps", ylabel="return of training episodes")
-    axes.legend(loc="lower right")
+    if num_seeds:  # of an episode that ended
+        axes.legend(loc="lower right")
     return axes
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ class Run:
         )
 
     def plot(self, axes: Any = None) -> Any:
-        """Plots the return over environment steps, a line per seed and their mean.
+        """Plots returns over environment steps: a line per seed, and their interquartile mean.
 
         Args:
           axes: of matplotlib; None makes a new figure.
@@ -382,7 +383,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
             sinks = plan.sinks
             with (
                 _writer(plan, directory, start) as writer,
-                sinks.running(_info(plan, directory, start)),
+                sinks.running(_info(plan, directory, start, is_resumed=is_resumed)),
             ):
                 compiled = time.perf_counter()
                 end, rows, evaluations = _run_updates(
@@ -427,14 +428,22 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
     )
 
 
-def _info(plan: _Plan, directory: RunDirectory | None, start: Snapshot) -> RunInfo:
-    """Returns what sinks are told about a run."""
+def _info(
+    plan: _Plan, directory: RunDirectory | None, start: Snapshot, *, is_resumed: bool
+) -> RunInfo:
+    """Returns the description of a run for its sinks."""
+    if directory is None:
+        settings: Mapping[str, Any] = settings_to_plain(plan.config, plan.hparams)
+        name = ""
+    else:
+        settings, name = directory.read_settings(), directory.path.resolve().name
     return RunInfo(
         run_dir=None if directory is None else directory.path,
         seeds=plan.seeds,
-        settings=settings_to_plain(plan.config, plan.hparams)
-        if directory is None
-        else directory.read_settings(),
+        settings=settings,
+        # Its first start, with the second: other settings may change when a run is extended.
+        identity=json.dumps([name, settings.get("made_with")]),
+        is_resumed=is_resumed,
         timesteps_before=start.updates * plan.config.batch_size,
     )
 
@@ -534,7 +543,10 @@ def _run_updates(
             {
                 **row,
                 "time/steps_per_second": rate,
-                "time/seconds": total_seconds - (updates - row["update"]) * update_timesteps / rate,
+                # Without a new piece, as when a finished run is resumed, there is no speed.
+                "time/seconds": total_seconds
+                if row["update"] == updates
+                else total_seconds - (updates - row["update"]) * update_timesteps / rate,
             }
             for row in new
         ]

@@ -2,6 +2,7 @@
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -157,7 +158,7 @@ def search(
                 )
                 result = result._replace(signal=interrupt.signal)
             if result.is_complete:
-                with sinks.running(RunInfo(store.path, (seed,), description)):
+                with sinks.running(RunInfo(store.path, (seed,), description, uuid.uuid4().hex)):
                     sinks.on_rows(member_rows((result.members, result.curves)))
     # The last checkpoint is written when the store is left.
     return result._replace(unwritten=tuple(store.unwritten.values()))

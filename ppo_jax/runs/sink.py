@@ -1,7 +1,6 @@
 """The interface of a sink: a destination of a run's rows besides its files."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,9 @@ class RunInfo(NamedTuple):
     seeds: tuple[int, ...]
     settings: Mapping[str, Any]
     """Settings and hyperparameters of the run, as JSON has them."""
+    identity: str
+    """Text that no other run has, and that a run keeps when it is resumed."""
+    is_resumed: bool = False
     timesteps_before: int = 0
     """Environment steps of each seed that were done before the run was resumed."""
     prefix: str = ""
@@ -33,8 +35,8 @@ class RunInfo(NamedTuple):
         return f"{self.prefix}seed_{seed}"
 
     def id_of(self, seed: int) -> str:
-        """Returns a name of one seed of the run that no other run has, and a resumed run keeps."""
-        what = json.dumps([self.name, self.settings, self.label_of(seed)], sort_keys=True)
+        """Returns an identifier of a seed of the run, which stays when the run is resumed."""
+        what = f"{self.identity}/{self.label_of(seed)}"
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
@@ -42,8 +44,8 @@ class Sink:
     """Receives the rows of a run, between compiled pieces of its training.
 
     Rows of metrics and of evaluations have `update`, `timesteps` (environment steps of the seed),
-    `seed`, `time/seconds` (of training), and metrics by their names. A method that raises an error
-    ends the sink and not the training.
+    `seed`, and metrics by their names; rows of a run have `time/seconds` of training as well. After
+    an error in a method the sink is finished and gets no more rows. The training goes on.
     """
 
     def start(self, run: RunInfo) -> None:
@@ -53,9 +55,9 @@ class Sink:
         """Takes new rows. Returns True to ask the training to stop."""
 
     def finish(self) -> None:
-        """Is called once, after the last rows."""
+        """Is called once, after the last rows or after an error in another method."""
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of a row, without what says which row it is."""
+    """Returns the metrics of a row, without its update, its steps and its seed."""
     return {name: x for name, x in row.items() if name not in ("update", "timesteps", "seed")}

@@ -24,9 +24,10 @@ class Callback(Sink):
     def __init__(self, on_rows: OnRows) -> None:
         self._on_rows = on_rows
 
-    def on_rows(self, rows: Rows) -> bool | None:
-        """Returns what the function returns."""
-        return self._on_rows(rows)
+    def on_rows(self, rows: Rows) -> bool:
+        """Returns True if the function returns True, and not another value such as a number."""
+        answer = self._on_rows(rows)
+        return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 class _Members(Sink):
@@ -49,24 +50,26 @@ class _Members(Sink):
             own = list(of_member)
             # Opened and closed at once: a sweep may have more members than files may be open.
             sink = self._make()
-            sink.start(
-                self._sweep._replace(
-                    seeds=(own[0]["seed"],),
-                    settings={**self._sweep.settings, "values": own[0]["values"]},
-                    prefix=f"member_{number}_",
+            try:
+                sink.start(
+                    self._sweep._replace(
+                        seeds=(own[0]["seed"],),
+                        settings={**self._sweep.settings, "values": own[0]["values"]},
+                        prefix=f"member_{number}_",
+                    )
                 )
-            )
-            sink.on_rows(
-                [{k: x for k, x in row.items() if k not in ("member", "values")} for row in own]
-            )
-            sink.finish()
+                sink.on_rows(
+                    [{k: x for k, x in row.items() if k not in ("member", "values")} for row in own]
+                )
+            finally:
+                sink.finish()
 
 
 def member_rows(tables: tuple[pd.DataFrame, pd.DataFrame]) -> Rows:
     """Returns the rows of members, one member after another.
 
     Args:
-      tables: of finished members and of their curves, as a sweep or a search makes them.
+      tables: a table of finished members and one of their curves, of a sweep or a search.
 
     Returns:
       Rows with `member`, `values` (the settings that the sweep gave it), and what rows of a run
@@ -103,6 +106,7 @@ class _InThread(Sink):
         self._sink = sink
         self._thread = ThreadPoolExecutor(1, "ppo_jax-sink")
         self._error: Exception | None = None
+        self._is_finished = False
 
     def start(self, run: RunInfo) -> None:
         """Starts the sink."""
@@ -113,8 +117,10 @@ class _InThread(Sink):
         self._submit(partial(self._sink.on_rows, rows))
 
     def finish(self) -> None:
-        """Finishes the sink, once it has taken all rows."""
-        self._submit(self._sink.finish)
+        """Finishes the sink once it has taken all rows, also after an error."""
+        if not self._is_finished:
+            self._is_finished = True
+            self._thread.submit(self._finish)
         # Waits: rows that are still in the queue would be lost when the process ends.
         self._thread.shutdown()
         self._raise_error()
@@ -129,6 +135,12 @@ class _InThread(Sink):
                 call()
             except Exception as error:  # of any library
                 self._error = error
+
+    def _finish(self) -> None:
+        try:
+            self._sink.finish()
+        except Exception as error:  # of any library
+            self._error = self._error or error
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -217,6 +229,9 @@ class Sinks:
                 answers.append(call(sink))
             except Exception as error:  # of any library, or of a user's function
                 del self._sinks[name]
+                # Closes its files, and marks its runs as finished.
+                with contextlib.suppress(Exception):
+                    sink.finish()
                 warnings.warn(
                     f"{name} failed and gets no more rows: {type(error).__name__}: {error}. The "
                     "training goes on.",

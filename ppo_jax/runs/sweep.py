@@ -1,6 +1,7 @@
 """Sweeps: every configuration of a space, trained with every seed in few compilations."""
 
 import itertools
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,7 @@ def sweep(
         SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store,
         TrainingProgress(visible=progress) as bar,
         deferred_interrupt() as interrupt,
-        sinks.running(RunInfo(store.path, seeds, description)),
+        sinks.running(RunInfo(store.path, seeds, description, identity=uuid.uuid4().hex)),
     ):
         runner = SweepRunner(
             num_rows=num_rows,

@@ -29,7 +29,7 @@ class TensorBoard(Sink):
         for seed in run.seeds:
             folder = run.run_dir / TENSORBOARD / run.label_of(seed)
             writer = self._writer_of(
-                str(folder), purge_step=run.timesteps_before + 1 if run.timesteps_before else None
+                str(folder), purge_step=run.timesteps_before + 1 if run.is_resumed else None
             )
             text = json.dumps(run.settings, indent=2)
             writer.add_text("settings", f"```json\n{text}\n```", run.timesteps_before)
@@ -176,7 +176,7 @@ class Trackio(Sink):
                 group=run.name,
                 config={**run.settings, "seed": seed},
                 # Runs are found by name, and an earlier run may have had the same directory.
-                resume="allow" if run.timesteps_before else "never",
+                resume="allow" if run.is_resumed else "never",
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
