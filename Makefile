@@ -43,8 +43,10 @@ soak: $(DEV_STAMP)  ## train for half an hour, and check that nothing grows or s
 accelerators: $(ACCELERATORS)/installed  ## count the kernels and the memory of GPUs and TPUs, by compiling for them
 	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target h100 \
 		--json benchmarks/results/ahead-of-time.json
-	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target a100 v5e v6e \
+	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target a100 \
 		--json benchmarks/results/ahead-of-time-others.json
+	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target v5e \
+		--json benchmarks/results/ahead-of-time-tpu.json
 	@$(ACCELERATORS)/bin/python benchmarks/memory_plan.py --json benchmarks/results/memory-plan.json
 	@JAX_PLATFORMS=cpu $(ACCELERATORS)/bin/python -m tests.tpu_checks benchmarks/results/tpu-programs.json
 
