@@ -8,7 +8,9 @@ import pytest
 import scipy.stats
 
 from ppo_jax.config import Config
-from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.envs.checks import example
+from ppo_jax.envs.spaces import Box, Dict, Discrete, Tuple
+from ppo_jax.errors import ConfigError
 from ppo_jax.policy.distributions import GaussianParams, make_head
 from ppo_jax.policy.initializers import draw, orthogonal_matrices
 from ppo_jax.policy.networks import Conv
@@ -192,3 +194,51 @@ def test_a_convolution_is_that_of_the_compiler(kernel, stride, pads):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     np.testing.assert_allclose(layer.apply(params, x), expected, atol=1e-5)
+
+
+def as_lists(tree):
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), tree)
+
+
+@pytest.mark.parametrize("memory", [None, "gru"])
+@pytest.mark.parametrize(
+    "space",
+    [
+        Box((3,)),
+        Discrete(4),
+        Dict.of({"arm": Box((2, 2)), "goal": Discrete(3)}),
+        Tuple((Box((2,)), Dict.of({"x": Box(())}))),
+    ],
+    ids=["box", "discrete", "dict", "tuple"],
+)
+def test_a_policy_takes_arrays_and_lists_single_and_in_batches(space, memory):
+    spec = PolicySpec(observation_space=space, action_space=Discrete(5), memory=memory)
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(
+        lambda x: (
+            np.array(rng.integers(0, 3, x.shape), x.dtype)
+            if jnp.issubdtype(x.dtype, jnp.integer)
+            else np.array(rng.normal(size=x.shape), x.dtype)
+        ),
+        example(space, (6,)),
+    )
+    params = init_params(spec, jax.random.key(0), jax.tree.map(jnp.asarray, batch))
+    policy = Policy(jax.tree.map(lambda x: x + 0.3, params), spec=spec)
+    state = policy.initial_recurrent_state((6,))
+    expected, _ = policy.act(jax.tree.map(jnp.asarray, batch), state)
+    assert expected.shape == (6,)
+    np.testing.assert_array_equal(policy.act(batch, state)[0], expected)
+    np.testing.assert_array_equal(policy.act(as_lists(batch), state)[0], expected)
+    # Two batch axes, and none.
+    folded = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), batch)
+    action, _ = policy.act(as_lists(folded), policy.initial_recurrent_state((2, 3)))
+    np.testing.assert_array_equal(action, expected.reshape(2, 3))
+    for i in range(6):
+        single = as_lists(jax.tree.map(lambda x, i=i: x[i], batch))
+        action, _ = policy.act(single, policy.initial_recurrent_state())
+        assert action.shape == ()
+        assert action == expected[i]
+    if isinstance(space, Discrete):  # any shape is a batch of numbers
+        return
+    with pytest.raises(ConfigError, match="obs must have the shapes of the observation space"):
+        policy.act([[0.0] * 7], policy.initial_recurrent_state())

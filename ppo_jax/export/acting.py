@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.envs import spaces
+from ppo_jax.envs.checks import example
 from ppo_jax.envs.spaces import Box
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import head_of
@@ -56,16 +56,7 @@ def _named(params: Any) -> dict[str, jax.Array]:
 
 def obs_shapes(policy: Policy, batch: Any) -> Any:
     """Returns the shapes and dtypes of a batch of observations, in the structure of the space."""
-
-    def shapes(space: spaces.Space) -> Any:
-        if isinstance(space, spaces.Dict):
-            return {name: shapes(entry) for name, entry in space.spaces}
-        if isinstance(space, spaces.Tuple):
-            return tuple(map(shapes, space.spaces))
-        shape = (batch, *spaces.shape_of(space))
-        return jax.ShapeDtypeStruct(shape, spaces.dtype_of(space))
-
-    return shapes(policy.spec.observation_space)
+    return example(policy.spec.observation_space, (batch,))
 
 
 def state_shapes(policy: Policy, batch: Any) -> Any:

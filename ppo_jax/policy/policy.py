@@ -1,5 +1,6 @@
 """A policy as a value: a pytree that acts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,22 @@ from ppo_jax.policy.spec import (
     initial_recurrent_state,
     network_of,
 )
+
+
+def _as_arrays(space: spaces.Space, obs: Any) -> Any:
+    """Returns an observation with arrays for its lists of numbers, in the structure of its space.
+
+    To JAX a list is a tree of scalars. An observation of another structure is returned unchanged.
+    """
+    if isinstance(space, spaces.Dict):
+        if isinstance(obs, Mapping) and obs.keys() == set(space.names):
+            return {name: _as_arrays(entry, obs[name]) for name, entry in space.spaces}
+        return obs
+    if isinstance(space, spaces.Tuple):
+        if isinstance(obs, (tuple, list)) and len(obs) == len(space.spaces):
+            return tuple(map(_as_arrays, space.spaces, obs))
+        return obs
+    return jnp.asarray(obs)
 
 
 class Policy(struct.PyTreeNode):
@@ -69,8 +86,7 @@ class Policy(struct.PyTreeNode):
     def _checked(self, obs: Any) -> tuple[Any, tuple[int, ...]]:
         """Returns an observation as arrays, and its batch shape, or a `ConfigError`."""
         space = self.spec.observation_space
-        if not isinstance(space, (spaces.Dict, spaces.Tuple)):
-            obs = jnp.asarray(obs)  # a list of numbers is one observation, not a tree of scalars
+        obs = _as_arrays(space, obs)
         expected = [spaces.shape_of(leaf) for leaf in spaces.leaves(space)]
         shapes = [jnp.shape(x) for x in jax.tree.leaves(obs)]
         batch_shape = shapes[0][: len(shapes[0]) - len(expected[0])] if shapes else ()
