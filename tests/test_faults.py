@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
-from ppo_jax.cli import _run_training
+from ppo_jax.commands.training import _run_training
 from ppo_jax.population.member import Guard
 from ppo_jax.runs import checkpoint, failure, files
 from ppo_jax.runs.checkpoint_writer import CheckpointWriter
