@@ -20,7 +20,7 @@ import pytest
 
 import ppo_jax
 from ppo_jax import Config, ConfigError, HParams
-from ppo_jax.runs import checkpoint, checkpoint_writer, files, sweep_store
+from ppo_jax.runs import checkpoint, checkpoint_writer, files, sweep_store, trained
 from ppo_jax.runs import run as runs
 from ppo_jax.runs import search as searches
 from ppo_jax.runs import sweep as sweeps
@@ -625,7 +625,7 @@ def test_the_best_policy_of_the_evaluations_is_kept(tmp_path):
     policy = ppo_jax.load(run.run_dir, seed=1, best=True)
     for one, both in zip(jax.tree.leaves(policy), jax.tree.leaves(best.policy), strict=True):
         np.testing.assert_array_equal(one, both[1])
-    assert runs.evaluate_run(run.run_dir, num_episodes=2, best=True)["episodes"] == 2
+    assert trained.evaluate_run(run.run_dir, num_episodes=2, best=True)["episodes"] == 2
     without = train(CONFIG, tmp_path / "without")
     with pytest.raises(ConfigError, match="has none. Train with eval_every"):
         ppo_jax.load(without.run_dir, best=True)
