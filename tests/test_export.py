@@ -132,7 +132,7 @@ assert not {"ppo_jax", "flax", "gymnax"} & set(sys.modules)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What exported policies return in processes of their own, by format and policy."""
+    """Results of exported policies in processes of their own, by format and policy."""
     folder = tmp_path_factory.mktemp("export")
     cases = [
         (kind, name)

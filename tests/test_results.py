@@ -1,4 +1,4 @@
-"""What is made of runs: plots, pictures, and evaluations in Gymnasium."""
+"""Plots, pictures and pages of runs, and evaluations in Gymnasium."""
 
 import json
 import os

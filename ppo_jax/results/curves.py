@@ -18,6 +18,10 @@ RETURN = "episode/return"
 EVALUATED_RETURN = "eval/return"
 SECONDS = "time/seconds"
 AXES = ("environment steps of a seed", "seconds of training")
+_LABELS = {
+    RETURN: "return of training episodes",
+    EVALUATED_RETURN: "return of greedy evaluations",
+}
 
 
 class Curves(NamedTuple):
@@ -70,27 +74,19 @@ def plot_runs(runs: Sequence[Curves], metric: str = RETURN) -> "Figure":
     has_seconds = all(SECONDS in run.metrics for run in runs)
     columns = 1 + has_seconds
     figure = Figure(figsize=(6.2 * columns, 4 * len(tables) + 0.6), layout="constrained")
-    # One scale of returns in a row: steps and seconds show the same curve.
+    # Axes in a row show the same values, so that they share the vertical scale.
     grid = figure.subplots(len(tables), columns, squeeze=False, sharey="row")
     for (name, frames), row in zip(tables.items(), grid, strict=True):
         for run, frame in zip(runs, frames, strict=True):
             if len(frame):
                 _draw(row, frame, name, _text(run))
         row[0].set_ylabel(_LABELS.get(name, name))
-    for axes, text in zip(
-        grid[-1], ("environment steps of a seed", "seconds of training"), strict=False
-    ):
+    for axes, text in zip(grid[-1], AXES, strict=False):
         axes.set_xlabel(text)
     # A single line needs no name.
     if len(runs) > 1 or runs[0].metrics["seed"].nunique() > 1:
         add_legend(grid[0][0])
     return figure
-
-
-_LABELS = {
-    RETURN: "return of training episodes",
-    EVALUATED_RETURN: "return of greedy evaluations",
-}
 
 
 def table_of(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.Series | None]:

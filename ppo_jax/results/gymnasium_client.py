@@ -17,7 +17,7 @@ from ppo_jax.runs.trained import load, summarize
 
 
 class _Original(NamedTuple):
-    """Description of an environment that allows to step it from any state."""
+    """Names and ranges of the state of an environment, by which it is set to any state."""
 
     state: tuple[str, ...]
     """Entries of gymnax's state, in the order of Gymnasium's state vector."""
