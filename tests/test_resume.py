@@ -24,7 +24,7 @@ from ppo_jax.runs import checkpoint, checkpoint_writer, files, sweep_store, trai
 from ppo_jax.runs import run as runs
 from ppo_jax.runs import search as searches
 from ppo_jax.runs import sweep as sweeps
-from ppo_jax.runs.checkpoint_writer import list_checkpoints
+from ppo_jax.runs.checkpoint_writer import find_newest, list_checkpoints
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.periodic_evaluation import make_evaluate
 from tests.test_checkpoint import KINDS, SMALL, assert_same_bits
@@ -522,16 +522,19 @@ def test_a_signal_ends_the_command_of_a_sweep_within_a_piece(tmp_path):
     assert len(list_checkpoints(path / "checkpoints")) == 1
 
 
-def stopped_sweep(train, stopped_after, module, pieces):
+def stopped_sweep(train, stopped_after, module, pieces, folder):
     """Trains until it is complete, stopped after every few pieces; returns the result."""
-    stops = 0
+    times = []
     while True:
         stopped_after(pieces, module)
         result = train()
         if result.is_complete:
-            return result, stops
+            # The seconds of processes that were stopped are added up.
+            times.append(result.run_seconds)
+            assert times == sorted(set(times))
+            return result, len(times) - 1
         assert result.signal == signal.SIGTERM
-        stops += 1
+        times.append(find_newest(folder / "checkpoints").record["seconds"])
 
 
 def test_a_sweep_of_one_chunk_goes_on_in_its_middle(tmp_path, stopped_after):
@@ -546,6 +549,7 @@ def test_a_sweep_of_one_chunk_goes_on_in_its_middle(tmp_path, stopped_after):
         stopped_after,
         sweeps,
         pieces=3,
+        folder=path,
     )
     assert stops >= 2
     continued = [int(line.split()[4]) for line in said if line.startswith("continuing 4 members")]
@@ -569,6 +573,7 @@ def test_a_search_goes_on_where_it_was_stopped(method, tmp_path, stopped_after):
         stopped_after,
         searches,
         pieces=2,
+        folder=path,
     )
     assert stops >= 2
     pd.testing.assert_frame_equal(

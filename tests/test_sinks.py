@@ -393,6 +393,10 @@ def test_each_member_of_a_sweep_is_a_run_of_its_own(kind, tmp_path):
         np.testing.assert_allclose(found, curve[["timesteps", "train/entropy"]], rtol=1e-6)
         *_, last = [(step, x) for step, tag, x in points if tag == "eval/return"]
         np.testing.assert_allclose(last, (member["timesteps"], member["eval/return"]), rtol=1e-6)
+        times = [x for _, tag, x in points if tag == "time/seconds"]
+        # The final evaluation has the time of the last update.
+        assert times == sorted(times)
+        np.testing.assert_allclose(times[-2:], result.run_seconds, rtol=1e-6)
         text = b"".join(path.read_bytes() for path in folder.iterdir())
         assert str(member["learning_rate"]).encode() in text
 

@@ -32,6 +32,7 @@ class Chunk(NamedTuple):
     """Position in `members` of the highest mean return."""
     best_policy: Policy
     seconds: float
+    """Wall time of their training, with that before a checkpoint."""
     size: int
     """Members that fit the devices together: the size of the next chunk."""
 
@@ -150,6 +151,7 @@ class CompiledPopulation:
             state, done = programs.start(keys, hparams, env_params), 0
         else:
             state, done = found[0], found[1]["done"]
+            start -= found[1].get("seconds", 0.0)  # a checkpoint of 0.1 lacks it
             self._say(f"continuing {len(members)} members after {done} updates")
             on_piece(len(members), PieceDone(done, time.perf_counter() - start, math.nan))
         count = 1
@@ -163,7 +165,8 @@ class CompiledPopulation:
             on_piece(len(members), PieceDone(count, seconds, episode_return))
             stopped = is_stopped()
             if checkpoints is not None and (stopped or checkpoints.is_due):
-                checkpoints.save(done, state, {**label, "done": done})
+                record = {**label, "done": done, "seconds": time.perf_counter() - start}
+                checkpoints.save(done, state, record)
             if stopped:
                 return None
             count = next_size(count, seconds)

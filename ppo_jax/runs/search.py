@@ -159,7 +159,7 @@ def search(
                 result = result._replace(signal=interrupt.signal)
             if result.is_complete:
                 with sinks.running(RunInfo(store.path, (seed,), description, uuid.uuid4().hex)):
-                    sinks.on_rows(member_rows((result.members, result.curves)))
+                    sinks.on_rows(member_rows((result.members, result.curves), result.run_seconds))
     # The last checkpoint is written when the store is left.
     return result._replace(unwritten=tuple(store.unwritten.values()))
 
@@ -179,8 +179,9 @@ def _search(
     started = time.perf_counter()
     programs = _compile(plan)
     compiled = time.perf_counter()
-    state, records = _run(programs, plan, bar, store.checkpoints, is_stopped=is_stopped)
-    run_seconds = time.perf_counter() - compiled
+    state, records, run_seconds = _run(
+        programs, plan, bar, store.checkpoints, is_stopped=is_stopped
+    )
     is_complete = len(records) == plan.num_rounds
     returns = None
     # A search that was stopped has no final evaluation: its members are not comparable yet.
@@ -370,9 +371,16 @@ def _run(
     checkpoints: ChunkCheckpoints | None,
     *,
     is_stopped: Callable[[], bool],
-) -> tuple[SearchState, list[SearchRecord]]:
-    """Runs the rounds in pieces of about a second, until the last or until it is stopped."""
-    state, records, done = _start(programs, plan, checkpoints)
+) -> tuple[SearchState, list[SearchRecord], float]:
+    """Runs the rounds in pieces of about a second, until the last or until it is stopped.
+
+    Returns:
+      The state, a record of each finished round, and the seconds that they took, with those of
+      processes that were killed.
+    """
+    begin = time.perf_counter()
+    state, records, done, earlier = _start(programs, plan, checkpoints)
+    begin -= earlier
     update_timesteps = plan.round_timesteps // plan.updates_per_round
     updates = len(records) * plan.updates_per_round + done
     bar.start(plan.num_rounds * plan.round_timesteps, done=updates * update_timesteps)
@@ -391,20 +399,21 @@ def _run(
             stopped = is_stopped()
             if checkpoints is not None and (stopped or checkpoints.is_due):
                 tree = {"state": state, "records": dict(enumerate(records))}
-                checkpoints.save(updates, tree, {"rounds": len(records), "done": done})
+                record = {"rounds": len(records), "done": done}
+                checkpoints.save(updates, tree, {**record, "seconds": time.perf_counter() - begin})
             if stopped:
-                return state, records
+                return state, records, time.perf_counter() - begin
             count = next_size(count, seconds)
         state, record = programs.finish_round(state)
         records.append(jax.device_get(record))
         best, done = float(np.max(records[-1].scores)), 0
-    return state, records
+    return state, records, time.perf_counter() - begin
 
 
 def _start(
     programs: _Programs, plan: _Plan, checkpoints: ChunkCheckpoints | None
-) -> tuple[SearchState, list[SearchRecord], int]:
-    """Returns the state of a search, the records of its rounds, and the updates of the next one."""
+) -> tuple[SearchState, list[SearchRecord], int, float]:
+    """Returns a search's state, its records, the next round's updates, and the seconds so far."""
 
     def shapes(record: Mapping[str, Any]) -> Any:
         _, one_round = output_shapes(programs.finish_round)
@@ -413,10 +422,11 @@ def _start(
 
     found = None if checkpoints is None else checkpoints.restore({}, shapes)
     if found is None:
-        return programs.init(plan.keys, plan.hparams), [], 0
+        return programs.init(plan.keys, plan.hparams), [], 0, 0.0
     tree, record = found
     records = [jax.device_get(tree["records"][i]) for i in range(record["rounds"])]
-    return tree["state"], records, record["done"]
+    seconds = record.get("seconds", 0.0)  # a checkpoint of 0.1 lacks it
+    return tree["state"], records, record["done"], seconds
 
 
 def _evaluate(plan: _Plan, states: TrainState, num_episodes: int) -> tuple[np.ndarray, Policy]:

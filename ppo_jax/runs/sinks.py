@@ -65,17 +65,20 @@ class _Members(Sink):
                 sink.finish()
 
 
-def member_rows(tables: tuple[pd.DataFrame, pd.DataFrame]) -> Rows:
+def member_rows(tables: tuple[pd.DataFrame, pd.DataFrame], seconds: float) -> Rows:
     """Returns the rows of members, one member after another.
 
     Args:
       tables: a table of finished members and one of their curves, of a sweep or a search.
+      seconds: wall time of the program that trained all of them. They advance together, so the
+        time of an update is its share of it.
 
     Returns:
       Rows with `member`, `values` (the settings that the sweep gave it), and what rows of a run
       have. The last row of each member is its final evaluation.
     """
     members, curves = tables
+    last_update = curves["update"].max()
     # Tables have a column for each metric of any member; a member has some of them.
     rows: Rows = []
     for summary in members.to_dict("records"):
@@ -92,7 +95,8 @@ def member_rows(tables: tuple[pd.DataFrame, pd.DataFrame]) -> Rows:
             row["eval/score"] = row.get("score", np.nan)  # of a search, after each round
             metrics = {name: x for name, x in row.items() if "/" in name and not pd.isna(x)}
             steps = {"update": row["update"], "timesteps": row["timesteps"]}
-            rows.append({**label, **steps, **metrics})
+            time = {"time/seconds": seconds * row["update"] / last_update}
+            rows.append({**label, **steps, **time, **metrics})
     return rows
 
 

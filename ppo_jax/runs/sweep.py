@@ -37,6 +37,7 @@ class Sweep(NamedTuple):
     run_dir: Path | None
     compile_seconds: float
     run_seconds: float
+    """Wall time of training in this call, with that before the checkpoint it began with."""
     is_complete: bool
     """False after Ctrl-C or SIGTERM."""
     best_policy: Policy | None

@@ -112,7 +112,7 @@ class SweepRunner:
             store.offer_policy(chunk.best_policy, score, member=best, config=group.config)
             tables = make_tables(group.config, chunk.members, chunk.outcome)
             store.add(tables)
-            self._on_rows(member_rows(tables))
+            self._on_rows(member_rows(tables, chunk.seconds))
             self.run_seconds += chunk.seconds
 
     def _make_population(self, group: Group, trainer: Trainer) -> CompiledPopulation:
