@@ -12,13 +12,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
 ACCELERATORS := .cache/accelerators
+SUITES_VENV := .cache/suites
+SUITES := brax craftax jaxmarl jumanji navix octax pgx playground xminigrid
 # One worker per core, because compiling, which is most of the suite, uses one core; and 2.5 GiB of
 # memory for each.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
 	fit=$$(awk '/MemAvailable/ {print int($$2 / 2621440)}' /proc/meminfo 2>/dev/null); \
 	fit=$${fit:-$$cores}; fit=$$((fit < 1 ? 1 : fit)); echo $$((fit < cores ? fit : cores)))
 
-.PHONY: help install train test test-slow test-fuzz soak accelerators lint types docs package guard check lock clean
+.PHONY: help install train test test-slow test-suites test-fuzz soak accelerators lint types docs package guard check lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +35,9 @@ test: $(DEV_STAMP)  ## run the tests and doctests
 
 test-slow: $(DEV_STAMP)  ## run learning runs, which take minutes each
 	@$(BIN)/python -m pytest -q -m slow
+
+test-suites: $(SUITES_VENV)/installed  ## install every suite of environments, and test the adapters
+	@$(SUITES_VENV)/bin/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests/test_suites.py tests/test_brax.py
 
 test-fuzz: $(DEV_STAMP)  ## try 1,000 inputs for every kind of file and setting
 	@FUZZ=1000 $(BIN)/python -m pytest -q tests/test_hostile.py
@@ -76,6 +81,10 @@ $(DEV_STAMP): $(STAMP) requirements-dev.lock
 	@PYTHON="$(PYTHON)" scripts/install $(VENV) requirements-dev.lock
 	@touch $@
 
+$(SUITES_VENV)/installed: requirements-suites.lock
+	@PYTHON="$(PYTHON)" scripts/install $(SUITES_VENV) requirements-suites.lock
+	@touch $@
+
 $(ACCELERATORS)/installed: requirements-dev.lock benchmarks/requirements-accelerators.txt
 	@PYTHON="$(PYTHON)" scripts/install $(ACCELERATORS) benchmarks/requirements-accelerators.txt
 	@touch $@
@@ -84,6 +93,7 @@ lock:  ## write the lock files again (needs uv)
 	uv lock
 	uv export --quiet --no-hashes --no-emit-project --no-dev --output-file requirements.lock
 	uv export --quiet --no-hashes --no-emit-project --output-file requirements-dev.lock
+	uv export --quiet --no-hashes --no-emit-project $(SUITES:%=--extra %) --output-file requirements-suites.lock
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache

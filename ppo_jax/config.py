@@ -52,7 +52,7 @@ class TrainingSettings:
     total_timesteps: int = 1_000_000
     """Environment steps to train for, over all environments; whole updates only, rounded down."""
     num_envs: int = 64
-    """N: environments that are stepped together."""
+    """N: environments that are stepped together. One of several agents counts once for each."""
     num_steps: int = 128
     """T: steps of each environment between two updates."""
     num_devices: int = 1
@@ -285,7 +285,7 @@ got 4 * 128 and 3. Try 2 or 4.
 
     @property
     def batch_size(self) -> int:
-        """Environment steps in one update, num_envs * num_steps."""
+        """Environment steps in one update, num_envs * num_steps; with several agents, of each."""
         return self.num_envs * self.num_steps
 
     @property

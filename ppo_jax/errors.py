@@ -15,8 +15,16 @@ class ConfigError(ValueError):
     """Tells which rule a setting breaks, the values that broke it, and the remedy."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], *, listed_by: str | None = None
+) -> ConfigError:
     """Returns the error for a name that is not in a table; it lists the nearest and all names.
+
+    Args:
+      kind: of the thing that is named.
+      name: the unknown name.
+      known: all names.
+      listed_by: a command that lists the names, if they are too many for a message.
 
     >>> print(unknown_name("animal", "cot", ["cat", "dog"]))
     unknown animal 'cot'. Did you mean cat? Known: cat, dog.
@@ -25,7 +33,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     # A cutoff below which suggestions look random.
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    return ConfigError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+    names = f"Known: {', '.join(known)}." if listed_by is None else f"`{listed_by}` lists all."
+    return ConfigError(f"unknown {kind} {name!r}.{hint} {names}")
 
 
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:

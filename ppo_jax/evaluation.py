@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.envs.environment import Environment
+from ppo_jax.envs.environment import Environment, vectorized
 from ppo_jax.policy.policy import Policy
 
 
 class Evaluation(NamedTuple):
     """Results of an evaluation, one entry per episode."""
 
-    returns: jax.Array  # [E], undiscounted
+    returns: jax.Array  # [E], undiscounted; the mean over agents
     lengths: jax.Array  # [E]
     finished: jax.Array  # [E], False where max_steps cut the episode
 
@@ -60,8 +60,9 @@ def evaluate(
     ((3,), True)
     """
     reset_key, act_key = jax.random.split(key)
-    reset_keys = jax.random.split(reset_key, num_episodes)
-    obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(reset_keys, env_params)
+    many = vectorized(env)
+    num_players = num_episodes * env.num_agents
+    obs, env_state = many.reset(jax.random.split(reset_key, num_players), env_params)
     start = Evaluation(
         returns=jnp.zeros(num_episodes),
         lengths=jnp.zeros(num_episodes, jnp.int32),
@@ -78,19 +79,20 @@ def evaluate(
         # Folded in instead of split beforehand, because the number of steps is not known.
         action_key, env_key = jax.random.split(jax.random.fold_in(act_key, time))
         action, recurrent_state = policy.act(obs, recurrent_state, None if greedy else action_key)
-        step_keys = jax.random.split(env_key, num_episodes)
-        step = jax.vmap(env.step, in_axes=(0, 0, 0, None))(step_keys, env_state, action, env_params)
+        step = many.step(jax.random.split(env_key, num_players), env_state, action, env_params)
+        rewards = step.reward.reshape(num_episodes, -1).mean(axis=-1)
+        done = (step.terminated | step.truncated)[:: env.num_agents]
         # Environments whose episode is over keep stepping, without a reset, and count no more.
         running = ~result.finished
         result = Evaluation(
-            returns=result.returns + jnp.where(running, step.reward, 0.0),
+            returns=result.returns + jnp.where(running, rewards, 0.0),
             lengths=result.lengths + running,
-            finished=result.finished | step.terminated | step.truncated,
+            finished=result.finished | done,
         )
         return time + 1, step.state, step.obs, recurrent_state, result
 
     time = jnp.zeros((), jnp.int32)
-    recurrent_state = policy.initial_recurrent_state((num_episodes,))
+    recurrent_state = policy.initial_recurrent_state((num_players,))
     first = (time, env_state, obs, recurrent_state, start)
     *_, result = jax.lax.while_loop(unfinished, step, first)
     return result

@@ -53,6 +53,7 @@ def resolve(config: Config) -> Resolved:
     env = make_env(config)
     if algorithm.whole_episodes:
         _require_whole_episodes(config, env)
+    _require_whole_environments(config, env)
     _require_two_samples(config)
     spec = make_spec(config, env, has_critic=algorithm.has_critic)
     if config.normalize_obs:
@@ -119,6 +120,19 @@ def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config
     # None never overrides a default; infinity switches off a bound that is on by default.
     values = {**used, **{name: value for name, value in given.items() if value is not None}}
     return algorithm.hparams_type(**values)
+
+
+def _require_whole_environments(config: Config, env: Environment) -> None:
+    """Checks that the agents of an environment are on one device; `num_envs` counts each."""
+    if config.num_envs // config.num_devices % env.num_agents:
+        step = env.num_agents * config.num_devices
+        nearest = max(1, round(config.num_envs / step)) * step
+        devices = "" if config.num_devices == 1 else f" on {config.num_devices} devices"
+        raise ConfigError(
+            "num_envs counts every agent, so it must be divisible by the agents of an environment; "
+            f"got {config.num_envs}{devices} and {env.num_agents} agents of {env.name}. "
+            f"Try {nearest}."
+        )
 
 
 def _require_two_samples(config: Config) -> None:

@@ -81,7 +81,7 @@ def _play(env: Environment, num_envs: int, num_steps: int, key: jax.Array) -> _P
     def one_step(carry: Any, key: jax.Array) -> Any:
         obs, state, length = carry
         action_key, step_key, reset_key = jax.random.split(key, 3)
-        action = _random_action(env, action_key, obs, num_envs)
+        action = _random_action(env, action_key, obs, (num_envs, *env.agent_axes))
         after = step(jax.random.split(step_key, num_envs), state, action, env.params)
         new_obs, new_state = reset(jax.random.split(reset_key, num_envs), env.params)
         done = jnp.logical_or(after.terminated, after.truncated)
@@ -105,20 +105,24 @@ def _play(env: Environment, num_envs: int, num_steps: int, key: jax.Array) -> _P
     return played._replace(first_obs=first_obs)
 
 
-def _random_action(env: Environment, key: jax.Array, obs: Any, num_envs: int) -> jax.Array:
+def _random_action(
+    env: Environment, key: jax.Array, obs: Any, batch_shape: tuple[int, ...]
+) -> jax.Array:
     """Draws actions that the space, and a mask among the observations, allow."""
     space = env.action_space
     if isinstance(space, Box):
-        low, high = (jnp.asarray(x, jnp.float32).reshape(1, *space.shape) for x in _bounds(space))
-        u = jax.random.uniform(key, (num_envs, *space.shape))
+        low, high = (jnp.asarray(x, jnp.float32) for x in _bounds(space))
+        low, high = (x.reshape(*[1] * len(batch_shape), *space.shape) for x in (low, high))
+        u = jax.random.uniform(key, (*batch_shape, *space.shape))
         return (low + u * (high - low)).astype(space.dtype)
-    if isinstance(space, MultiDiscrete):
-        count = jnp.array(space.num_values)[None]
-        return jax.random.randint(key, (num_envs, count.size), 0, count)
-    logits = jnp.zeros((num_envs, space.num_values))
+    sizes = space.num_values if isinstance(space, MultiDiscrete) else (space.num_values,)
+    logits = jnp.zeros((*batch_shape, sum(sizes)))
     if isinstance(obs, dict) and ACTION_MASK in obs:
         logits = jnp.where(obs[ACTION_MASK].astype(bool), 0.0, -jnp.inf)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+    parts = jnp.split(logits, np.cumsum(sizes)[:-1], axis=-1)
+    keys = jax.random.split(key, len(sizes))
+    action = jnp.stack(list(map(jax.random.categorical, keys, parts)), axis=-1).astype(jnp.int32)
+    return action if isinstance(space, MultiDiscrete) else action[..., 0]
 
 
 def _bounds(space: Box) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +147,13 @@ def _outside_spaces(env: Environment, played: _Played) -> Iterator[str]:
                 "Change the space, or the observation."
             )
     obs = played.step.obs
-    if isinstance(obs, dict) and not np.asarray(obs.get(ACTION_MASK, True)).any(axis=-1).all():
+    if not isinstance(obs, dict) or ACTION_MASK not in obs:
+        return
+    # No action follows the last observation of an episode.
+    ends = _ends(played.step)
+    ends = ends.reshape(*ends.shape, *[1] * len(env.agent_axes))
+    is_allowed = np.asarray(obs[ACTION_MASK]).any(axis=-1) | ends
+    if not is_allowed.all() or not np.asarray(played.first_obs[ACTION_MASK]).any(axis=-1).all():
         yield f"an action mask must allow some action; {env.name} has one that allows none."
 
 

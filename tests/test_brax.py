@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, envs, evaluate, make_trainer
-from ppo_jax.envs.brax_adapter import Params, adapt
 from ppo_jax.envs.spaces import Box, Dict
+from ppo_jax.envs.suites import SUITES
+from ppo_jax.envs.suites.brax import Params, adapt
 from tests.conftest import optimized_jit
 
 
@@ -120,7 +121,7 @@ def test_an_object_with_braxs_interface_can_be_registered_and_learned():
 def test_the_list_of_names_is_braxs():
     from brax.envs import _envs
 
-    assert set(envs.BRAX_NAMES) == {f"brax:{name}" for name in _envs}
+    assert set(SUITES["brax"].tasks) == set(_envs)
 
 
 def test_a_missing_package_is_said_so(monkeypatch):

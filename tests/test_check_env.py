@@ -12,6 +12,7 @@ from ppo_jax import ConfigError, envs, make_trainer
 from ppo_jax.config import Config
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Dict, Discrete
+from ppo_jax.envs.suites import GYMNAX_NAMES, SUITES
 from ppo_jax.testing import check_env
 
 pytestmark = pytest.mark.xdist_group("check_env")
@@ -245,9 +246,13 @@ def test_our_environments_have_no_fault(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for name in envs.names() if "MNIST" not in name and name != "brax:swimmer"]
+    "name",
+    [
+        *(name for name in (*GYMNAX_NAMES, *envs.VARIANTS) if "MNIST" not in name),
+        *(f"brax:{task}" for task in SUITES["brax"].tasks if task != "swimmer"),
+    ],
 )
-def test_no_environment_of_the_suites_has_a_fault(name):
+def test_no_environment_of_gymnax_and_brax_has_a_fault(name):
     check_env(name, num_envs=4, num_steps=256)
 
 

@@ -12,6 +12,7 @@ from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.cli import _spell_out, main
 from ppo_jax.commands.common import new_run_dir
 from ppo_jax.defaults import OPTIMIZERS
+from ppo_jax.envs import suites
 from ppo_jax.envs.wrappers import WRAPPERS
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.stages.optimizers import SCHEDULES
@@ -127,11 +128,29 @@ def test_a_preset_belongs_to_an_algorithm(capsys):
     assert "got 7 and 500" in capsys.readouterr().err
 
 
-def test_envs_lists_what_can_be_trained(capsys):
-    assert main(["envs"]) == 0
-    out = capsys.readouterr().out
+def test_envs_lists_what_can_be_trained(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(suites.Suite, "is_installed", property(lambda self: self.module == "brax"))
+
+    def said(*words):
+        assert main(["envs", *words]) == 0
+        return capsys.readouterr().out
+
+    out = said()
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert rows["brax"][1:3] == ["12", "yes"]
+    assert rows["pgx"][1:3] == ["20", "no"]
+    out = said("--suite", "gymnax")
     assert "CartPole-v1" in out
     assert "500,000 steps" in out
+    assert "hopper" not in out
+    out = said("TIC")
+    assert "pgx:tic_tac_toe" in out
+    assert "CartPole" not in out
+    assert "pip install 'ppo-jax[pgx]'" in out
+    out = said("cartpole-v1", "--spaces")
+    assert "float32 4" in out
+    assert "2 values" in out
 
 
 @pytest.mark.parametrize(

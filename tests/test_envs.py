@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, envs, make_trainer
-from ppo_jax.envs import gymnax_adapter, wrappers
+from ppo_jax.envs import wrappers
 from ppo_jax.envs.deferred import deferred
 from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.envs.suites import GYMNAX_NAMES
+from ppo_jax.envs.suites import gymnax as gymnax_adapter
 from tests.probes import PROBES, probe_name
 
 UNTRAINABLE = {
@@ -24,7 +26,7 @@ UNTRAINABLE = {
 def test_the_list_of_names_is_gymnaxs():
     import gymnax
 
-    assert set(envs.GYMNAX_NAMES) == set(gymnax.registered_envs)
+    assert set(GYMNAX_NAMES) == set(gymnax.registered_envs)
     # Other tests of the process may have registered more.
     assert tuple(wrappers.WRAPPERS)[: len(envs.WRAPPER_NAMES)] == envs.WRAPPER_NAMES
 
@@ -169,7 +171,7 @@ def test_a_step_is_gymnax_s_without_its_reset(name):
         state = step.state
 
 
-@pytest.mark.parametrize("name", [n for n in envs.GYMNAX_NAMES if n.endswith("-MinAtar")])
+@pytest.mark.parametrize("name", [n for n in GYMNAX_NAMES if n.endswith("-MinAtar")])
 def test_grids_are_stored_as_bool_because_they_hold_zeros_and_ones(name):
     suite, params = gymnax.make(name)
     keys = jax.random.split(jax.random.key(0), 100)
@@ -183,7 +185,7 @@ def test_grids_are_stored_as_bool_because_they_hold_zeros_and_ones(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(envs.GYMNAX_NAMES) - set(UNTRAINABLE)))
+@pytest.mark.parametrize("name", sorted(set(GYMNAX_NAMES) - set(UNTRAINABLE)))
 def test_every_environment_can_be_trained(name):
     config = Config(env=name, num_envs=2, num_steps=4, hidden_sizes=(8,), total_timesteps=16)
     with jax.numpy_rank_promotion("allow"):  # Swimmer broadcasts

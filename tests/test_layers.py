@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ppo_jax.envs.suites import SUITES
+
 PACKAGE = Path(__file__).parent.parent / "ppo_jax"
 
 # From the bottom up; a module may import from its own layer's package and from layers below.
@@ -81,8 +83,8 @@ def test_modules_import_each_other_in_no_circle():
 @pytest.mark.parametrize(
     ("package", "home"),
     [
-        ("gymnax", "envs/gymnax_adapter.py"),
-        ("brax", "envs/brax_adapter.py"),
+        ("gymnax", "envs/suites/gymnax.py"),
+        *((suite.module, f"envs/suites/{name}.py") for name, suite in SUITES.items()),
         ("distrax", "policy/distributions.py"),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_tree_is_unpacked_with_every_bit():
     packing = Packing()
     packed = packing.pack(jax.tree.map(jnp.asarray, TREE))
     # Words, with the flags and the halves among them, and bytes.
-    assert shapes(packed) == {"4 bytes": (N, 9), "1 bytes": (N, 18)}
+    assert shapes(packed) == {f"{N} x 4 bytes": (N, 9), f"{N} x 1 bytes": (N, 18)}
     jax.tree.map(assert_same_bits, packing.unpack(packed), TREE)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), packed)
     twice = jax.tree.map(lambda x: np.stack([x, x]), TREE)
@@ -62,7 +62,7 @@ def test_double_precision_is_packed():
         packing = Packing()
         tree = {"x": jnp.array([0.1, 0.2], jnp.float64), "n": jnp.array([2**40, 1], jnp.int64)}
         packed = packing.pack(tree)
-        assert shapes(packed) == {"8 bytes": (2, 2)}
+        assert shapes(packed) == {"2 x 8 bytes": (2, 2)}
         jax.tree.map(assert_same_bits, packing.unpack(packed), tree)
 
 

@@ -1,15 +1,11 @@
-"""Environments by name: `make`, `make_env`, `register`, `names`.
-
-The names of suites and wrappers are listed here, because importing a suite takes seconds, too
-long for a list of environments or for the report of a misspelt name. A test compares the lists
-with the registries.
-"""
+"""Environments by name: `make`, `make_env`, `register`, `names`."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ppo_jax.errors import ConfigError, require_known, require_new_name
+from ppo_jax.envs.suites import GYMNAX_NAMES, SUITES
+from ppo_jax.errors import ConfigError, require_known, require_new_name, unknown_name
 from ppo_jax.lazy import submodules_of
 
 if TYPE_CHECKING:
@@ -17,51 +13,6 @@ if TYPE_CHECKING:
     from ppo_jax.envs.environment import Environment
 
 __getattr__ = submodules_of(__name__)
-
-GYMNAX_NAMES = (
-    "CartPole-v1",
-    "Acrobot-v1",
-    "MountainCar-v0",
-    "MountainCarContinuous-v0",
-    "Pendulum-v1",
-    "Asterix-MinAtar",
-    "Breakout-MinAtar",
-    "Freeway-MinAtar",
-    "Seaquest-MinAtar",
-    "SpaceInvaders-MinAtar",
-    "Catch-bsuite",
-    "DeepSea-bsuite",
-    "DiscountingChain-bsuite",
-    "MemoryChain-bsuite",
-    "MNISTBandit-bsuite",
-    "SimpleBandit-bsuite",
-    "UmbrellaChain-bsuite",
-    "BernoulliBandit-misc",
-    "FourRooms-misc",
-    "FrozenLake-misc",
-    "GaussianBandit-misc",
-    "MetaMaze-misc",
-    "PointRobot-misc",
-    "Pong-misc",
-    "Reacher-misc",
-    "Swimmer-misc",
-)
-
-BRAX_NAMES = (
-    "brax:ant",
-    "brax:fast",
-    "brax:halfcheetah",
-    "brax:hopper",
-    "brax:humanoid",
-    "brax:humanoidstandup",
-    "brax:inverted_double_pendulum",
-    "brax:inverted_pendulum",
-    "brax:pusher",
-    "brax:reacher",
-    "brax:swimmer",
-    "brax:walker2d",
-)
-"""Tasks of continuous control, which need the package brax."""
 
 VARIANTS = {"CartPole-v1-positions": ("CartPole-v1", (("observe_only", "0,2"),))}
 """Environments of gymnax in wrappers, by name: tasks that need a memory."""
@@ -76,7 +27,7 @@ WRAPPER_NAMES = (
     "flatten_observation",
     "previous_action_reward",
 )
-"""Wrappers of any environment; their functions are in `wrappers.WRAPPERS`."""
+"""Names of the functions in `wrappers.WRAPPERS`, a module that imports JAX."""
 
 _registered: dict[str, Callable[..., Any]] = {}
 
@@ -87,12 +38,14 @@ def names() -> tuple[str, ...]:
     >>> "CartPole-v1" in names()
     True
     """
-    return (*GYMNAX_NAMES, *VARIANTS, *BRAX_NAMES, *_registered)
+    of_suites = [f"{name}:{task}" for name, suite in SUITES.items() for task in suite.tasks]
+    return (*GYMNAX_NAMES, *VARIANTS, *of_suites, *_registered)
 
 
 def check_name(name: str) -> None:
     """Raises a `ConfigError` that lists the nearest names if there is no such environment."""
-    require_known("environment", name, names())
+    if name not in names():
+        raise unknown_name("environment", name, names(), listed_by="ppo-jax envs")
 
 
 def register(name: str, factory: Callable[..., Any], *, overwrite: bool = False) -> None:
@@ -166,16 +119,15 @@ def make_env(config: "Config") -> "Environment":
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> "Environment":
-    from ppo_jax.envs import brax_adapter, gymnax_adapter, wrappers
+    from ppo_jax.envs import suites, wrappers
+    from ppo_jax.envs.suites import gymnax
 
-    if name in GYMNAX_NAMES:
-        return gymnax_adapter.make(name, **kwargs)
-    if name in BRAX_NAMES:
-        return brax_adapter.make(name, **kwargs)
+    if name in _registered:
+        return adapted(name, _registered[name](**kwargs))
     if name in VARIANTS:
         base, inside = VARIANTS[name]
-        return wrappers.apply(gymnax_adapter.make(base, **kwargs), inside)._replace(name=name)
-    return adapted(name, _registered[name](**kwargs))
+        return wrappers.apply(gymnax.make(base, **kwargs), inside)._replace(name=name)
+    return gymnax.make(name, **kwargs) if name in GYMNAX_NAMES else suites.make(name, **kwargs)
 
 
 def adapted(name: str, env: Any) -> "Environment":
@@ -184,20 +136,20 @@ def adapted(name: str, env: Any) -> "Environment":
     Raises:
       ConfigError: it is neither, or it does not return what it describes.
     """
-    from ppo_jax.envs import brax_adapter, gymnax_adapter
     from ppo_jax.envs.checks import check_env
     from ppo_jax.envs.environment import Environment
+    from ppo_jax.envs.suites import brax, gymnax
 
     if isinstance(env, Environment):
         check_env(env)
         return env
     # Told by the interface instead of the type, so that neither suite has to be imported.
     if hasattr(env, "default_params"):
-        converted = gymnax_adapter.adapt(name, env)
+        converted = gymnax.adapt(name, env)
         check_env(converted)
         return converted
     if hasattr(env, "action_size"):
-        return brax_adapter.adapt(name, env)
+        return brax.adapt(name, env)
     raise ConfigError(
         f"{name}'s factory must return an Environment, or an object with gymnax's interface "
         f"(default_params, ...) or brax's (action_size, ...); got {type(env).__name__}. "

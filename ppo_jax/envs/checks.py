@@ -24,7 +24,7 @@ def check_env(env: Environment) -> None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     obs, state = _returned(env, "reset", 2, env.reset, key, env.params)
     _check_obs(env, "reset", obs)
-    action = example(env.action_space, ())
+    action = example(env.action_space, env.agent_axes)
     step = _traced(env, "step", env.step, key, state, action, env.params)
     if not isinstance(step, Step):
         raise ConfigError(
@@ -32,16 +32,18 @@ def check_env(env: Environment) -> None:
             f"returns {type(step).__name__}. Import it from ppo_jax.envs.environment."
         )
     _check_obs(env, "step", step.obs)
-    if _described(step.state) != _described(state):
+    if _differ(step.state, state):
         raise ConfigError(
             f"step must return a state of the shapes and dtypes that reset returns; {env.name} "
             f"has {_described(step.state)} and {_described(state)}. Cast the fields that differ."
         )
     for name in ("reward", "terminated", "truncated"):
         shape = jnp.shape(getattr(step, name))
-        if shape != ():
+        needed = env.agent_axes if name == "reward" else ()
+        if shape != needed:
             raise ConfigError(
-                f"{name} must be a scalar; {env.name} has the shape {shape}. An environment "
+                f"{name} must {'be a scalar' if needed == () else f'have the shape {needed}'}; "
+                f"{env.name} has the shape {shape}. An environment "
                 "describes a single one: jax.vmap adds the axis of environments."
             )
 
@@ -68,8 +70,8 @@ def _traced(env: Environment, name: str, function: Any, *args: Any) -> Any:
 
 
 def _check_obs(env: Environment, name: str, obs: Any) -> None:
-    expected = example(env.observation_space, ())
-    if _described(obs) != _described(expected):
+    expected = example(env.observation_space, env.agent_axes)
+    if _differ(obs, expected):
         raise ConfigError(
             f"observations must be as observation_space describes them; {name} of {env.name} "
             f"returns {_described(obs)}, and the space is {_described(expected)}. Change the "
@@ -77,8 +79,15 @@ def _check_obs(env: Environment, name: str, obs: Any) -> None:
         )
 
 
+def _differ(x: Any, y: Any) -> bool:
+    """Returns whether two trees differ in structure, shapes or dtypes."""
+    # Nodes of trees are not compared: they may define == differently, as navix's do.
+    described = [jax.tree.flatten(_described(tree)) for tree in (x, y)]
+    return described[0] != described[1]
+
+
 def _described(tree: Any) -> Any:
-    """Returns a tree of shapes and dtypes as text that can be compared and shown."""
+    """Returns a tree of shapes and dtypes as text that can be shown."""
 
     def describe(x: Any) -> str:
         return f"{jnp.result_type(x).name}{list(map(int, jnp.shape(x)))}"

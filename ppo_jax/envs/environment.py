@@ -16,7 +16,7 @@ class Step(NamedTuple):
     obs: Any
     state: Any
     reward: jax.Array
-    """float32 scalar."""
+    """float32 scalar; `[A]` with several agents."""
     terminated: jax.Array
     """bool: the episode reached a terminal state, whose value is 0."""
     truncated: jax.Array
@@ -49,6 +49,9 @@ class Environment(NamedTuple):
     not reset; the rollout does. Observations have the dtypes of `observation_space`, and are plain
     dicts and tuples of arrays where it has several. Rewards are float32. Continuous actions may
     exceed the bounds of their space, so `step` must clip them, as the adapters of suites do.
+
+    With `num_agents` A above 1, observations, actions and rewards have a first axis `[A]`, and the
+    episode of all agents ends together. One policy plays them all, each by its own observation.
     """
 
     name: str
@@ -67,6 +70,57 @@ class Environment(NamedTuple):
     bound."""
     renderer: Renderer | None = None
     """Draws states, for `ppo-jax render`; None if they cannot be drawn. Wrappers keep it."""
+    num_agents: int = 1
+    """Agents of an environment. `Config.num_envs` counts each of them as an environment."""
+
+    @property
+    def agent_axes(self) -> tuple[int, ...]:
+        """The first axes of an observation, an action and a reward: `(A,)`, or none for one."""
+        return () if self.num_agents == 1 else (self.num_agents,)
+
+
+class Vectorized(NamedTuple):
+    """Many environments of one kind: `[N]` counts every agent, M = N / A counts environments."""
+
+    reset: Callable[[jax.Array, Any], tuple[Any, Any]]
+    """`(keys [N], params) -> (obs [N, ...], state [M, ...])`."""
+    step: Callable[[jax.Array, Any, jax.Array, Any], Step]
+    """`(keys [N], state [M, ...], actions [N, ...], params) -> Step`, `[N]` but for the state."""
+    where: Callable[[jax.Array, tuple[Any, Any], tuple[Any, Any]], tuple[Any, Any]]
+    """`(done [N], (obs, state), (obs, state)) -> (obs, state)`: the first pair where it is true."""
+
+
+def vectorized(env: Environment) -> Vectorized:
+    """Returns the functions of many environments, with the agents of each one after another."""
+    num_agents = env.num_agents
+    reset_many = jax.vmap(env.reset, in_axes=(0, None))
+    step_many = jax.vmap(env.step, in_axes=(0, 0, 0, None))
+
+    def merge(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+    def reset(keys: jax.Array, params: Any) -> tuple[Any, Any]:
+        obs, state = reset_many(keys[::num_agents], params)
+        return merge(obs), state
+
+    def step(keys: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        actions = action.reshape(-1, num_agents, *action.shape[1:])
+        after = step_many(keys[::num_agents], state, actions, params)
+        ends = (jnp.repeat(x, num_agents) for x in (after.terminated, after.truncated))
+        return Step(merge(after.obs), after.state, merge(after.reward), *ends)
+
+    def where(done: jax.Array, new: tuple[Any, Any], old: tuple[Any, Any]) -> tuple[Any, Any]:
+        return select(done, new[0], old[0]), select(done[::num_agents], new[1], old[1])
+
+    def select(done: jax.Array, new: Any, old: Any) -> Any:
+        def choose(x: jax.Array, y: jax.Array) -> jax.Array:
+            return jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+        return jax.tree.map(choose, new, old)
+
+    if num_agents == 1:
+        return Vectorized(reset_many, step_many, where)
+    return Vectorized(reset, step, where)
 
 
 def cast(space: Space, obs: Any) -> Any:
@@ -76,3 +130,12 @@ def cast(space: Space, obs: Any) -> Any:
     if isinstance(space, Tuple):
         return tuple(map(cast, space.spaces, obs))
     return jnp.asarray(obs, dtype_of(space))
+
+
+def one_hot_channels(grid: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Returns bool `[..., sum(sizes)]` for integers `[..., K]`: a channel for each of their values.
+
+    Categories such as the objects of a grid have no order, so they are no numbers for a network.
+    """
+    parts = [jax.nn.one_hot(grid[..., k], size, dtype=bool) for k, size in enumerate(sizes)]
+    return jnp.concatenate(parts, axis=-1)

@@ -63,8 +63,7 @@ def sticky_actions(env: Environment, probability: float) -> Environment:
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
-        no_action = jnp.zeros(spaces.shape_of(env.action_space), spaces.dtype_of(env.action_space))
-        return obs, (state, no_action, jnp.array(False))
+        return obs, (state, _no_action(env), jnp.array(False))
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         inner, previous, has_previous = state
@@ -139,6 +138,8 @@ def transform_observation(
     env: Environment, function: Callable[[Any], Any], space: spaces.Space
 ) -> Environment:
     """Applies `function` to every observation; `space` describes the results."""
+    if env.num_agents > 1:
+        function = jax.vmap(function)
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
@@ -226,8 +227,7 @@ def previous_action_reward(env: Environment) -> Environment:
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
         obs, state = env.reset(key, params)
-        action = jnp.zeros(spaces.shape_of(action_space), spaces.dtype_of(action_space))
-        return observed(obs, action, jnp.zeros(())), state
+        return observed(obs, _no_action(env), jnp.zeros(env.agent_axes)), state
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         result = env.step(key, state, action, params)
@@ -255,6 +255,12 @@ def transform_reward(env: Environment, function: Callable[[jax.Array], jax.Array
 def scale_reward(env: Environment, factor: float) -> Environment:
     """Multiplies rewards by a factor. `HParams.reward_scale` leaves reported returns unscaled."""
     return transform_reward(env, lambda reward: factor * reward)
+
+
+def _no_action(env: Environment) -> jax.Array:
+    """Returns zeros in place of the previous action of an episode's first step."""
+    space = env.action_space
+    return jnp.zeros((*env.agent_axes, *spaces.shape_of(space)), spaces.dtype_of(space))
 
 
 def _if_asked(wrapper: Callable[[Environment], Environment]) -> Callable[..., Environment]:

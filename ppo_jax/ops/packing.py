@@ -25,10 +25,11 @@ class _Place(NamedTuple):
 
 
 class Packing:
-    """Packs trees of one structure, whose leaves are scalars or have the same first axis.
+    """Packs trees of one structure, whose leaves are scalars or have a first axis of environments.
 
-    An accelerator launches a kernel for every array that a loop stores in a step. Leaves with
-    elements of the same size become one array, `[N, F]`, of unsigned integers with their bits.
+    An accelerator launches a kernel for every array that a loop stores in a step. Leaves with as
+    many rows and elements of the same size become one array, `[N, F]`, of unsigned integers with
+    their bits.
     Random keys and complex numbers are stored as they are.
 
     >>> packing = Packing()
@@ -45,7 +46,7 @@ class Packing:
         self._places: list[_Place] = []
 
     def pack(self, tree: Any) -> dict[str, jax.Array]:
-        """Returns arrays `[N, F]`, one for each size of elements; N is 1 for scalars."""
+        """Returns arrays `[N, F]`, one for each size of elements and N; N is 1 for scalars."""
         leaves, self._structure = jax.tree.flatten(tree)
         self._places = []
         groups: dict[str, list[jax.Array]] = {}
@@ -61,10 +62,11 @@ class Packing:
             width = leaf.dtype.itemsize
             if width < 4 and rows.shape[1] <= _SMALL:
                 width, rows = 4, rows.astype(np.uint32)
-            group = groups.setdefault(f"{width} bytes", [])
+            name = f"{num_rows} x {width} bytes"
+            group = groups.setdefault(name, [])
             start = sum(part.shape[1] for part in group)
             columns = slice(start, start + rows.shape[1])
-            self._places.append(_Place(f"{width} bytes", columns, leaf.shape, leaf.dtype))
+            self._places.append(_Place(name, columns, leaf.shape, leaf.dtype))
             group.append(rows)
         return packed | {name: jnp.concatenate(group, axis=1) for name, group in groups.items()}
 

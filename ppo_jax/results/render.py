@@ -64,9 +64,9 @@ def play(
             done = jnp.logical_or(step.terminated, step.truncated)
             carry = step.state, step.obs, recurrent_state
             # Steps after the end are computed as well, and cut off on the host.
-            return carry, (_inner(step.state, renderer), step.reward, done)
+            return carry, (_inner(step.state, renderer), jnp.mean(step.reward), done)
 
-        carry = start, obs, policy.initial_recurrent_state()
+        carry = start, obs, policy.initial_recurrent_state(env.agent_axes)
         found: tuple
         _, found = jax.lax.scan(one_step, carry, jax.random.split(key, max_steps))
         return _inner(start, renderer), *found

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.envs.environment import Environment
+from ppo_jax.envs.environment import Environment, vectorized
 from ppo_jax.ops import packing
 from ppo_jax.ops.blocks import largest_divisor
 from ppo_jax.policy.policy import Policy
@@ -33,7 +33,7 @@ def reset(
       recurrent_state: of the policy, `[N, ...]`; None without a memory.
     """
     keys = jax.random.split(key, num_envs)
-    obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
+    obs, env_state = vectorized(env).reset(keys, env_params)
     return RolloutState(
         env_state=strongly_typed(env_state),
         obs=obs,
@@ -76,15 +76,14 @@ def rollout(
     noise_key, env_key = jax.random.split(key)
     noise = head.noise(noise_key, (num_steps, num_envs))
     env_keys = jax.random.split(env_key, (num_steps, num_envs, 2))
-    env_reset = jax.vmap(env.reset, in_axes=(0, None))
-    env_step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
+    many = vectorized(env)
 
     def act(new_episode: tuple, carry: Carry, inputs: tuple) -> tuple[Carry, Any]:
         state, ended = carry
         noise_t, step_keys = inputs
         action_params, recurrent_state = policy.step(state.obs, state.recurrent_state, state.start)
         action = head.sample(action_params, noise_t)
-        step = env_step(step_keys, state.env_state, head.to_env(action), env_params)
+        step = many.step(step_keys, state.env_state, head.to_env(action), env_params)
         transition = Trajectory(
             obs=state.obs,
             action=action,
@@ -103,7 +102,7 @@ def rollout(
             length_sum=ended.length_sum + jnp.where(done, episode_length, 0),
             num_episodes=ended.num_episodes + done,
         )
-        obs, env_state = _where(done, new_episode, (step.obs, step.state))
+        obs, env_state = many.where(done, new_episode, (step.obs, step.state))
         state = state.replace(
             env_state=env_state,
             obs=obs,
@@ -116,7 +115,7 @@ def rollout(
     def draw(keys: jax.Array) -> tuple[Any, Any]:
         # For every environment: drawing only where an episode ends would need a branch, and under
         # `vmap` both sides of a branch are computed anyway.
-        obs, env_state = jax.vmap(env_reset, in_axes=(0, None))(keys, env_params)
+        obs, env_state = jax.vmap(many.reset, in_axes=(0, None))(keys, env_params)
         return obs, strongly_typed(env_state)
 
     none_ended = EpisodeStats(
@@ -196,15 +195,6 @@ def _act_in_groups(
     packed, trajectory = outer(act_in_group, carries.pack(carry), groups)
     trajectory = jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]), trajectory)
     return carries.unpack(packed), trajectory
-
-
-def _where(done: jax.Array, new_episode: Any, successor: Any) -> Any:
-    """Selects `new_episode` where an episode ended, for every leaf `[N, ...]`."""
-
-    def where(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-
-    return jax.tree.map(where, new_episode, successor)
 
 
 def _num_bytes(tree: Any) -> int:

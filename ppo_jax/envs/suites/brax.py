@@ -15,7 +15,7 @@ from ppo_jax.errors import ConfigError
 # steps with the spring engine; humanoid falls by 2 cm in 4 steps. A reset of hopper takes a fifth
 # of the time of a step, so drawing fewer of them pays. Pendulums may fall in 2 steps.
 _SHORTEST_EPISODE = 4
-_PENDULUMS = ("brax:inverted_pendulum", "brax:inverted_double_pendulum")
+_PENDULUMS = ("inverted_pendulum", "inverted_double_pendulum")
 
 
 class Params(flax.struct.PyTreeNode):
@@ -35,21 +35,13 @@ class State(NamedTuple):
     time: jax.Array  # int32 [], steps since the reset
 
 
-def make(name: str, **kwargs: Any) -> Environment:
-    """Builds the task whose name follows `brax:`; `kwargs` go to its class, such as `backend`.
+def make(task: str, **kwargs: Any) -> Environment:
+    """Builds a task; `kwargs` go to its class, such as `backend`."""
+    from brax import envs
 
-    Raises:
-      ConfigError: brax is not installed.
-    """
-    try:
-        from brax import envs
-    except ImportError as error:
-        raise ConfigError(
-            f"{name} needs brax, which is not installed: pip install 'ppo-jax[brax]'."
-        ) from error
-    env = adapt(name, envs.get_environment(name.removeprefix("brax:"), **kwargs))
+    env = adapt(task, envs.get_environment(task, **kwargs))
     # Other arguments may make episodes shorter than those that were measured.
-    is_measured = kwargs.keys() <= {"backend"} and name not in _PENDULUMS
+    is_measured = kwargs.keys() <= {"backend"} and task not in _PENDULUMS
     return env._replace(shortest_episode=_SHORTEST_EPISODE if is_measured else 1)
 
 

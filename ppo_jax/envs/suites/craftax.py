@@ -1,0 +1,71 @@
+"""Adapter for the open worlds of Craftax. The only module that imports craftax."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.envs.environment import Environment, Renderer, Step
+from ppo_jax.envs.spaces import Box, Discrete
+
+_NO_LIMIT = 2**31 - 1
+
+
+def make(task: str, **kwargs: Any) -> Environment:
+    """Builds a task; `kwargs` are those of its static parameters, such as `map_size`.
+
+    Craftax reports its time limit as an end like any other: here it is a truncation.
+    """
+    from craftax.craftax_env import make_craftax_env_from_name
+
+    inner = make_craftax_env_from_name(task, auto_reset=False)
+    if kwargs:
+        inner = type(inner)(inner.default_static_params().replace(**kwargs))
+    params = inner.default_params
+    space = inner.observation_space(params)
+
+    # The methods that end in `_env` are not compiled by themselves, and do not reset.
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
+        return inner.reset_env(key, params)
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        obs, state, reward, _, _ = inner.step_env(key, state, action, params)
+        # `is_terminal` is also true at the time limit, so it is asked without one.
+        return Step(
+            obs=obs,
+            state=state,
+            reward=jnp.asarray(reward, jnp.float32),
+            terminated=inner.is_terminal(state, params.replace(max_timesteps=_NO_LIMIT)),
+            truncated=state.timestep >= params.max_timesteps,
+        )
+
+    return Environment(
+        name=task,
+        reset=reset,
+        step=step,
+        params=params,
+        observation_space=Box(tuple(map(int, space.shape))),
+        action_space=Discrete(int(inner.action_space(params).n)),
+        longest_episode=lambda params: params.max_timesteps,
+        renderer=_renderer("Classic" in task),
+    )
+
+
+def _renderer(is_classic: bool) -> Renderer:
+    if is_classic:
+        from craftax.craftax_classic import renderer
+        from craftax.craftax_classic.envs.craftax_state import EnvState
+    else:
+        from craftax.craftax import renderer
+        from craftax.craftax.craftax_state import EnvState
+
+    def frames(states: Sequence[Any], params: Any) -> Iterator[np.ndarray]:
+        del params
+        draw = jax.jit(functools.partial(renderer.render_craftax_pixels, block_pixel_size=16))
+        for state in states:
+            yield np.asarray(draw(state)).astype(np.uint8)
+
+    return Renderer(EnvState, frames, frames_per_second=10)

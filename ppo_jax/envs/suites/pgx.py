@@ -1,0 +1,118 @@
+"""Adapter for the games of pgx, as one player sees them. The only module that imports pgx."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.envs.environment import Environment, Step
+from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete
+from ppo_jax.errors import require_known
+
+Opponent = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
+"""`(key, obs) -> action`: plays for every other player, and sees what the agent would see."""
+
+
+class State(NamedTuple):
+    """State of one game."""
+
+    game: Any
+    agent: jax.Array
+    """int32 []: number of the agent's player."""
+
+
+def _random(key: jax.Array, obs: dict[str, jax.Array]) -> jax.Array:
+    return jax.random.categorical(key, jnp.where(obs[ACTION_MASK], 0.0, -jnp.inf))
+
+
+def _first(key: jax.Array, obs: dict[str, jax.Array]) -> jax.Array:
+    del key
+    return jnp.argmax(obs[ACTION_MASK])
+
+
+OPPONENTS: dict[str, Opponent] = {"random": _random, "first": _first}
+"""Opponents by name: a legal move at random, and the legal move with the lowest number."""
+
+
+def make(task: str, *, opponent: str | Opponent = "random", **kwargs: Any) -> Environment:
+    """Builds a game of one agent against an opponent, who is part of the environment.
+
+    The agent's player is drawn at each reset, so that it also moves second. A step is a move of the
+    agent and those of all others until it is the agent's turn again; its reward is the sum of the
+    agent's rewards. Illegal moves lose, so observations have an action mask.
+
+    Args:
+      task: id of the game.
+      opponent: a key of `OPPONENTS`, or a function. Register an environment for a function:
+        `envs.register("duel", lambda: pgx.make("chess", opponent=play))`.
+      **kwargs: go to `pgx.make`.
+    """
+    import pgx
+
+    if isinstance(opponent, str):
+        require_known("opponent", opponent, OPPONENTS)
+        opponent = OPPONENTS[opponent]
+    play = opponent
+    inner = pgx.make(task, **kwargs)
+    start = jax.eval_shape(inner.init, jax.random.key(0))
+    view = start.observation
+
+    def observed(game: Any) -> dict[str, jax.Array]:
+        return {"observation": game.observation, ACTION_MASK: game.legal_action_mask}
+
+    def others_play(key: jax.Array, state: State) -> tuple[State, jax.Array]:
+        """Plays until it is the agent's turn; returns the sum of the agent's rewards."""
+
+        def is_waiting(carry: tuple) -> jax.Array:
+            _, game, _ = carry
+            return (game.current_player != state.agent) & ~game.terminated & ~game.truncated
+
+        def move(carry: tuple) -> tuple:
+            key, game, reward = carry
+            key, move_key, step_key = jax.random.split(key, 3)
+            game = inner.step(game, play(move_key, observed(game)), step_key)
+            return key, game, reward + game.rewards[state.agent]
+
+        first = (key, state.game, jnp.zeros((), jnp.float32))
+        # Under `vmap` the loop runs until the slowest game waits for its agent, mostly once.
+        if inner.num_players == 1:
+            return state, first[2]
+        _, game, reward = jax.lax.while_loop(is_waiting, move, first)
+        return State(game, state.agent), reward
+
+    def reset(key: jax.Array, params: tuple[()]) -> tuple[Any, State]:
+        del params
+        init_key, agent_key, others_key = jax.random.split(key, 3)
+        # Whether or not the game itself draws which number moves first.
+        agent = jax.random.randint(agent_key, (), 0, inner.num_players)
+        state, _ = others_play(others_key, State(inner.init(init_key), agent))
+        return observed(state.game), state
+
+    def step(key: jax.Array, state: State, action: jax.Array, params: tuple[()]) -> Step:
+        del params
+        step_key, others_key = jax.random.split(key)
+        game = inner.step(state.game, action, step_key)
+        own = game.rewards[state.agent]
+        state, reward = others_play(others_key, State(game, state.agent))
+        return Step(
+            obs=observed(state.game),
+            state=state,
+            reward=jnp.asarray(own + reward, jnp.float32),
+            terminated=state.game.terminated,
+            truncated=state.game.truncated,
+        )
+
+    return Environment(
+        name=task,
+        reset=reset,
+        step=step,
+        params=(),
+        observation_space=Dict.of(
+            {
+                "observation": Box(tuple(map(int, view.shape)), view.dtype.name),
+                ACTION_MASK: Box(tuple(map(int, start.legal_action_mask.shape)), "bool"),
+            }
+        ),
+        action_space=Discrete(int(inner.num_actions)),
+    )
