@@ -37,7 +37,7 @@ test-slow: $(DEV_STAMP)  ## run learning runs, which take minutes each
 	@$(BIN)/python -m pytest -q -m slow
 
 test-suites: $(SUITES_VENV)/installed  ## install every suite of environments, and test the adapters
-	@$(SUITES_VENV)/bin/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests/test_suites.py tests/test_brax.py
+	@$(SUITES_VENV)/bin/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests/test_suites.py
 
 test-fuzz: $(DEV_STAMP)  ## try 1,000 inputs for every kind of file and setting
 	@FUZZ=1000 $(BIN)/python -m pytest -q tests/test_hostile.py

@@ -25,7 +25,7 @@ def test_train_then_eval_then_resume(tmp_path, capsys):
     arguments = ["--total-timesteps", "200", "--run-dir", path, "--learning-rate", "3e-4"]
     assert main(["train", "CartPole-v1", *SMALL, *arguments, "--seeds", "2"]) == 0
     out, err = capsys.readouterr()
-    assert "200 steps are not a whole number of updates of 64: 192 will run." in err
+    assert "200 steps are not a whole number of updates of 64: it trains for 192 in all." in err
     assert "evaluation of seed 1: return" in out
     assert "over 3 greedy episodes" in out
     record = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -160,7 +160,7 @@ def test_envs_lists_what_can_be_trained(capsys, monkeypatch):
         (["train", "CartPole-v1", "--num-minibatches", "3"], "Try 2 or 4."),
         (["train", "CartPole-v1", "--gamma", "nan"], "gamma must be in [0, 1]; got nan."),
         (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be a positive integer"),
-        (["eval", "/nowhere"], "a run's directory must hold config.json; /nowhere does not."),
+        (["eval", "/nowhere"], "a run's directory must hold config.json; /nowhere does not exist."),
         (["train", "--resume"], "--resume continues the run in a directory; got no --run-dir."),
         (["sweep", "--run-dir", "/dev/null/x", "--seeds", "1"], "must be a directory that can be"),
         (["eval", "/nowhere", "--episodes", "0"], "episodes must be a positive integer; got 0."),

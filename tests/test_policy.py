@@ -229,6 +229,9 @@ def test_a_policy_takes_arrays_and_lists_single_and_in_batches(space, memory):
     assert expected.shape == (6,)
     np.testing.assert_array_equal(policy.act(batch, state)[0], expected)
     np.testing.assert_array_equal(policy.act(as_lists(batch), state)[0], expected)
+    # No observation at all, as from an empty selection of a data set.
+    empty = jax.tree.map(lambda x: x[:0], batch)
+    assert policy.act(empty, policy.initial_recurrent_state((0,)))[0].shape == (0,)
     # Two batch axes, and none.
     folded = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), batch)
     action, _ = policy.act(as_lists(folded), policy.initial_recurrent_state((2, 3)))

@@ -89,6 +89,22 @@ def test_a_plot_has_steps_and_seconds_of_training_and_of_evaluations(runs):
     assert [text.get_text() for text in legend.get_texts()] == ["several (4 seeds)", "single"]
 
 
+def test_a_plot_of_training_is_smoothed_and_says_what_it_shows(runs):
+    several, single = runs
+    figure = plot_runs([read_curves(single.run_dir)], smooth=3)
+    line = figure.axes[0].lines[0]
+    returns = single.metrics.set_index("timesteps")["episode/return"]
+    expected = returns.rolling(3, min_periods=1).mean()
+    expected = expected[np.isin(returns.index, line.get_xdata())]
+    np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-6)
+    assert figure.get_suptitle() == "CartPole-v1"
+    assert figure.axes[0].get_xlim()[0] == 0
+    title = plot_runs([read_curves(several.run_dir)]).get_suptitle()
+    assert title.startswith("CartPole-v1 (line and band: interquartile mean")
+    with pytest.raises(ConfigError, match="smooth must be a positive integer; got 0"):
+        plot_runs([read_curves(single.run_dir)], smooth=0)
+
+
 def test_run_plot_draws_the_same_line(runs):
     several, _ = runs
     *_, line = plot_returns(several.metrics).lines
@@ -399,16 +415,27 @@ def test_a_page_has_everything_and_needs_nothing(runs, tmp_path):
         "data:image/gif;base64,",
         "<td>num_steps</td><td>32</td>",
         "<td>learning_rate</td>",
-        f"<td>jax</td><td>&quot;{versions['jax']}&quot;</td>",
+        f"<td>jax</td><td>{versions['jax']}</td>",
     ):
         assert expected in text, expected
     # Changed settings are marked, and others are not.
     assert "<tr class=changed><td>num_envs</td>" in text
     assert "<tr><td>activation</td>" in text
+    assert "<tr><td>gae_lambda</td>" in text
     # Nothing is loaded from elsewhere: plotly's code is in the page.
     assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="http', text)
     with pytest.raises(ConfigError, match="must be new"):
         page.write_page(several.run_dir, path)
+    record = json.loads(config.read_text())
+    record["hparams"]["gae_lambda"] = 0.5
+    config.write_text(json.dumps(record))
+    try:
+        assert (
+            "<tr class=changed><td>gae_lambda</td>" in page.write_page(several.run_dir).read_text()
+        )
+    finally:
+        record["hparams"]["gae_lambda"] = 0.95
+        config.write_text(json.dumps(record))
     assert page.write_page(several.run_dir, tmp_path / "x.html").stat().st_size > 4_000_000
 
 

@@ -73,13 +73,13 @@ def new_run_dir(env: str, what: str) -> Path:
     return Path("runs") / f"{env.replace(':', '-')}_{what}_{time}-{secrets.token_hex(3)}"
 
 
-def print_evaluation(result: dict[str, Any], *, is_detailed: bool = False) -> None:
+def print_evaluation(result: dict[str, Any], *, is_detailed: bool = False, where: str = "") -> None:
     """Prints a summary that `summarize` made, one or two lines for each seed."""
     per_seed = result["seeds"]
     acting = "greedy" if result["greedy"] else "sampled"
     for row in per_seed:
         print(
-            f"evaluation of seed {row['seed']}: return {row['eval/return']:.1f} "
+            f"evaluation of seed {row['seed']}{where}: return {row['eval/return']:.1f} "
             f"± {row['eval/return_std']:.1f} (minimum {row['eval/return_min']:.1f}), "
             f"length {row['eval/length']:.1f}, over {result['episodes']} {acting} episodes"
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ppo_jax.commands.common import enable_compilation_cache, show_warning
+from ppo_jax.commands.common import enable_compilation_cache, say, show_warning
 from ppo_jax.errors import ConfigError
 from ppo_jax.runs.directory import PLOTS, RunDirectory
 from ppo_jax.runs.outputs import kind_of, require_output
@@ -27,8 +27,10 @@ class PlotCommand:
     of a single run."""
     metric: str = RETURN
     """Metric of training, such as train/entropy."""
+    smooth: int = 1
+    """Draw the mean of this many logged rows of training."""
     overwrite: bool = False
-    """Replace the output if it exists."""
+    """Replace --output if it exists. The files in the run's directory are always replaced."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
@@ -56,7 +58,10 @@ class PlotCommand:
         from ppo_jax.runs import files
         from ppo_jax.runs.lock import writable
 
-        figure = plot_runs([read_curves(path) for path in self.run_dirs], self.metric)
+        runs = [read_curves(path) for path in self.run_dirs]
+        if len({run.env for run in runs}) > 1:
+            say("these runs are of different environments, whose returns do not compare.")
+        figure = plot_runs(runs, self.metric, smooth=self.smooth)
         for path in outputs:
             save = functools.partial(figure.savefig, dpi=150, format=kind_of(path))
             with writable(path.parent, "the folder of the output"):

@@ -49,7 +49,8 @@ class EvalCommand:
                 from ppo_jax.runs.trained import evaluate_run
 
                 result = evaluate_run(directory.path, **options)
-            print_evaluation(result, is_detailed=True)
+            where = " in Gymnasium" if self.gymnasium else ""
+            print_evaluation(result, is_detailed=True, where=where)
         if self.gymnasium:
             from ppo_jax.results.gymnasium_client import comparison
 
@@ -59,7 +60,7 @@ class EvalCommand:
 
 _USES = {
     "stablehlo": "jax.export.deserialize(pathlib.Path({0!r}).read_bytes()).call({1})",
-    "onnx": "onnxruntime.InferenceSession({0!r}).run(None, inputs), inputs by name",
+    "onnx": "onnxruntime.InferenceSession({0!r}).run(None, inputs); inputs: {2}",
     "numpy": "import policy; policy.policy(obs), where Python finds {0}",
     "web": "open {0} in a browser",
 }
@@ -99,6 +100,13 @@ class ExportCommand:
         )
         has_memory = directory.read_config()[0].memory is not None
         arguments = "obs, state" if has_memory else "obs"
-        print(f"exported: {', '.join(map(str, paths))}")
-        print(f"use it:   {_USES[self.format].format(str(paths[-1]), arguments)}")
+        seeds = directory.read_seeds()
+        seed = seeds if isinstance(seeds, int) else self.run_seed or seeds[0]
+        print(f"exported: {', '.join(map(str, paths))} (seed {seed})")
+        inputs = ""
+        if self.format == "onnx":
+            from ppo_jax.export.onnx import describe_inputs
+
+            inputs = describe_inputs(paths[-1])
+        print(f"use it:   {_USES[self.format].format(str(paths[-1]), arguments, inputs)}")
         return 0

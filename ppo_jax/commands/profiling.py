@@ -1,12 +1,13 @@
 """The command `profile`."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import tyro
 
 from ppo_jax import envs, flags, presets
-from ppo_jax.commands.common import enable_compilation_cache
+from ppo_jax.commands.common import enable_compilation_cache, say
 from ppo_jax.errors import ConfigError, require_positive_integer
 from ppo_jax.runs.directory import RunDirectory
 
@@ -34,7 +35,12 @@ class ProfileCommand:
                     f"--algorithm is for an environment; got {self.algorithm} and the run "
                     f"{self.target}. Leave it out."
                 )
-            config, hparams = RunDirectory.open(self.target).read_config()
+            directory = RunDirectory.open(self.target)
+            config, hparams = directory.read_config()
+            if not isinstance(directory.read_seeds(), int):
+                say("a run of several seeds: the update of one of them is measured.")
+        elif os.sep in self.target and self.target not in envs.names():
+            RunDirectory.open(self.target)  # raises: there is no such directory
         else:
             envs.check_name(self.target)
             algorithm = self.algorithm or "ppo"
@@ -52,5 +58,5 @@ class ProfileCommand:
         for name, seconds in found.stages.items():
             print(f"  {name:12} {seconds * 1e3:9.2f} ms {seconds / found.seconds:6.0%}")
         if self.trace is not None:
-            print(f"trace: {self.trace}")
+            print(f"trace: {self.trace} (ui.perfetto.dev opens its files that end in .json.gz)")
         return 0

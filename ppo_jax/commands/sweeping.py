@@ -236,7 +236,10 @@ def _print_statistics(console: Any, report: Any) -> None:
     from ppo_jax.runs.report import MIN_SEEDS
 
     shown = report.configurations.drop(columns="configuration").head(20)
-    title = "configurations, the best first (interquartile mean and 95 % interval)"
+    title = (
+        "configurations, the best first: interquartile mean and 95 % interval of the return of the "
+        "greedy evaluation at the end; area is the mean return of training episodes"
+    )
     print_table(console, shown, title)
     print_table(console, report.sensitivity, "sensitivity of the return to each setting")
     if report.improvement is not None:

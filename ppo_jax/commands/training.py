@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ppo_jax import envs, flags
+from ppo_jax import envs, flags, presets
 from ppo_jax.commands.common import (
     names,
     new_run_dir,
@@ -80,14 +80,15 @@ class TrainCommand:
         config = self.config.config
         hparams = flags.hparams_type(config.algorithm)(**vars(self.hparams))
         envs.check_name(config.env)
-        _say_rounded(config)
         if self.deterministic:
             use_deterministic_operations()
         if self.dry_run:
+            _say_rounded(config)
             return self._print_dry_run(config, hparams)
         run_dir = self.run_dir or new_run_dir(config.env, f"{config.algorithm}_seed{self.seed}")
         if not (self.resume and RunDirectory.holds_run(run_dir)):
             RunDirectory.check(run_dir, overwrite=self.overwrite)
+        _say_rounded(config)
         prepare_devices(config, self.seeds)
 
         from ppo_jax.runs.run import train
@@ -191,12 +192,14 @@ class ResumeCommand:
 
 
 def _say_rounded(config: Config) -> None:
-    """Says before a run, instead of rounding silently, how many steps will run."""
+    """Says before a run, instead of rounding silently, how many steps will run in all."""
     timesteps = config.num_updates * config.batch_size
-    if timesteps != config.total_timesteps:
+    # Only of a number that the user chose.
+    usual = presets.preset(config.env, config.algorithm)[0].total_timesteps
+    if config.total_timesteps not in (timesteps, usual):
         say(
             f"{config.total_timesteps:,} steps are not a whole number of updates of "
-            f"{config.batch_size:,}: {timesteps:,} will run."
+            f"{config.batch_size:,}: it trains for {timesteps:,} in all."
         )
 
 

@@ -1,6 +1,8 @@
 """A policy as ONNX, by jax2onnx."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +41,8 @@ def to_onnx(policy: Policy) -> bytes:
     def flat(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.tree.leaves(act(*jax.tree.unflatten(structure, arrays))))
 
+    # It warns of every value without a type, which it then infers.
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     try:
         model = jax2onnx.to_onnx(
             _for_any_platform(flat),
@@ -53,6 +57,19 @@ def to_onnx(policy: Policy) -> bytes:
             "stablehlo."
         ) from error
     return model.SerializeToString()
+
+
+def describe_inputs(path: str | Path) -> str:
+    """Returns the name, dtype and shape of each input of an ONNX file, as text."""
+    import onnx
+
+    def described(value: Any) -> str:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        shape = [str(x.dim_param or x.dim_value) for x in tensor.shape.dim]
+        return f"{value.name}: {dtype} [{', '.join(['batch', *shape[1:]])}]"
+
+    return ", ".join(map(described, onnx.load(path).graph.input))
 
 
 def _input_names(policy: Policy, count: int) -> list[str]:

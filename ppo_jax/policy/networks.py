@@ -1,5 +1,6 @@
 """Networks from observations to parameters of an action distribution and values."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ class CNN(nn.Module):
         """Maps `[B, height, width, channels]` to `[B, F]`."""
         for features, kernel, stride in self.layers:
             x = self.activation(Conv(features, kernel, stride)(x))
-        return x.reshape(x.shape[0], -1)
+        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 class ResNet(nn.Module):
@@ -106,7 +107,7 @@ class ResNet(nn.Module):
             for _ in range(2):
                 residual = Conv(width, 3, pads=True)(self.activation(x))
                 x = x + Conv(width, 3, pads=True)(self.activation(residual))
-        return self.activation(x).reshape(x.shape[0], -1)
+        return self.activation(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 class Torso(nn.Module):
@@ -137,7 +138,7 @@ class Torso(nn.Module):
             x = x.astype(jnp.float32) / scale
             if self.image is not None and is_image(leaf):
                 return self.image()(x)
-            return x.reshape(x.shape[0], -1)
+            return x.reshape(x.shape[0], math.prod(x.shape[1:]))
         # An index has no order, so it is not a number for the network.
         sizes = (leaf.num_values,) if isinstance(leaf, Discrete) else leaf.num_values
         x = x.reshape(x.shape[0], len(sizes))
@@ -175,7 +176,9 @@ class OutputLayer(nn.Module):
             kernel, cpu=lambda kernel: jax.lax.optimization_barrier(kernel.T), default=jnp.transpose
         )
         outputs = jax.lax.dot_general(
-            transposed, x.reshape(-1, x.shape[-1]), dimension_numbers=(((1,), (1,)), ((), ()))
+            transposed,
+            x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
+            dimension_numbers=(((1,), (1,)), ((), ())),
         )
         return (outputs + bias[:, None]).T.reshape(*x.shape[:-1], self.size)
 
@@ -311,7 +314,8 @@ class ActorCritic(nn.Module):
         """Applies a torso, which sees a single batch axis, to any batch shape."""
         batch_shape = batch_shape_of(self.space, obs)
         ndim = len(batch_shape)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[ndim:]), view(obs))
+        size = math.prod(batch_shape)  # a batch may be empty, of which -1 says nothing
+        flat = jax.tree.map(lambda x: x.reshape(size, *x.shape[ndim:]), view(obs))
         features = torso(flat)
         return features.reshape(*batch_shape, features.shape[-1])
 

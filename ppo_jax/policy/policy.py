@@ -1,5 +1,6 @@
 """A policy as a value: a pytree that acts."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,7 @@ class Policy(struct.PyTreeNode):
         obs, batch_shape = self._checked(obs)
         ndim = len(batch_shape)
         obs, recurrent_state = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[ndim:]), (obs, recurrent_state)
+            lambda x: x.reshape(math.prod(batch_shape), *x.shape[ndim:]), (obs, recurrent_state)
         )
         action_params, recurrent_state = self.step(obs, recurrent_state)
         if key is None:

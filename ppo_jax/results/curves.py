@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from ppo_jax.errors import ConfigError, require_known
+from ppo_jax.errors import ConfigError, require_known, require_positive_integer
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.plots import add_legend, draw_curve
 
@@ -29,6 +29,8 @@ class Curves(NamedTuple):
 
     name: str
     """Name of the run's directory."""
+    env: str
+    """Name of the environment."""
     metrics: pd.DataFrame
     """A row per logged update and seed."""
     evaluations: pd.DataFrame
@@ -46,10 +48,11 @@ def read_curves(run_dir: str | Path) -> Curves:
     if metrics.empty:
         raise ConfigError(f"a plot needs metrics; {run_dir} has none yet. Let it train longer.")
     evaluations = pd.DataFrame(directory.evaluations.read())
-    return Curves(directory.path.resolve().name, metrics, evaluations)
+    env = directory.read_settings()["config"]["env"]
+    return Curves(directory.path.resolve().name, env, metrics, evaluations)
 
 
-def plot_runs(runs: Sequence[Curves], metric: str = RETURN) -> "Figure":
+def plot_runs(runs: Sequence[Curves], metric: str = RETURN, *, smooth: int = 1) -> "Figure":
     """Plots a metric of runs over environment steps and over seconds of training.
 
     Returns of the evaluations while the runs trained have a row of axes of their own, if there are
@@ -58,10 +61,12 @@ def plot_runs(runs: Sequence[Curves], metric: str = RETURN) -> "Figure":
     Args:
       runs: one or more.
       metric: a column of their metrics.
+      smooth: logged rows of training, of each of which the mean is drawn at the last.
 
     Raises:
       ConfigError: a run has no such metric.
     """
+    require_positive_integer("smooth", smooth)
     from matplotlib.figure import Figure
 
     for run in runs:
@@ -75,17 +80,22 @@ def plot_runs(runs: Sequence[Curves], metric: str = RETURN) -> "Figure":
     columns = 1 + has_seconds
     figure = Figure(figsize=(6.2 * columns, 4 * len(tables) + 0.6), layout="constrained")
     # Axes in a row show the same values, so that they share the vertical scale.
-    grid = figure.subplots(len(tables), columns, squeeze=False, sharey="row")
+    grid = figure.subplots(len(tables), columns, squeeze=False, sharex="col", sharey="row")
     for (name, frames), row in zip(tables.items(), grid, strict=True):
+        # Evaluations are few, and each is a mean over episodes already.
+        width = 1 if name == EVALUATED_RETURN else smooth
         for run, frame in zip(runs, frames, strict=True):
             if len(frame):
-                _draw(row, frame, name, _text(run))
+                _draw(row, frame, name, _text(run), smooth=width)
         row[0].set_ylabel(_LABELS.get(name, name))
+    for axes in grid[0]:
+        axes.set_xlim(left=0)
+    several = any(run.metrics["seed"].nunique() > 1 for run in runs)
+    note = " (line and band: interquartile mean over seeds and its 95 % interval)" * several
+    figure.suptitle(", ".join(dict.fromkeys(run.env for run in runs)) + note, fontsize="medium")
     for axes, text in zip(grid[-1], AXES, strict=False):
         axes.set_xlabel(text)
-    # A single line needs no name.
-    if len(runs) > 1 or runs[0].metrics["seed"].nunique() > 1:
-        add_legend(grid[0][0])
+    add_legend(grid[0][0])
     return figure
 
 
@@ -101,11 +111,14 @@ def table_of(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.Series 
     return table, frame.groupby("timesteps")[SECONDS].mean().reindex(table.index)
 
 
-def _draw(row: "Sequence[Axes]", frame: pd.DataFrame, metric: str, text: str) -> None:
+def _draw(
+    row: "Sequence[Axes]", frame: pd.DataFrame, metric: str, text: str, *, smooth: int
+) -> None:
     """Draws a metric over steps and, in the second axes if there are any, over seconds."""
     from matplotlib.ticker import EngFormatter
 
     table, seconds = table_of(frame, metric)
+    table = table.rolling(smooth, min_periods=1).mean()
     draw_curve(row[0], table, text)
     row[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(row) > 1:

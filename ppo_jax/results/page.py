@@ -10,8 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.config import Config
 from ppo_jax.envs import make_env
 from ppo_jax.errors import ConfigError
@@ -36,7 +38,9 @@ _COLORS = ("#1f77b4", "#d62728")
 _LAYOUT = {
     "template": "plotly_white",
     "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
-    "legend": {"orientation": "h", "y": 1.12},
+    "legend": {"orientation": "h", "y": -0.2},  # above it are the buttons of plotly
+    "xaxis": {"rangemode": "tozero"},
+    "yaxis": {"exponentformat": "power"},
 }
 
 
@@ -86,7 +90,7 @@ def write_page(
                 "steps of each seed": f"{int(last['timesteps']):,}",
                 "seeds": str(curves.metrics["seed"].nunique()),
                 "seconds of training": f"{last.get('time/seconds', float('nan')):,.1f}",
-                "steps/s": f"{curves.metrics['time/steps_per_second'].median():,.0f}",
+                "steps/s": _speed(curves.metrics),
                 **_evaluated_return(directory),
             }
         ),
@@ -108,6 +112,14 @@ def _tiles(values: Mapping[str, str]) -> str:
         f'<div class="tile"><b>{html.escape(value)}</b>{html.escape(name)}</div>'
         for name, value in values.items()
     )
+
+
+def _speed(metrics: pd.DataFrame) -> str:
+    """Returns the steps of all seeds in a second of training, as text."""
+    if SECONDS not in metrics:
+        return f"{metrics['time/steps_per_second'].median():,.0f}"
+    last = metrics.groupby("seed").last()
+    return f"{last['timesteps'].sum() / last[SECONDS].max():,.0f}"
 
 
 def _read_evaluation(directory: RunDirectory) -> dict[str, Any] | None:
@@ -134,6 +146,8 @@ def _evaluation(directory: RunDirectory) -> str:
             "standard deviation": seed["eval/return_std"],
             "minimum": seed["eval/return_min"],
         }
+        if "eval/return_max" in seed:
+            row["maximum"] = seed["eval/return_max"]
         # Runs of earlier versions have neither interval nor quantiles.
         low, high = seed.get("eval/return_interval", (None, None))
         if low is not None:
@@ -144,7 +158,7 @@ def _evaluation(directory: RunDirectory) -> str:
     acting = "greedy" if found["greedy"] else "sampled"
     note = f'<p class="note">{found["episodes"]} {acting} episodes of each seed.</p>'
     table = pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.1f}".format)
-    return note + table
+    return f'{note}<div class="wide">{table}</div>'
 
 
 def _episode(run_dir: str | Path, network: Any) -> str:
@@ -212,18 +226,24 @@ def _figure(
         found = curve(table, seconds if x_title == AXES[1] else None)
         if found is None:
             continue
-        if table.shape[1] > 1:
+        # The bounds are NaN where a single seed has a value, which would end the polygon.
+        inside = np.isfinite(found.low)
+        if inside.any():
+            x, low, high = (values[inside] for values in (found.x, found.low, found.high))
             figure.add_scatter(
-                x=[*found.x, *found.x[::-1]],
-                y=[*found.high, *found.low[::-1]],
+                x=[*x, *x[::-1]],
+                y=[*high, *low[::-1]],
                 fill="toself",
                 fillcolor=color,
                 opacity=0.2,
-                line={"width": 0},
+                mode="lines",
+                line={"width": 0, "color": color},
                 hoverinfo="skip",
                 showlegend=False,
             )
-        figure.add_scatter(x=found.x, y=found.estimate, name=text, line={"color": color})
+        figure.add_scatter(
+            x=found.x, y=found.estimate, name=text, mode="lines", line={"color": color}
+        )
     figure.update_layout(
         **_LAYOUT,
         height=height,
@@ -239,15 +259,17 @@ def _figure(
 
 
 def _configuration(record: Mapping[str, Any]) -> str:
-    """Returns the settings as tables."""
+    """Returns the settings as tables, those that differ from the defaults marked."""
     defaults = to_plain(vars(Config()))
     # Settings that were left to the algorithm have the values that it used.
     settings = {**record["config"], **record.get("resolved", {})}
     # A reader looks for the differences among forty settings.
     changed = {name for name, value in record["config"].items() if defaults.get(name) != value}
-    return _table("setting", settings, changed) + _table(
-        "hyperparameter", record["hparams"], frozenset()
-    )
+    algorithm = record["config"]["algorithm"]
+    usual = ALGORITHMS[algorithm].hparams if algorithm in ALGORITHMS else {}
+    given = record["hparams"]
+    other = {name for name, value in given.items() if name in usual and usual[name] != value}
+    return _table("setting", settings, changed) + _table("hyperparameter", given, other)
 
 
 def _versions(record: Mapping[str, Any]) -> str:
@@ -257,12 +279,27 @@ def _versions(record: Mapping[str, Any]) -> str:
     return _table("environment", made_with, frozenset()) + _table("package", versions, frozenset())
 
 
+def _in_words(value: Any) -> str:
+    """Returns a value of JSON as text for a reader.
+
+    >>> _in_words("ppo"), _in_words(None), _in_words([64, 64]), _in_words(2**0.5), _in_words({})
+    ('ppo', 'none', '64, 64', '1.41421', 'none')
+    """
+    if value is None or value == [] or value == {}:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _table(title: str, values: Mapping[str, Any], changed: frozenset[str] | set[str]) -> str:
     """Returns names and values as a table; some rows are marked as changed."""
     # Values may hold any text, such as the name of a user's environment.
     rows = "".join(
         f"<tr{' class=changed' if name in changed else ''}><td>{html.escape(str(name))}</td>"
-        f"<td>{html.escape(json.dumps(value))}</td></tr>"
+        f"<td>{html.escape(_in_words(value))}</td></tr>"
         for name, value in values.items()
     )
     return f"<table><tr><th>{title}</th><th>value</th></tr>{rows}</table>"

@@ -100,7 +100,8 @@ class RunDirectory:
                 f"ppo-jax report {path} compares its configurations."
             )
         if not cls.holds_run(path):
-            raise ConfigError(f"a run's directory must hold {CONFIG}; {path} does not.")
+            what = f"has no {CONFIG}" if path.is_dir() else "does not exist"
+            raise ConfigError(f"a run's directory must hold {CONFIG}; {path} {what}.")
         return cls(path)
 
     def owned(self) -> AbstractContextManager[None]:

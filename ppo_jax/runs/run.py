@@ -179,6 +179,11 @@ def train(
             "log_every": log_every,
         }
     )
+    if eval_every is not None and eval_every > config.num_updates:
+        raise ConfigError(
+            f"eval_every must be at most the updates of the training; got {eval_every:,} and "
+            f"{config.num_updates:,}. Try {max(1, config.num_updates // 10)}."
+        )
     require_seed(seed)
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
     sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)

@@ -1,6 +1,7 @@
 """The interface of a sink: a destination of a run's rows besides its files."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,5 +60,13 @@ class Sink:
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of a row, without its update, its steps and its seed."""
-    return {name: x for name, x in row.items() if name not in ("update", "timesteps", "seed")}
+    """Returns the metrics of a row, without its update, its steps and its seed.
+
+    Those of episodes are left out where none ended; trackers would show NaN as a point.
+    """
+    return {
+        name: x
+        for name, x in row.items()
+        if name not in ("update", "timesteps", "seed")
+        and not (name.startswith("episode/") and math.isnan(x))
+    }

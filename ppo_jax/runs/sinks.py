@@ -185,7 +185,7 @@ def make_sinks(
         )
     sinks: dict[str, Sink] = {}
     for name in log:
-        require_known("sink", name, TRACKERS)
+        require_known("tracker", name, TRACKERS)
         try:
             make = TRACKERS[name]
             sinks[name] = _InThread(_Members(make) if is_sweep else make())

@@ -21,6 +21,7 @@ class TensorBoard(Sink):
         import tensorboardX
 
         self._writer_of = tensorboardX.SummaryWriter
+        self._hparams = tensorboardX.summary.hparams
         self._writers: dict[int, Any] = {}
 
     def start(self, run: RunInfo) -> None:
@@ -33,6 +34,8 @@ class TensorBoard(Sink):
             )
             text = json.dumps(run.settings, indent=2)
             writer.add_text("settings", f"```json\n{text}\n```", run.timesteps_before)
+            for summary in self._hparams(_scalars(run.settings), {"eval/return": None}):
+                writer.file_writer.add_summary(summary)
             self._writers[seed] = writer
 
     def on_rows(self, rows: Rows) -> None:
@@ -49,6 +52,12 @@ class TensorBoard(Sink):
         """Closes the files."""
         for writer in self._writers.values():
             writer.close()
+
+
+def _scalars(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """Returns what TensorBoard compares runs by: hyperparameters, and what a sweep varied."""
+    values = {**settings.get("hparams", {}), **settings.get("values", {})}
+    return {name: x for name, x in values.items() if isinstance(x, (bool, int, float, str))}
 
 
 class WeightsAndBiases(Sink):
