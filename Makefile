@@ -13,7 +13,7 @@ STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
 ACCELERATORS := .cache/accelerators
 SUITES_VENV := .cache/suites
-SUITES := brax craftax jaxmarl jumanji navix octax pgx playground xminigrid
+SUITES := brax craftax jaxmarl jaxtari jumanji navix octax pgx playground xminigrid
 # One worker per core, because compiling, which is most of the suite, uses one core; and 2.5 GiB of
 # memory for each.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \

@@ -20,6 +20,7 @@ EXAMPLES = {
     "brax": "inverted_pendulum",
     "craftax": "Craftax-Classic-Symbolic-v1",
     "jaxmarl": "MPE_simple_spread_v3",
+    "jaxtari": "pong",
     "jumanji": "Snake-v1",
     "navix": "Navix-DoorKey-Random-5x5-v0",
     "octax": "brix",
@@ -35,6 +36,26 @@ def _their_own_habits():
     """Suites add arrays of different ranks, and warn of what others deprecate."""
     with jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _blank_pictures(tmp_path, monkeypatch):
+    """The pictures of jaxtari, which it downloads, as white squares: games do not look at them."""
+    if not SUITES["jaxtari"].is_installed:
+        return
+    from jaxtari.rendering.jax_rendering_utils import JaxRenderingUtils
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    (tmp_path / "jaxtari").mkdir()
+    (tmp_path / "jaxtari" / ".ownership_confirmed").touch()
+    (tmp_path / "jaxtari" / ".version").write_text("1")
+    square = jnp.full((4, 4, 4), 255, jnp.uint8)
+    monkeypatch.setattr(JaxRenderingUtils, "loadFrame", lambda *_, **options: square)
+    monkeypatch.setattr(
+        JaxRenderingUtils,
+        "_load_and_pad_digits_from_paths",
+        lambda self, paths, num_chars=10: jnp.stack([square] * len(paths)),
+    )
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,6 +106,8 @@ def registry_of(suite):
     """Names of the suite's own tasks, from the suite."""
     if suite == "brax":
         return importlib.import_module("brax.envs")._envs
+    if suite == "jaxtari":
+        return importlib.import_module("jaxtari.core").GAME_MODULES
     if suite == "jumanji":
         return importlib.import_module("jumanji").registered_environments()
     if suite == "navix":
@@ -97,7 +120,7 @@ def registry_of(suite):
 
 
 @pytest.mark.parametrize(
-    "suite", each(["brax", "jumanji", "navix", "pgx", "playground", "xminigrid"])
+    "suite", each(["brax", "jaxtari", "jumanji", "navix", "pgx", "playground", "xminigrid"])
 )
 def test_the_list_of_tasks_is_the_suites(suite):
     assert set(SUITES[suite].tasks) == set(registry_of(suite))
@@ -369,3 +392,35 @@ def test_playground_starts_anew_at_each_reset_and_is_cut_by_its_limit():
     step = jax.jit(env.step)(jax.random.key(0), state, jnp.zeros(1), params)
     assert step.truncated
     assert not step.terminated
+
+
+@needs("jaxtari")
+def test_jaxtari_shows_objects_within_bounds_and_pays_points():
+    import jaxtari
+
+    theirs, env = jaxtari.make("pong"), envs.make("jaxtari:pong")
+    step = jax.jit(env.step)
+    obs, state = jax.jit(env.reset)(jax.random.key(0), ())
+    their_obs, their_state = theirs.reset(jax.random.key(0))
+    reset, total = obs, 0.0
+    for i in range(500):
+        action = jnp.int32(0)
+        result = step(jax.random.key(i), state, action, ())
+        their_obs, their_state, reward, done, _ = theirs.step(their_state, action)
+        assert result.reward == reward
+        assert bool(result.terminated) == bool(done)
+        assert not result.truncated
+        assert result.obs.min() >= 0
+        assert result.obs.max() <= 1
+        total += float(result.reward)
+        state = result.state
+    assert total < 0  # nobody plays
+    assert not np.array_equal(result.obs, reset)
+    assert np.isclose(result.obs, float(their_obs.ball.x) / 160).any()
+
+
+@needs("jaxtari")
+def test_missing_pictures_of_jaxtari_are_said_so(tmp_path):
+    (tmp_path / "jaxtari" / ".ownership_confirmed").unlink()
+    with pytest.raises(ConfigError, match="install-sprites downloads them"):
+        envs.make("jaxtari:pong")

@@ -101,6 +101,23 @@ SUITES = {
             """
         ),
     ),
+    "jaxtari": Suite(
+        "jaxtari",
+        "Atari games, by their objects",
+        _words(
+            """
+            airraid alien amidar assault asterix asteroids atlantis backgammon bankheist basicmath
+            beamrider berzerk blackjack boxing breakout casinoblackjack casinofivestudpoker
+            casinopokersolitaire centipede choppercommand donkeykong enduro fishingderby flagcapture
+            freeway frostbite galaxian gopher gravitar hangman hauntedhouse humancannonball
+            journeyescape kaboom kangaroo kingkong klax lasergates miniaturegolf montezumarevenge
+            mspacman namethisgame othello pacman phoenix pong qbert riverraid roadrunner seaquest
+            sirlancelot skiing slotmachine spaceinvaders spacewar surround tennis tetris timepilot
+            tron turmoil upndown venture videocheckers videochess videocube videopinball wizardofwor
+            wordzapper yarsrevenge
+            """
+        ),
+    ),
     "jumanji": Suite(
         "jumanji",
         "puzzles, packing, routing and games",
