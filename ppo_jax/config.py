@@ -55,6 +55,10 @@ class TrainingSettings:
     """N: environments that are stepped together. One of several agents counts once for each."""
     num_steps: int = 128
     """T: steps of each environment between two updates."""
+    reset_pool: int | None = None
+    """New episodes that are drawn before each rollout, for all environments, where resets are
+    expensive: the k-th episode that ends is followed by the k-th of them. If more end, they are
+    used again in the same order. None draws one wherever an episode may end."""
     num_devices: int = 1
     """Devices that share the environments; each learns from its share, and gradients are averaged.
     On a CPU a device is a core."""
@@ -231,7 +235,7 @@ got 4 * 128 and 3. Try 2 or 4.
                 "max_skipped_updates, unless it is 0,", self.max_skipped_updates
             )
         names = ("num_epochs", "num_minibatches", "n_step", "cg_iterations", "line_search_steps")
-        require_positive_integers({name: getattr(self, name) for name in names})
+        require_positive_integers({name: getattr(self, name) for name in (*names, "reset_pool")})
         _require_choice("lr_schedule", self.lr_schedule, LearningRateSchedule)
         _require_choice("normalize_advantage", self.normalize_advantage, AdvantageNormalization)
         _require_choice("value_target", self.value_target, ValueTarget)
@@ -263,6 +267,11 @@ got 4 * 128 and 3. Try 2 or 4.
                 f"num_envs must be divisible by num_devices; got {num_envs} and {num_devices}. "
                 f"Try {_divisors(num_envs, num_devices)}."
             )
+        if self.reset_pool is not None and self.reset_pool % num_devices:
+            raise ConfigError(
+                f"reset_pool must be divisible by num_devices; got {self.reset_pool} and "
+                f"{num_devices}. Try {-(-self.reset_pool // num_devices) * num_devices}."
+            )
         if num_minibatches is None:
             return
         # Each device makes minibatches of its own samples.
@@ -287,6 +296,11 @@ got 4 * 128 and 3. Try 2 or 4.
     def batch_size(self) -> int:
         """Environment steps in one update, num_envs * num_steps; with several agents, of each."""
         return self.num_envs * self.num_steps
+
+    @property
+    def device_reset_pool(self) -> int | None:
+        """The part of `reset_pool` that each device draws."""
+        return None if self.reset_pool is None else self.reset_pool // self.num_devices
 
     @property
     def num_updates(self) -> int:

@@ -117,6 +117,7 @@ def _partial_updates(config: Config, trainer: Trainer) -> dict[str, Callable[...
             state.rollout,
             key_of(state),
             num_steps=resolved.config.num_steps,
+            reset_pool=resolved.config.device_reset_pool,
         )
 
     # Each returns what it computes: XLA would drop a stage whose result is not used.

@@ -94,6 +94,22 @@ def test_a_rollout_is_what_each_environment_plays_alone():
     assert len(set(starts)) > 2
 
 
+def test_agents_take_whole_episodes_of_a_pool():
+    """Observations and states of a pool belong together."""
+    trainer = make_trainer(config_of())
+    state = trainer.init(jax.random.key(0))
+    policy, env = trainer.policy(state), trainer.env
+    _, trajectory, _ = jax.jit(
+        lambda current: rollout(
+            env, (), policy, current, jax.random.key(1), num_steps=8, reset_pool=4
+        )
+    )(state.rollout)
+    seen = np.asarray(trajectory.obs["seen"][..., 0]).reshape(8, 4, A)
+    for t in (4, 5, 6):  # bits flip from step to step, in states and in what is shown
+        np.testing.assert_array_equal(seen[t + 1], 1 - seen[t])
+    assert len({tuple(x) for x in seen[4]}) > 1
+
+
 def test_one_agent_has_the_functions_of_vmap():
     env = envs.make("CartPole-v1")
     keys = jax.random.split(jax.random.key(0), 4)

@@ -88,6 +88,9 @@ class Vectorized(NamedTuple):
     """`(keys [N], state [M, ...], actions [N, ...], params) -> Step`, `[N]` but for the state."""
     where: Callable[[jax.Array, tuple[Any, Any], tuple[Any, Any]], tuple[Any, Any]]
     """`(done [N], (obs, state), (obs, state)) -> (obs, state)`: the first pair where it is true."""
+    take: Callable[[tuple[Any, Any], jax.Array, jax.Array], tuple[tuple[Any, Any], jax.Array]]
+    """`((obs, state), done [N], used []) -> ((obs, state), used)`: an episode of a pool for each
+    environment, the next ones for those that are done, and the number of episodes taken so far."""
 
 
 def vectorized(env: Environment) -> Vectorized:
@@ -112,15 +115,29 @@ def vectorized(env: Environment) -> Vectorized:
     def where(done: jax.Array, new: tuple[Any, Any], old: tuple[Any, Any]) -> tuple[Any, Any]:
         return select(done, new[0], old[0]), select(done[::num_agents], new[1], old[1])
 
+    def take(
+        pool: tuple[Any, Any], done: jax.Array, used: jax.Array
+    ) -> tuple[tuple[Any, Any], jax.Array]:
+        ended = done[::num_agents].astype(jnp.int32)
+        # The order of the ends decides, so that what is drawn does not depend on what happened:
+        # as long as the pool lasts, initial states are independent draws.
+        size = jax.tree.leaves(pool[0])[0].shape[0] // num_agents
+        place = (used + jnp.cumsum(ended) - ended) % size
+        # Rows of the observations of all agents of an environment.
+        rows = (place[:, None] * num_agents + jnp.arange(num_agents)[None]).reshape(-1)
+        obs = jax.tree.map(lambda x: x[rows], pool[0])
+        return (obs, jax.tree.map(lambda x: x[place], pool[1])), used + jnp.sum(ended)
+
     def select(done: jax.Array, new: Any, old: Any) -> Any:
         def choose(x: jax.Array, y: jax.Array) -> jax.Array:
             return jnp.where(done.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
         return jax.tree.map(choose, new, old)
 
+    # The functions of one agent are those of `vmap` alone, whose programs are leaner.
     if num_agents == 1:
-        return Vectorized(reset_many, step_many, where)
-    return Vectorized(reset, step, where)
+        return Vectorized(reset_many, step_many, where, take)
+    return Vectorized(reset, step, where, take)
 
 
 def cast(space: Space, obs: Any) -> Any:

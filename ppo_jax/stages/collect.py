@@ -89,7 +89,13 @@ def collect(
         )
     before = state
     state, trajectory, ended = rollout(
-        env, env_params, policy, state, key, num_steps=config.num_steps
+        env,
+        env_params,
+        policy,
+        state,
+        key,
+        num_steps=config.num_steps,
+        reset_pool=config.device_reset_pool,
     )
     values, starts, state = evaluate_trajectory(
         policy, trajectory, before=before, after=state, config=config, shard=shard

@@ -14,7 +14,8 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import head_of
 from ppo_jax.types import EpisodeStats, RolloutState, Trajectory, strongly_typed
 
-Carry = tuple[RolloutState, EpisodeStats]
+Carry = tuple[RolloutState, EpisodeStats, Any]
+"""State, sums of ended episodes, and the number of episodes that a pool has given; None without."""
 
 _DRAWN_BYTES = 2**22  # of new episodes that are drawn together, or an eighth of the trajectory
 _DRAWN_BYTES_CPU = 2**19  # they should stay in the cache of a core
@@ -53,6 +54,7 @@ def rollout(
     key: jax.Array,
     *,
     num_steps: int,
+    reset_pool: int | None = None,
 ) -> tuple[RolloutState, Trajectory, EpisodeStats]:
     """Acts for `num_steps` steps in every environment.
 
@@ -66,6 +68,8 @@ def rollout(
       state: of the N environments at the first step.
       key: random key.
       num_steps: T.
+      reset_pool: new episodes that are drawn together, see `Config.reset_pool`; None for all that
+        may be needed.
 
     Returns:
       The state after the last step, the trajectory `[T, N]`, and sums over the episodes that ended.
@@ -78,8 +82,8 @@ def rollout(
     env_keys = jax.random.split(env_key, (num_steps, num_envs, 2))
     many = vectorized(env)
 
-    def act(new_episode: tuple, carry: Carry, inputs: tuple) -> tuple[Carry, Any]:
-        state, ended = carry
+    def act(drawn: tuple, carry: Carry, inputs: tuple) -> tuple[Carry, Any]:
+        state, ended, used = carry
         noise_t, step_keys = inputs
         action_params, recurrent_state = policy.step(state.obs, state.recurrent_state, state.start)
         action = head.sample(action_params, noise_t)
@@ -102,6 +106,7 @@ def rollout(
             length_sum=ended.length_sum + jnp.where(done, episode_length, 0),
             num_episodes=ended.num_episodes + done,
         )
+        new_episode, used = (drawn, None) if used is None else many.take(drawn, done, used)
         obs, env_state = many.where(done, new_episode, (step.obs, step.state))
         state = state.replace(
             env_state=env_state,
@@ -110,12 +115,10 @@ def rollout(
             episode_length=jnp.where(done, 0, episode_length),
             recurrent_state=recurrent_state,
         )
-        return (state, ended), transition
+        return (state, ended, used), transition
 
     def draw(keys: jax.Array) -> tuple[Any, Any]:
-        # For every environment: drawing only where an episode ends would need a branch, and under
-        # `vmap` both sides of a branch are computed anyway.
-        obs, env_state = jax.vmap(many.reset, in_axes=(0, None))(keys, env_params)
+        obs, env_state = many.reset(keys, env_params)
         return obs, strongly_typed(env_state)
 
     none_ended = EpisodeStats(
@@ -123,17 +126,25 @@ def rollout(
         length_sum=jnp.zeros(num_envs, jnp.int32),
         num_episodes=jnp.zeros(num_envs, jnp.int32),
     )
-    # Within `shortest_episode` steps an environment starts at most one new episode, so that one
-    # draw of new episodes serves a whole block of steps.
-    size = largest_divisor(num_steps, at_most=env.shortest_episode)
-    # Traced once for both platforms.
-    act_in_groups = partial(_act_in_groups, jax.jit(act), jax.jit(draw), size)
-    trajectory_bytes = 2 * _num_bytes(state.obs) * num_steps
-    (state, ended), trajectory = jax.lax.platform_dependent(
-        (state, none_ended),
+    if reset_pool is None:
+        # Drawing only where an episode ends would need a branch, and under `vmap` both sides of a
+        # branch are computed anyway. Within `shortest_episode` steps an environment starts at most
+        # one new episode, so that one draw for all environments serves a whole block of steps.
+        used = None
+        size = largest_divisor(num_steps, at_most=env.shortest_episode)
+        loop: Any = partial(_act_in_groups, jax.jit(act), jax.jit(jax.vmap(draw)), size)
+    else:
+        used = jnp.zeros((), jnp.int32)
+        # A key that no step has.
+        pool_key = jax.random.fold_in(env_key, num_steps)
+        pool = draw(jax.random.split(pool_key, reset_pool * env.num_agents))
+        loop = partial(_act_from_pool, jax.jit(act), pool)
+    # `act` is traced once for both platforms.
+    (state, ended, _), trajectory = jax.lax.platform_dependent(
+        (state, none_ended, used),
         (noise, env_keys),
-        cpu=partial(act_in_groups, memory=_DRAWN_BYTES_CPU, packs=False),
-        default=partial(act_in_groups, memory=max(_DRAWN_BYTES, trajectory_bytes // 8), packs=True),
+        cpu=partial(loop, packs=False),
+        default=partial(loop, packs=True),
     )
     return state, trajectory, jax.tree.map(jnp.sum, ended)
 
@@ -145,7 +156,6 @@ def _act_in_groups(
     carry: Carry,
     inputs: tuple[jax.Array, jax.Array],
     *,
-    memory: int,
     packs: bool,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; draws the new episodes of several blocks of steps together.
@@ -153,17 +163,19 @@ def _act_in_groups(
     Each draw is several kernels.
 
     Args:
-      act: `(new_episode, carry, (noise, keys)) -> (carry, transition)`, one step.
+      act: `(new_episodes, carry, (noise, keys)) -> (carry, transition)`, one step.
       draw: draws new episodes, `[B, N]` keys.
       size: steps of a block, which share new episodes.
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps and of draws `[T, N, 2]`.
-      memory: bytes of the new episodes that are drawn together.
       packs: for accelerators, which launch a kernel for each array that is stored.
     """
     num_steps = len(inputs[1])
-    state, _ = carry
+    state, *_ = carry
     drawn = _num_bytes((state.obs, state.env_state))
+    # Bytes of the new episodes that are drawn together.
+    trajectory_bytes = 2 * _num_bytes(state.obs) * num_steps
+    memory = max(_DRAWN_BYTES, trajectory_bytes // 8) if packs else _DRAWN_BYTES_CPU
     # At least four groups: with the episodes of all blocks at once, W1 is 5 % slower on a CPU.
     num_blocks = largest_divisor(
         num_steps // size, at_most=max(1, min(memory // drawn, num_steps // size // 4))
@@ -194,6 +206,37 @@ def _act_in_groups(
     groups = jax.tree.map(lambda x: x.reshape(-1, num_blocks * size, *x.shape[1:]), inputs)
     packed, trajectory = outer(act_in_group, carries.pack(carry), groups)
     trajectory = jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]), trajectory)
+    return carries.unpack(packed), trajectory
+
+
+def _act_from_pool(
+    act: Callable[[Any, Carry, Any], tuple[Carry, Trajectory]],
+    pool: Any,
+    carry: Carry,
+    inputs: tuple[jax.Array, jax.Array],
+    *,
+    packs: bool,
+) -> tuple[Carry, Trajectory]:
+    """Acts at every step; new episodes are those of a pool.
+
+    Args:
+      act: as in `_act_in_groups`.
+      pool: observations and states of new episodes.
+      carry: before the first step.
+      inputs: noise `[T, N, ...]`, and keys of steps `[T, N, 2]`, the second of which are not used.
+      packs: for accelerators, which launch a kernel for each array that is stored.
+    """
+    carries = packing.Packing() if packs else packing.NoPacking()
+    scan: Callable[..., tuple[Any, Trajectory]] = jax.lax.scan
+    if packs:
+        scan = partial(packing.packed_scan, unroll=2)
+
+    def act_at(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
+        carry, transition = act(pool, carries.unpack(packed), inputs)
+        return carries.pack(carry), transition
+
+    noise, keys = inputs
+    packed, trajectory = scan(act_at, carries.pack(carry), (noise, keys[:, :, 0]))
     return carries.unpack(packed), trajectory
 
 
