@@ -56,9 +56,9 @@ class TrainingSettings:
     num_steps: int = 128
     """T: steps of each environment between two updates."""
     reset_pool: int | None = None
-    """New episodes that are drawn before each rollout, for all environments, where resets are
-    expensive: the k-th episode that ends is followed by the k-th of them. If more end, they are
-    used again in the same order. None draws one wherever an episode may end."""
+    """New episodes that are drawn before each rollout, over all devices, where resets are
+    expensive: the k-th episode that ends on a device is followed by the k-th of its pool. If more
+    episodes end, the pool is used again. None draws a new episode wherever one may end."""
     num_devices: int = 1
     """Devices that share the environments; each learns from its share, and gradients are averaged.
     On a CPU a device is a core."""
@@ -360,10 +360,15 @@ def _divisors(number: int, near: int) -> str:
     return " or ".join(map(str, nearest_divisors(number, near)))
 
 
+def _hashable(value: Any) -> Any:
+    """Returns a value with tuples for its lists, which files of settings have."""
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _pairs(name: str, value: Any) -> tuple[tuple[str, Value], ...]:
     """Returns a mapping, or pairs, as a tuple of pairs, which is hashable."""
     try:
-        pairs = tuple(dict(value).items())
+        pairs = tuple((key, _hashable(x)) for key, x in dict(value).items())
         # A config is a key of caches.
         hash(pairs)
     except (TypeError, ValueError) as error:

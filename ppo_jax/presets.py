@@ -66,6 +66,14 @@ _MINATAR_SHORT = _Preset(
     {**_MINATAR.config, "separate_grad_norms": True}, {**_MINATAR.hparams, "gae_lambda": 0.6}
 )
 
+# Tasks of suites: a few minutes on two cores.
+_GRID = _Preset(
+    {"num_envs": 32, "num_steps": 128, "num_minibatches": 8, "total_timesteps": 500_000},
+    _CLIPPED_VALUE,
+)
+_LONG_GRID = _Preset({**_GRID.config, "total_timesteps": 1_000_000}, _GRID.hparams)
+_BOARD = _Preset({**_GRID.config, "num_envs": 64, "num_steps": 64}, _CLIPPED_VALUE)
+
 _PRESETS: dict[str, dict[str, _Preset]] = {
     "CartPole-v1": {
         "reinforce": _Preset(_EPISODES, {"learning_rate": 2e-3}),
@@ -177,6 +185,60 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
     "Freeway-MinAtar": {"ppo": _MINATAR},
     "Seaquest-MinAtar": {"ppo": _MINATAR_SHORT},
     "SpaceInvaders-MinAtar": {"ppo": _MINATAR},
+    "craftax:Craftax-Classic-Symbolic-v1": {
+        # Craftax_Baselines has 1,024 environments, two layers of 512 and a rate of 2e-4, for a GPU.
+        # Some 30 episodes end in an update of 4,096 steps.
+        "ppo": _Preset(
+            {
+                "num_envs": 64,
+                "num_steps": 64,
+                "num_minibatches": 8,
+                "hidden_sizes": (256, 256),
+                "reset_pool": 32,
+                "total_timesteps": 1_000_000,
+            },
+            {"learning_rate": 5e-4, "gae_lambda": 0.8, "max_grad_norm": 1.0},
+        ),
+    },
+    "jaxmarl:MPE_simple_spread_v3": {
+        "ppo": _Preset(
+            {
+                "num_envs": 96,  # 32 games of three agents
+                "num_steps": 64,
+                "num_minibatches": 8,
+                "total_timesteps": 2_000_000,
+            },
+            {**_CLIPPED_VALUE, "gamma": 0.95},
+        ),
+    },
+    "jumanji:Snake-v1": {"ppo": _LONG_GRID},
+    "navix:Navix-Empty-Random-6x6-v0": {"ppo": _GRID},
+    "navix:Navix-DoorKey-5x5-v0": {"ppo": _LONG_GRID},
+    "octax:wipe_off": {
+        "ppo": _Preset(
+            {**_BOARD.config, "activation": "relu", "total_timesteps": 200_000},
+            {**_BOARD.hparams, "gamma": 0.97},
+        ),
+    },
+    "pgx:tic_tac_toe": {"ppo": _BOARD},
+    "pgx:connect_four": {
+        "ppo": _Preset({**_BOARD.config, "total_timesteps": 1_000_000}, _BOARD.hparams)
+    },
+    "playground:CartpoleBalance": {
+        "ppo": _Preset(
+            {
+                "num_envs": 64,
+                "num_steps": 64,
+                "num_minibatches": 16,
+                "num_epochs": 8,
+                "normalize_obs": True,
+                "total_timesteps": 300_000,
+            },
+            {"learning_rate": 1e-3, "reward_scale": 0.1},
+        ),
+    },
+    "xminigrid:MiniGrid-Empty-8x8": {"ppo": _GRID},
+    "xminigrid:MiniGrid-DoorKey-5x5": {"ppo": _LONG_GRID},
 }
 
 

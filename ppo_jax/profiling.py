@@ -65,7 +65,11 @@ def profile(
     Raises:
       ConfigError: a setting breaks a rule.
     """
-    config = config.replace(num_envs=config.num_envs // config.num_devices, num_devices=1)
+    config = config.replace(
+        num_envs=config.num_envs // config.num_devices,
+        reset_pool=config.device_reset_pool,
+        num_devices=1,
+    )
     hparams = complete_hparams(hparams, config)
     trainer = make_trainer(config)
     state = jax.jit(trainer.init)(jax.random.key(0), hparams)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer, resume, sweep, train
+from ppo_jax import Config, ConfigError, HParams, envs, evaluate, make_trainer, resume, sweep, train
 from ppo_jax.devices import over_members
 from ppo_jax.population.pbt import make_pbt
+from tests.test_agents import make_team
 from tests.test_resume import check_resume, rows_of, stop_after
 
 PARAMS = {"max_steps_in_episode": 16}
@@ -203,6 +204,18 @@ def check_a_run_continues_on_other_devices(path):
     assert np.isfinite(run.metrics["train/value_loss"]).all()
 
 
+def check_agents_and_pools_are_divided():
+    envs.register("team", make_team, overwrite=True)
+    changes = {"env": "team", "env_params": {}, "num_envs": 24, "reset_pool": 4, "memory": "gru"}
+    described = config("ppo", 4, memory_size=4, num_minibatches=2, **changes)
+    trainer = make_trainer(described)
+    state, metrics = jax.jit(trainer.run)(jax.random.key(0))
+    assert state.rollout.env_state.bits.shape == (8, 3)
+    assert len(state.rollout.env_state.bits.sharding.device_set) == 4
+    assert np.isfinite(metrics["train/policy_loss"]).all()
+    check_devices_equal_shards_on_one_device("ppo", memory_size=4, num_minibatches=2, **changes)
+
+
 def check_one_device_too_many_is_an_error():
     with pytest.raises(ConfigError, match="at most the devices there are; got 16 and 8"):
         make_trainer(config("ppo", 16, num_envs=16))
@@ -226,6 +239,7 @@ if __name__ == "__main__":
     check_steps_are_one_program_and_environments_stay_where_they_are()
     check_devices_see_different_data()
     check_the_seeds_of_a_training_are_divided()
+    check_agents_and_pools_are_divided()
     check_one_device_too_many_is_an_error()
     with tempfile.TemporaryDirectory() as folder:
         check_runs_over_devices_resume_exactly(Path(folder))

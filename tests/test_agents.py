@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, envs, evaluate, make_trainer
-from ppo_jax.envs.environment import Environment, Renderer, Step, vectorized
+from ppo_jax.envs.environment import Environment, Renderer, Step
 from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete
 from ppo_jax.results.render import play
 from ppo_jax.stages.rollout import reset, rollout
@@ -110,11 +110,28 @@ def test_agents_take_whole_episodes_of_a_pool():
     assert len({tuple(x) for x in seen[4]}) > 1
 
 
-def test_one_agent_has_the_functions_of_vmap():
-    env = envs.make("CartPole-v1")
-    keys = jax.random.split(jax.random.key(0), 4)
-    many = vectorized(env)
-    assert_same_bits(many.reset(keys, env.params), jax.vmap(env.reset, (0, None))(keys, env.params))
+def test_the_pool_has_a_key_of_its_own():
+    """A key that the pool shared with a step would make their random numbers equal."""
+
+    def reset(key, params):
+        return jnp.zeros(1), jax.random.key_data(key)
+
+    def step(key, state, action, params):
+        return Step(jnp.zeros(1), jax.random.key_data(key), 0.0, jnp.array(True), jnp.array(False))
+
+    env = Environment("keys", reset, step, (), Box((1,)), Discrete(2))
+    envs.register("keys", lambda: env, overwrite=True)
+    trainer = make_trainer(Config(env="keys", num_envs=4, num_steps=4, hidden_sizes=()))
+    state = trainer.init(jax.random.key(0))
+    policy = trainer.policy(state)
+    for key in jax.random.split(jax.random.key(1), 8):
+        key_of_steps = jax.random.split(key, 3)[1]
+        steps = jax.random.split(key_of_steps, (4, 4, 2)).reshape(-1)
+        after, _, _ = rollout(env, (), policy, state.rollout, key, num_steps=4, reset_pool=16)
+        # The states of new episodes hold the keys of their resets.
+        keys = {tuple(x) for x in np.asarray(after.env_state)}
+        assert not keys & {tuple(x) for x in np.asarray(jax.random.key_data(steps))}
+        assert len(keys) == 4
 
 
 def test_agents_learn_by_what_each_of_them_sees():

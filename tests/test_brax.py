@@ -102,7 +102,7 @@ def test_a_task_that_cannot_be_stepped_is_said_so():
 
     env = adapt("broken", Broken())
     _, state = env.reset(jax.random.key(0), env.params)
-    with pytest.raises(ConfigError, match="one that brax can step with jax .*: .*a_minimum"):
+    with pytest.raises(ConfigError, match="one that can be stepped with jax .*: .*a_minimum"):
         env.step(jax.random.key(0), state, jnp.zeros(2), env.params)
 
 

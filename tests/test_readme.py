@@ -64,6 +64,11 @@ def test_extending_is_followed_literally(tmp_path):
     assert "rollback must be in [0, 1]; got 2.0." in outputs(codes, tmp_path, "-W", "error")[0]
 
 
+def test_examples_of_environments(tmp_path):
+    """All but the first, which needs pgx and is run by the tests of the suites."""
+    outputs(examples("docs/environments.md")[1:], tmp_path)
+
+
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, ConfigError, envs, make_trainer
+from ppo_jax import Config, ConfigError, envs, evaluate, make_trainer, presets
 from ppo_jax.envs.suites import SUITES
 from ppo_jax.testing import check_env
+from tests.conftest import optimized_jit
 
 EXAMPLES = {
     "brax": "inverted_pendulum",
@@ -141,6 +142,24 @@ def test_every_task_is_as_it_is_described(suite):
             envs.checks.check_env(envs.make(name))
 
 
+@pytest.mark.parametrize("suite", each(["craftax", "navix", "octax", "xminigrid"]))
+def test_an_episode_is_drawn(suite):
+    env = envs.make(f"{suite}:{EXAMPLES[suite]}")
+    _, state = jax.jit(env.reset)(jax.random.key(0), env.params)
+    states = [state]
+    for i in range(6):
+        step = jax.jit(env.step)(jax.random.key(i), state, jnp.int32(i % 3), env.params)
+        state = step.state
+        states.append(state)
+    frames = list(env.renderer.frames(states, env.params))
+    assert len(frames) == len(states)
+    assert {(x.shape, x.dtype) for x in frames} == {(frames[0].shape, np.dtype("uint8"))}
+    assert frames[0].ndim == 3
+    assert frames[0].shape[2] == 3
+    assert len(np.unique(frames[0].reshape(-1, 3), axis=0)) > 1
+    assert any(not np.array_equal(frames[0], x) for x in frames[1:])
+
+
 @needs("craftax")
 def test_craftax_is_cut_by_its_limit_and_ended_by_death():
     env = envs.make("craftax:Craftax-Classic-Symbolic-v1")
@@ -196,6 +215,38 @@ def test_xminigrid_ends_at_the_goal_and_is_cut_by_its_limit():
     assert not turning[-1].terminated
 
 
+@needs("xminigrid")
+def test_tasks_of_xland_need_rules():
+    with pytest.raises(ConfigError, match="tasks of XLand, and no others, need a benchmark"):
+        envs.make("xminigrid:XLand-MiniGrid-R1-9x9")
+    with pytest.raises(ConfigError, match="unknown benchmark 'trivial-21'.*trivial-21k"):
+        envs.make("xminigrid:XLand-MiniGrid-R1-9x9", benchmark="trivial-21")
+
+
+@needs("xminigrid")
+def test_each_episode_of_xland_draws_rules_of_its_benchmark(tmp_path):
+    from xminigrid.benchmarks import save_bz2_pickle
+    from xminigrid.core.constants import TILES_REGISTRY, Colors, Tiles
+    from xminigrid.core.goals import AgentHoldGoal
+    from xminigrid.core.rules import EmptyRule
+
+    balls = [TILES_REGISTRY[Tiles.BALL, color] for color in (Colors.RED, Colors.BLUE)]
+    rulesets = {
+        "goals": jnp.stack([AgentHoldGoal(tile=ball).encode() for ball in balls]),
+        "rules": jnp.stack([EmptyRule().encode()[None]] * 2),
+        "init_tiles": jnp.stack([ball[None] for ball in balls]),
+        "num_rules": jnp.zeros(2, jnp.int32),
+    }
+    path = str(tmp_path / "rules")
+    save_bz2_pickle(rulesets, path)
+    env = envs.make("xminigrid:XLand-MiniGrid-R1-9x9", benchmark=path)
+    reset = jax.jit(jax.vmap(env.reset, in_axes=(0, None)))
+    _, state = reset(jax.random.split(jax.random.key(0), 16), env.params)
+    goals = {tuple(goal) for goal in np.asarray(state.state.goal_encoding)}
+    assert goals == {tuple(goal) for goal in np.asarray(rulesets["goals"])}
+    check_env(env, num_envs=4, num_steps=64)
+
+
 @needs("navix")
 def test_navix_ends_at_the_goal_and_is_cut_by_its_limit():
     import navix
@@ -215,6 +266,10 @@ def test_navix_ends_at_the_goal_and_is_cut_by_its_limit():
     assert len(turning) == 3
     assert turning[-1].truncated
     assert not turning[-1].terminated
+    # The state of a locked door is 254, which is not a channel of its own.
+    locked = envs.make("navix:Navix-KeyCorridorS3R1-v0")
+    obs, _ = locked.reset(jax.random.key(0), locked.params)
+    assert (obs.sum(axis=-1) == 3).all()
     with pytest.raises(ConfigError, match="unknown observation of navix 'symbolik'.*symbolic"):
         envs.make("navix:Navix-Empty-5x5-v0", observation="symbolik")
 
@@ -231,7 +286,7 @@ def test_steps_are_those_of_jumanji(task):
     _, state = reset(key, ())
     their_state, timestep = jax.jit(theirs.reset)(key)
     ends = Counter()
-    for i in range(30):
+    for i in range(200):
         mask = np.asarray(timestep.observation.action_mask)
         if isinstance(env.action_space, envs.spaces.MultiDiscrete):
             action = their_action = mask.argmax(axis=-1).astype(np.int32)
@@ -252,6 +307,7 @@ def test_steps_are_those_of_jumanji(task):
         if timestep.last():
             break
     assert ends[False]
+    assert ends[True] or task == "Snake-v1"  # whose mask forbids to die
 
 
 @needs("jumanji")
@@ -322,6 +378,24 @@ def test_random_tic_tac_toe_is_won_as_often_as_enumeration_says(seed):
 
 
 @needs("pgx")
+def test_rewards_before_the_first_turn_are_paid_by_the_first_step():
+    """Games of three may end before the agent's first turn."""
+    env = envs.make("pgx:sparrow_mahjong")
+    reset = jax.jit(jax.vmap(env.reset, in_axes=(0, None)))
+    obs, state = reset(jax.random.split(jax.random.key(0), 1_000), ())
+    over = np.asarray(state.game.terminated)
+    assert over.any()
+    assert np.abs(state.pending[over]).max() > 0
+    assert not np.any(state.pending[~over])
+    step = jax.jit(jax.vmap(env.step, in_axes=(0, 0, 0, None)))
+    action = jnp.argmax(obs["action_mask"], axis=-1)
+    result = step(jax.random.split(jax.random.key(1), 1_000), state, action, ())
+    np.testing.assert_allclose(result.reward[over], state.pending[over])
+    assert result.terminated[over].all()
+    assert not np.any(result.state.pending)
+
+
+@needs("pgx")
 def test_an_opponent_can_be_a_function_or_a_name():
     from ppo_jax.envs.suites import pgx
 
@@ -381,6 +455,24 @@ def test_steps_are_those_of_jaxmarl(task):
 
 
 @needs("playground")
+def test_settings_of_playground_are_used_or_refused():
+    with pytest.raises(ConfigError, match="config of CartpoleBalance 'ctrl_dtt'.*mean ctrl_dt"):
+        envs.make("playground:CartpoleBalance", ctrl_dtt=0.1)
+    once, twice = (
+        envs.make("playground:CartpoleBalance", action_repeat=times, episode_length=10)
+        for times in (1, 2)
+    )
+    assert (once.longest_episode(once.params), twice.longest_episode(twice.params)) == (10, 5)
+    _, state = jax.jit(once.reset)(jax.random.key(0), once.params)
+    action, key = jnp.full(1, 0.5), jax.random.key(0)
+    first = jax.jit(once.step)(key, state, action, once.params)
+    second = jax.jit(once.step)(key, first.state, action, once.params)
+    both = jax.jit(twice.step)(key, state, action, twice.params)
+    np.testing.assert_allclose(both.obs, second.obs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(both.reward, first.reward + second.reward, rtol=1e-5)
+
+
+@needs("playground")
 def test_playground_starts_anew_at_each_reset_and_is_cut_by_its_limit():
     env = envs.make("playground:CartpoleBalance")
     assert env.longest_episode(env.params) == 1000
@@ -416,7 +508,8 @@ def test_jaxtari_shows_objects_within_bounds_and_pays_points():
         state = result.state
     assert total < 0  # nobody plays
     assert not np.array_equal(result.obs, reset)
-    assert np.isclose(result.obs, float(their_obs.ball.x) / 160).any()
+    # In the order of the space: player, enemy, ball, each of eight attributes.
+    np.testing.assert_allclose(result.obs[16], float(their_obs.ball.x) / 160, rtol=1e-6)
 
 
 @needs("jaxtari")
@@ -424,3 +517,48 @@ def test_missing_pictures_of_jaxtari_are_said_so(tmp_path):
     (tmp_path / "jaxtari" / ".ownership_confirmed").unlink()
     with pytest.raises(ConfigError, match="install-sprites downloads them"):
         envs.make("jaxtari:pong")
+
+
+@needs("pgx")
+def test_the_example_of_the_documentation(tmp_path):
+    from tests.test_readme import examples, outputs
+
+    outputs(examples("docs/environments.md")[:1], tmp_path)
+
+
+BARS = {
+    "craftax:Craftax-Classic-Symbolic-v1": 4.0,
+    "jaxmarl:MPE_simple_spread_v3": -20.0,
+    "jumanji:Snake-v1": 9.0,
+    "navix:Navix-DoorKey-5x5-v0": 0.9,
+    "navix:Navix-Empty-Random-6x6-v0": 0.9,
+    "octax:wipe_off": 30.0,
+    "pgx:connect_four": 0.8,
+    "pgx:tic_tac_toe": 0.7,
+    "playground:CartpoleBalance": 800.0,
+    "xminigrid:MiniGrid-DoorKey-5x5": 0.9,
+    "xminigrid:MiniGrid-Empty-8x8": 0.9,
+}
+"""Returns of sampled actions. Before a training they are those of `benchmarks/suites.py`."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(name.partition(":")[0])) for name in BARS]
+)
+def test_a_preset_learns_its_task(name):
+    config, hparams = presets.preset(name)
+    trainer = make_trainer(config)
+    run = optimized_jit(jax.vmap(lambda key: trainer.policy(trainer.run(key, hparams)[0])))
+    policies = run(jax.random.split(jax.random.key(0), 2))
+    play = optimized_jit(
+        lambda policy: evaluate(
+            policy, trainer.env, trainer.env.params, jax.random.key(1), 16, greedy=False
+        ).returns.mean()
+    )
+    returns = [float(play(jax.tree.map(lambda x, i=i: x[i], policies))) for i in range(2)]
+    assert min(returns) > BARS[name], returns
+
+
+def test_every_preset_of_a_suite_has_a_bar():
+    assert set(BARS) == {name for name in presets.names() if ":" in name}

@@ -29,13 +29,17 @@ class EnvsCommand:
             require_known("suite", self.suite, of_suites)
             of_suites = {self.suite: of_suites[self.suite]}
         elif self.word is None:
+            if self.spaces:
+                raise ConfigError("--spaces needs a word or --suite; got neither. Name one.")
             _print_suites(of_suites)
             return 0
         word = (self.word or "").lower()
         names = [name for tasks in of_suites.values() for name in tasks if word in name.lower()]
         if not names:
+            where = "" if self.suite is None else f" of {self.suite}"
             raise ConfigError(
-                f"no environment has {self.word!r} in its name. `ppo-jax envs` lists the suites."
+                f"no environment{where} has {self.word!r} in its name. `ppo-jax envs` lists the "
+                "suites."
             )
         _print_tasks(names, with_spaces=self.spaces)
         return 0

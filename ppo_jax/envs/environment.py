@@ -87,10 +87,11 @@ class Vectorized(NamedTuple):
     step: Callable[[jax.Array, Any, jax.Array, Any], Step]
     """`(keys [N], state [M, ...], actions [N, ...], params) -> Step`, `[N]` but for the state."""
     where: Callable[[jax.Array, tuple[Any, Any], tuple[Any, Any]], tuple[Any, Any]]
-    """`(done [N], (obs, state), (obs, state)) -> (obs, state)`: the first pair where it is true."""
+    """`(done [N], new, old) -> (obs, state)`: `new` where an episode is done, and `old` elsewhere.
+    Both are `(obs, state)`."""
     take: Callable[[tuple[Any, Any], jax.Array, jax.Array], tuple[tuple[Any, Any], jax.Array]]
-    """`((obs, state), done [N], used []) -> ((obs, state), used)`: an episode of a pool for each
-    environment, the next ones for those that are done, and the number of episodes taken so far."""
+    """`(pool, done [N], used []) -> ((obs, state), used)`. Environments that are done take the next
+    episodes of a pool `(obs, state)`; `used` counts the episodes taken so far."""
 
 
 def vectorized(env: Environment) -> Vectorized:

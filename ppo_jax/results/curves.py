@@ -61,7 +61,7 @@ def plot_runs(runs: Sequence[Curves], metric: str = RETURN, *, smooth: int = 1) 
     Args:
       runs: one or more.
       metric: a column of their metrics.
-      smooth: logged rows of training, of each of which the mean is drawn at the last.
+      smooth: width of the moving average over logged rows of training; 1 for none.
 
     Raises:
       ConfigError: a run has no such metric.

@@ -20,6 +20,7 @@ from ppo_jax.runs.lock import writable
 from ppo_jax.runs.outputs import kind_of, require_output
 from ppo_jax.runs.trained import load
 
+_KEPT_BYTES = 2**30  # of the states of an episode, unless max_steps asks for more
 _GIF_FRAMES_PER_SECOND = 25  # browsers slow down GIFs with more than 50, and files grow
 
 
@@ -186,7 +187,12 @@ def _limit(env: Environment) -> int:
     """Returns the default bound on the steps of an episode."""
     # States of all steps are kept, also where an environment never ends an episode.
     longest = env.longest_episode(env.params)
-    return 1000 if longest is None else int(longest)
+    if longest is None:
+        return 1000
+    # A state of Craftax has 270 KB, and its limit is 100,000 steps.
+    _, state = jax.eval_shape(env.reset, jax.random.key(0), env.params)
+    num_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return min(int(longest), max(1000, _KEPT_BYTES // max(1, num_bytes)))
 
 
 def draw(env: Environment, episodes: Iterable[Episode]) -> Iterator[np.ndarray]:

@@ -179,7 +179,7 @@ def train(
             "log_every": log_every,
         }
     )
-    if eval_every is not None and eval_every > config.num_updates:
+    if eval_every is not None and eval_every > config.num_updates and not resume:
         raise ConfigError(
             f"eval_every must be at most the updates of the training; got {eval_every:,} and "
             f"{config.num_updates:,}. Try {max(1, config.num_updates // 10)}."

@@ -90,7 +90,7 @@ def compile_training(
     lowered = placed.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
     program = lowered.compile()
     num_bytes = max(map(device_memory.num_bytes, (start, program)))
-    _require_memory(num_bytes, config, keys.size)
+    _require_memory(num_bytes, config, keys.size, trainer.env.num_agents)
     *_, rows = lowered.out_info
 
     # The guard is a few numbers, which the host needs after each piece.
@@ -121,14 +121,15 @@ def output_shapes(compiled: Any) -> Any:
     )
 
 
-def _require_memory(num_bytes: int, config: Config, num_seeds: int) -> None:
+def _require_memory(num_bytes: int, config: Config, num_seeds: int, num_agents: int) -> None:
     """Checks that a training fits its devices, by the compiler's own count."""
     limit = device_memory.limit(jax.devices()[0])
     if limit is None or num_bytes <= limit:
         return
     # In proportion, which is a little too few: networks do not grow with the environments.
     share = int(config.num_envs * limit / num_bytes)
-    fitting = max(share - share % (config.num_devices * 8), config.num_devices)
+    step = config.num_devices * 8 * num_agents
+    fitting = max(share - share % step, config.num_devices * num_agents)
     seeds = ""
     if num_seeds > 1:
         seeds = f", or {max(1, int(num_seeds * limit / num_bytes))} seeds"

@@ -77,7 +77,7 @@ def rollout(
     # Static: looked up while tracing.
     head = head_of(policy.spec)
     num_envs = state.episode_return.shape[0]
-    noise_key, env_key = jax.random.split(key)
+    noise_key, env_key, pool_key = jax.random.split(key, 3)
     noise = head.noise(noise_key, (num_steps, num_envs))
     env_keys = jax.random.split(env_key, (num_steps, num_envs, 2))
     many = vectorized(env)
@@ -135,8 +135,6 @@ def rollout(
         loop: Any = partial(_act_in_groups, jax.jit(act), jax.jit(jax.vmap(draw)), size)
     else:
         used = jnp.zeros((), jnp.int32)
-        # A key that no step has.
-        pool_key = jax.random.fold_in(env_key, num_steps)
         pool = draw(jax.random.split(pool_key, reset_pool * env.num_agents))
         loop = partial(_act_from_pool, jax.jit(act), pool)
     # `act` is traced once for both platforms.

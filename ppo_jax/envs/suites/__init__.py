@@ -237,7 +237,8 @@ def make(name: str, **kwargs: Any) -> "Environment":
     try:
         return adapter.make(task, **kwargs)._replace(name=name)
     except ImportError as error:
+        # Suites may also need packages that they do not declare, which the extra has.
         raise ConfigError(
-            f"{name} needs {SUITES[suite].module}, which cannot be imported ({error}): "
+            f"{name} needs {SUITES[suite].module} and what it imports, which fails ({error}): "
             f"pip install 'ppo-jax[{suite}]'."
         ) from error

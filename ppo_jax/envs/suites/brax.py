@@ -71,8 +71,8 @@ def adapt(name: str, env: Any) -> Environment:
         # which moves in a fluid.
         except (TypeError, AttributeError) as error:
             raise ConfigError(
-                f"{name} must be one that brax can step with jax {jax.__version__}, which it "
-                f"cannot: {error}. Choose another task."
+                f"{name} must be one that can be stepped with jax {jax.__version__}, which fails: "
+                f"{error}. Choose another task."
             ) from error
         time = state.time + 1
         return Step(

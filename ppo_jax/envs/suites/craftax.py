@@ -1,6 +1,5 @@
 """Adapter for the open worlds of Craftax. The only module that imports craftax."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,7 +63,7 @@ def _renderer(is_classic: bool) -> Renderer:
 
     def frames(states: Sequence[Any], params: Any) -> Iterator[np.ndarray]:
         del params
-        draw = jax.jit(functools.partial(renderer.render_craftax_pixels, block_pixel_size=16))
+        draw = jax.jit(renderer.make_craftax_pixel_renderer(16))
         for state in states:
             yield np.asarray(draw(state)).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Adapter for the games of JaxMARL, whose agents share a policy. Only it imports jaxmarl."""
+"""Adapter for the games of JaxMARL, whose agents share a policy. No other module imports it."""
 
 import contextlib
 import io
@@ -26,10 +26,10 @@ def make(task: str, **kwargs: Any) -> Environment:
     """Builds a game that one policy plays for all agents; `kwargs` go to `jaxmarl.make`.
 
     An agent sees its own observation, zero-padded to the longest one, and its number. Agents with
-    fewer actions than others have an action mask. JaxMARL tells no time limit from an end: an end
-    at the game's limit of steps is a truncation here.
+    fewer actions than others have an action mask. JaxMARL tells no time limit from an end: every
+    end at the game's limit of steps is a truncation here, also one by the rules of a game.
     """
-    # It prints at import which of its optional parts are missing.
+    # jaxmarl prints at import which of its optional parts are missing.
     with contextlib.redirect_stdout(io.StringIO()):
         import jaxmarl
 
@@ -44,8 +44,10 @@ def make(task: str, **kwargs: Any) -> Environment:
             "Choose another game."
         )
     shape = tuple(int(max(sizes)) for sizes in zip(*shapes, strict=True))
-    # Hanabi and the coin game have no limit of this name: they end by their rules.
+    # Hanabi has no limit: it ends by its rules.
     limit = getattr(inner, "max_steps", None)
+    if task == "coin_game":
+        limit = inner.num_inner_steps * inner.num_outer_steps
     actions, counts = _actions(task, [inner.action_space(agent) for agent in agents])
     allows = None
     if isinstance(actions, Discrete):

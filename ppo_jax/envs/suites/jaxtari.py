@@ -22,15 +22,19 @@ def make(task: str, **kwargs: Any) -> Environment:
     Raises:
       ConfigError: the pictures of the games, which jaxtari downloads once, are not there.
     """
-    # It writes a line about the pictures when it is imported, and asks on the terminal.
     import jaxtari
 
     try:
-        inner = jaxtari.make(task, **kwargs)
+        jaxtari.check_ownership()
     except RuntimeError as error:
         raise ConfigError(
             "jaxtari needs its pictures, which are not installed: install-sprites downloads them."
         ) from error
+    try:
+        inner = jaxtari.make(task, **kwargs)
+    # It wraps the errors of a game's own module in this type.
+    except ImportError as error:
+        raise ConfigError(f"{task} of jaxtari cannot be built: {error}.") from error
     space = inner.observation_space()
     key = jax.eval_shape(lambda: jax.random.key(0))
     initial, state = jax.eval_shape(inner.reset, key)
@@ -73,5 +77,7 @@ def _vector(space: Any, obs: Any) -> jax.Array:
     if hasattr(space, "spaces"):
         parts = [_vector(entry, getattr(obs, name)) for name, entry in space.spaces.items()]
         return jnp.concatenate(parts)
-    low, high = (np.asarray(bound, np.float32).max() for bound in (space.low, space.high))
-    return (jnp.ravel(jnp.asarray(obs, jnp.float32)) - low) / max(1.0, high - low)
+    low, high = (
+        np.broadcast_to(np.asarray(x, np.float32), obs.shape) for x in (space.low, space.high)
+    )
+    return jnp.ravel((jnp.asarray(obs, jnp.float32) - low) / np.maximum(1.0, high - low))

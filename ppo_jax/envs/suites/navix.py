@@ -50,7 +50,10 @@ def make(task: str, *, observation: str = "symbolic", **kwargs: Any) -> Environm
         space = Box(tuple(map(int, shape.shape)), shape.dtype.name)
 
     def observed(obs: jax.Array) -> jax.Array:
-        return cast(space, one_hot_channels(obs, _SYMBOLS) if is_symbolic else obs)
+        if is_symbolic:
+            # A locked door has the state 254; no door has the last one, a direction.
+            obs = one_hot_channels(jnp.minimum(obs, jnp.array(_SYMBOLS, obs.dtype) - 1), _SYMBOLS)
+        return cast(space, obs)
 
     # Only pictures need the tiles, 12 KiB of a state.
     keeps_tiles = observation.startswith("rgb")

@@ -27,7 +27,7 @@ def make(task: str, **kwargs: Any) -> Environment:
     """
     from octax.env import OctaxEnvState
     from octax.environments import create_environment
-    from octax.rendering import chip8_display_to_rgb
+    from octax.rendering import chip8_display_to_rgb, create_color_scheme
 
     inner, _ = create_environment(task, **kwargs)
     frames = jax.eval_shape(inner.reset, jax.random.key(0))[1]
@@ -52,10 +52,12 @@ def make(task: str, **kwargs: Any) -> Environment:
             truncated=state.time >= params.max_steps_in_episode,
         )
 
+    colors = create_color_scheme(inner.color_scheme)
+
     def draw(states: Sequence[Any], params: Params) -> Iterator[np.ndarray]:
         del params
         for state in states:
-            yield chip8_display_to_rgb(np.asarray(state.display))
+            yield chip8_display_to_rgb(np.asarray(state.display), inner.render_scale, *colors)
 
     return Environment(
         name=task,

@@ -20,6 +20,9 @@ class State(NamedTuple):
     game: Any
     agent: jax.Array
     """int32 []: number of the agent's player."""
+    pending: jax.Array
+    """float32 []: the agent's rewards of moves before its first turn, paid by the first step. A
+    game may even be over by then."""
 
 
 def _random(key: jax.Array, obs: dict[str, jax.Array]) -> jax.Array:
@@ -61,46 +64,46 @@ def make(task: str, *, opponent: str | Opponent = "random", **kwargs: Any) -> En
     def observed(game: Any) -> dict[str, jax.Array]:
         return {"observation": game.observation, ACTION_MASK: game.legal_action_mask}
 
-    def others_play(key: jax.Array, state: State) -> tuple[State, jax.Array]:
-        """Plays until it is the agent's turn; returns the sum of the agent's rewards."""
+    def others_play(key: jax.Array, game: Any, agent: jax.Array) -> tuple[Any, jax.Array]:
+        """Plays until it is the agent's turn; returns the game and the agent's rewards."""
 
         def is_waiting(carry: tuple) -> jax.Array:
             _, game, _ = carry
-            return (game.current_player != state.agent) & ~game.terminated & ~game.truncated
+            return (game.current_player != agent) & ~game.terminated & ~game.truncated
 
         def move(carry: tuple) -> tuple:
             key, game, reward = carry
             key, move_key, step_key = jax.random.split(key, 3)
             game = inner.step(game, play(move_key, observed(game)), step_key)
-            return key, game, reward + game.rewards[state.agent]
+            return key, game, reward + game.rewards[agent]
 
-        first = (key, state.game, jnp.zeros((), jnp.float32))
-        # Under `vmap` the loop runs until the slowest game waits for its agent, mostly once.
+        first = (key, game, jnp.zeros((), jnp.float32))
         if inner.num_players == 1:
-            return state, first[2]
+            return game, first[2]
+        # Under `vmap` the loop runs until the slowest game waits for its agent, mostly once.
         _, game, reward = jax.lax.while_loop(is_waiting, move, first)
-        return State(game, state.agent), reward
+        return game, reward
 
     def reset(key: jax.Array, params: tuple[()]) -> tuple[Any, State]:
         del params
         init_key, agent_key, others_key = jax.random.split(key, 3)
-        # Whether or not the game itself draws which number moves first.
+        # Drawn for all games: pgx draws which player moves first in some of them only.
         agent = jax.random.randint(agent_key, (), 0, inner.num_players)
-        state, _ = others_play(others_key, State(inner.init(init_key), agent))
-        return observed(state.game), state
+        game, reward = others_play(others_key, inner.init(init_key), agent)
+        return observed(game), State(game, agent, reward)
 
     def step(key: jax.Array, state: State, action: jax.Array, params: tuple[()]) -> Step:
         del params
         step_key, others_key = jax.random.split(key)
         game = inner.step(state.game, action, step_key)
-        own = game.rewards[state.agent]
-        state, reward = others_play(others_key, State(game, state.agent))
+        own = game.rewards[state.agent] + state.pending
+        game, reward = others_play(others_key, game, state.agent)
         return Step(
-            obs=observed(state.game),
-            state=state,
+            obs=observed(game),
+            state=State(game, state.agent, jnp.zeros((), jnp.float32)),
             reward=jnp.asarray(own + reward, jnp.float32),
-            terminated=state.game.terminated,
-            truncated=state.game.truncated,
+            terminated=game.terminated,
+            truncated=game.truncated,
         )
 
     return Environment(

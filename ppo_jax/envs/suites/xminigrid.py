@@ -11,7 +11,7 @@ import numpy as np
 
 from ppo_jax.envs.environment import Environment, Renderer, Step, one_hot_channels
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.errors import ConfigError
+from ppo_jax.errors import ConfigError, require_known
 
 
 class Params(flax.struct.PyTreeNode):
@@ -28,7 +28,8 @@ def make(task: str, *, benchmark: str | None = None, **kwargs: Any) -> Environme
     Args:
       task: name in xminigrid's registry.
       benchmark: set of rules and goals, one of which is drawn at each reset: a name such as
-        "trivial-21k", which is downloaded, or the path of a file. XLand's tasks need one.
+        "trivial-21k", which is downloaded, or the path of a file. XLand's tasks need one. It is a
+        constant of every program, so that sets of a million rules take hundreds of megabytes.
       **kwargs: go to the environment's parameters, such as `view_size`.
     """
     import xminigrid
@@ -45,12 +46,14 @@ def make(task: str, *, benchmark: str | None = None, **kwargs: Any) -> Environme
     rules = None
     if benchmark is not None:
         is_file = os.path.exists(benchmark)
+        if not is_file:
+            require_known("benchmark", benchmark, xminigrid.registered_benchmarks())
         rules = (load_benchmark_from_path if is_file else xminigrid.load_benchmark)(benchmark)
     sizes = (NUM_TILES, NUM_COLORS)
     height, width, _ = inner.observation_shape(static)
 
     def with_limit(params: Params) -> Any:
-        # A static field of theirs, which is only compared and divided by: it may be traced.
+        # `max_steps` is a static field, and may be traced: a step only compares and divides by it.
         return static.replace(max_steps=params.max_steps_in_episode)
 
     def reset(key: jax.Array, params: Params) -> tuple[Any, Any]:
