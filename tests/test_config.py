@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -12,6 +14,7 @@ from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.config import ALGORITHM_SETTINGS
 from ppo_jax.defaults import COMMON_HPARAMS, SCHEDULE_HPARAMS
 from ppo_jax.resolve import complete_hparams
+from ppo_jax.runs.settings import settings_from_plain, to_plain
 
 
 def test_step_counts_can_be_written_as_powers_of_ten():
@@ -174,3 +177,12 @@ def test_public_names_exist():
         assert getattr(ppo_jax, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = ppo_jax.nothing
+
+
+def test_lists_of_an_environment_s_arguments_are_tuples_and_survive_a_file():
+    """Files of settings have lists, and a config must be hashable."""
+    config = Config(env_kwargs={"mods": ["a", ["b", 2]]})
+    assert config.env_kwargs == (("mods", ("a", ("b", 2))),)
+    assert hash(config) == hash(Config(env_kwargs={"mods": ("a", ("b", 2))}))
+    record = json.loads(json.dumps(to_plain({"config": vars(config), "hparams": {}})))
+    assert settings_from_plain(record, Path("config.json"))[0] == config
