@@ -20,11 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
 from ppo_jax import evaluate, make_trainer, presets
-from ppo_jax.envs.suites import SUITES
 from ppo_jax.runs.run import train
 
 TASKS = tuple(name for name in presets.names() if ":" in name)
-PACKAGES = {"playground": "playground"}  # where it is not the name of the module
 
 
 def sampled_return(policy: Any, env: Any, seed: int, num_episodes: int) -> float:
@@ -47,11 +45,9 @@ def measure(name: str, num_seeds: int, num_episodes: int) -> dict[str, Any]:
     assert run.evaluation is not None
     policies = [jax.tree.map(lambda x, i=i: x[i], run.policy) for i in range(num_seeds)]
     after = [sampled_return(policy, trainer.env, 1, num_episodes) for policy in policies]
-    module = SUITES[name.partition(":")[0]].module
-    package = PACKAGES.get(name.partition(":")[0], module)
     return {
         "env": name,
-        "version": importlib.metadata.version(package),
+        "version": importlib.metadata.version(name.partition(":")[0]),  # the package's name, too
         "command": f"ppo-jax train {name}",
         "timesteps": run.timesteps,
         "seeds": num_seeds,

@@ -345,7 +345,7 @@ def test_octax_pays_what_the_score_gains_and_is_cut_by_its_limit():
 @needs("pgx")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_tic_tac_toe_is_won_as_often_as_enumeration_says(seed):
-    """Of all random games the first player wins 58.5 %, the second 28.8 %, and 12.7 % are drawn."""
+    """The first player wins 58.5 % of all random games, the second 28.8 %, and 12.7 % are drawn."""
     env = envs.make("pgx:tic_tac_toe")
     count = 4_000
 

@@ -194,7 +194,7 @@ class ResumeCommand:
 def _say_rounded(config: Config) -> None:
     """Says before a run, instead of rounding silently, how many steps will run in all."""
     timesteps = config.num_updates * config.batch_size
-    # Only of a number that the user chose.
+    # The totals of presets and defaults are round numbers that nobody chose.
     usual = presets.preset(config.env, config.algorithm)[0].total_timesteps
     if config.total_timesteps not in (timesteps, usual):
         say(

@@ -79,7 +79,7 @@ def plot_runs(runs: Sequence[Curves], metric: str = RETURN, *, smooth: int = 1) 
     has_seconds = all(SECONDS in run.metrics for run in runs)
     columns = 1 + has_seconds
     figure = Figure(figsize=(6.2 * columns, 4 * len(tables) + 0.6), layout="constrained")
-    # Axes in a row show the same values, so that they share the vertical scale.
+    # A column shares the steps or seconds, and a row the values of a metric.
     grid = figure.subplots(len(tables), columns, squeeze=False, sharex="col", sharey="row")
     for (name, frames), row in zip(tables.items(), grid, strict=True):
         # Evaluations are few, and each is a mean over episodes already.

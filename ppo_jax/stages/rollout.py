@@ -15,7 +15,7 @@ from ppo_jax.policy.spec import head_of
 from ppo_jax.types import EpisodeStats, RolloutState, Trajectory, strongly_typed
 
 Carry = tuple[RolloutState, EpisodeStats, Any]
-"""State, sums of ended episodes, and the number of episodes that a pool has given; None without."""
+"""State, sums of ended episodes, and the episodes taken from the pool; None without a pool."""
 
 _DRAWN_BYTES = 2**22  # of new episodes that are drawn together, or an eighth of the trajectory
 _DRAWN_BYTES_CPU = 2**19  # they should stay in the cache of a core

@@ -237,8 +237,9 @@ def make(name: str, **kwargs: Any) -> "Environment":
     try:
         return adapter.make(task, **kwargs)._replace(name=name)
     except ImportError as error:
-        # Suites may also need packages that they do not declare, which the extra has.
+        # The extra also has packages that a suite imports and does not declare.
+        module = SUITES[suite].module
+        what = "is not installed" if error.name == module else f"cannot be imported ({error})"
         raise ConfigError(
-            f"{name} needs {SUITES[suite].module} and what it imports, which fails ({error}): "
-            f"pip install 'ppo-jax[{suite}]'."
+            f"{name} needs {module}, which {what}: pip install 'ppo-jax[{suite}]'."
         ) from error

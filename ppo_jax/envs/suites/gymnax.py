@@ -23,19 +23,8 @@ _CLASSIC_CONTROL = {
     "MountainCarContinuous-v0": 30,
     "Pendulum-v1": 30,
 }
-# Environments that gymnax's Visualizer draws by matplotlib.
-_DRAWN = (
-    "Asterix-MinAtar",
-    "Breakout-MinAtar",
-    "Freeway-MinAtar",
-    "Seaquest-MinAtar",
-    "SpaceInvaders-MinAtar",
-    "Catch-bsuite",
-    "FourRooms-misc",
-    "MetaMaze-misc",
-    "PointRobot-misc",
-    "Pong-misc",
-)
+# Environments that gymnax's Visualizer draws by matplotlib, besides all of MinAtar.
+_DRAWN = ("Catch-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "Pong-misc")
 
 
 def make(name: str, **kwargs: Any) -> Environment:
@@ -114,7 +103,7 @@ def _renderer(env: Any) -> Renderer | None:
     if env.name in _CLASSIC_CONTROL:
         frames = functools.partial(_frames_of_gymnasium, env.name)
         return Renderer(EnvState, frames, frames_per_second=_CLASSIC_CONTROL[env.name])
-    if env.name in _DRAWN:
+    if env.name in _DRAWN or env.name.endswith("-MinAtar"):
         return Renderer(EnvState, functools.partial(_frames_of_matplotlib, env), None, 10)
     return None
 

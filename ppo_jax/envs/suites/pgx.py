@@ -87,7 +87,7 @@ def make(task: str, *, opponent: str | Opponent = "random", **kwargs: Any) -> En
     def reset(key: jax.Array, params: tuple[()]) -> tuple[Any, State]:
         del params
         init_key, agent_key, others_key = jax.random.split(key, 3)
-        # Drawn for all games: pgx draws which player moves first in some of them only.
+        # The agent moves first or later whatever number a game gives to the player who begins.
         agent = jax.random.randint(agent_key, (), 0, inner.num_players)
         game, reward = others_play(others_key, inner.init(init_key), agent)
         return observed(game), State(game, agent, reward)
