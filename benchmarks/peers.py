@@ -74,7 +74,7 @@ PEERS = {
 
 
 class Contender:
-    """A process that has compiled one workload and runs it when asked."""
+    """A process that compiles one workload, and then runs it when asked."""
 
     def __init__(self, python: Path, script: str, workload: dict[str, Any], devices: int) -> None:
         self.process = subprocess.Popen(
@@ -82,19 +82,41 @@ class Contender:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
+            # Processes that share a GPU must not each reserve most of its memory.
+            env={
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                **os.environ,
+                "JAX_NUM_CPU_DEVICES": str(devices),
+            },
         )
-        self.figures = self.ask(workload)
+        self.figures: dict[str, Any] = {}
+        self.warm_up: dict[str, Any] = {}
+        self._send(workload)
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Sends one line and waits for the answer."""
+        self._send(message)
+        return self._answer()
+
+    def _send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         print(json.dumps(message), file=self.process.stdin, flush=True)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"{self.process.args!r} ended; its output is above.")
         return json.loads(answer)
+
+    @staticmethod
+    def prepare(contenders: Collection["Contender"]) -> None:
+        """Waits until all have compiled their workloads, and have run them once."""
+        for contender in contenders:
+            contender.figures = contender._answer()
+            contender._send({"seed": 0})
+        for contender in contenders:
+            contender.warm_up = contender._answer()
 
     def close(self) -> None:
         """Ends the process."""
@@ -150,25 +172,36 @@ def takes_part(peer: str, name: str, devices: int) -> bool:
     return peer == "ppo_jax" or name in PEERS[peer].workloads
 
 
-def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> dict[str, Any]:
-    """Measures all contenders on one workload, one run of each in turn.
+def start(
+    name: str, pythons: dict[str, Path], devices: int, *, prepare: bool
+) -> dict[str, Contender]:
+    """Starts all contenders of a workload.
 
     Args:
       name: of the workload.
       pythons: interpreter of each contender.
-      repeats: timed runs of each.
       devices: number of devices that may be used.
+      prepare: prepare one contender after the other, as they are started.
     """
     workload = WORKLOADS[name]
     described = describe(workload)
-    contenders = {}
+    contenders: dict[str, Contender] = {}
     for peer, python in pythons.items():
         if takes_part(peer, name, devices):
             script = PEERS[peer].script if peer in PEERS else "ours.py"
             share = devices_for(peer, workload, devices)
             described["num_devices"] = share if workload.num_seeds is None else 1
             contenders[peer] = Contender(python, script, described, share)
-    warm_up = {peer: contender.ask({"seed": 0}) for peer, contender in contenders.items()}
+            if prepare:
+                Contender.prepare([contenders[peer]])
+    return contenders
+
+
+def measure(
+    name: str, contenders: dict[str, Contender], repeats: int, devices: int
+) -> dict[str, Any]:
+    """Measures the contenders of one workload, one run of each in turn, and closes them."""
+    workload = WORKLOADS[name]
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in contenders}
     for seed in range(1, repeats + 1):
         for peer, contender in contenders.items():
@@ -190,7 +223,7 @@ def measure(name: str, pythons: dict[str, Path], repeats: int, devices: int) -> 
             "steps_per_second": statistics.median(rates),
             "ours_is_faster_by": statistics.median(ours / theirs for theirs, ours in pairs),
             **_summary([result["return"] for result in results]),
-            "peak_bytes": warm_up[peer]["peak_bytes"],
+            "peak_bytes": contenders[peer].warm_up["peak_bytes"],
         }
     return {"workload": name, "title": workload.title, "contenders": rows}
 
@@ -255,6 +288,11 @@ def main() -> None:
     add_peer_arguments(parser, PEERS)
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the medians count")
     parser.add_argument("--devices", type=int, default=1, help="on a CPU: one for each core")
+    parser.add_argument(
+        "--compile-together",
+        action="store_true",
+        help="all trainers of all workloads, where cores and memory suffice",
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     pythons = {"ppo_jax": Path(sys.executable)}
@@ -264,9 +302,15 @@ def main() -> None:
         "| workload | trainer | devices | steps/s | ours is faster by | return | compile "
         "| program's memory | process's peak |\n|---|---|---|---|---|---|---|---|---|"
     )
+    started: dict[str, dict[str, Contender]] = {}
+    if arguments.compile_together:
+        for name in arguments.workload:
+            started[name] = start(name, pythons, arguments.devices, prepare=False)
+        Contender.prepare([c for group in started.values() for c in group.values()])
     results = []
     for name in arguments.workload:
-        result = measure(name, pythons, arguments.repeats, arguments.devices)
+        contenders = started.get(name) or start(name, pythons, arguments.devices, prepare=True)
+        result = measure(name, contenders, arguments.repeats, arguments.devices)
         results.append(result)
         for peer, row in result["contenders"].items():
             print(

@@ -25,6 +25,9 @@ from benchmarks import ceilings, first_update, machine
 from benchmarks.workloads import SETS, WORKLOADS, Workload
 from ppo_jax import make_trainer
 
+_PARTS = ("environment", "update", "networks")
+"""Methods of `ceilings.Stages` that are measured alone."""
+
 
 class Compiled(NamedTuple):
     """A compiled function of keys, with the time and memory that it took."""
@@ -63,16 +66,16 @@ def _key(workload: Workload, seed: int) -> jax.Array:
     return key if workload.num_seeds is None else jax.random.split(key, workload.num_seeds)
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, repeats: int, *, with_ceilings: bool = True) -> dict[str, Any]:
     """Measures the training of one workload and its ceilings, one run of each in turn."""
     workload = WORKLOADS[name]
     stages = ceilings.Stages(workload.config)
-    compiled = {
-        "training": build(make_trainer(workload.config).run, _key(workload, 0)),
-        "environment": build(stages.environment, _key(workload, 0)),
-        "update": build(stages.update, _key(workload, 0)),
-        "networks": build(stages.networks, _key(workload, 0)),
+    programs: dict[str, Callable[[jax.Array], Any]] = {
+        "training": make_trainer(workload.config).run
     }
+    if with_ceilings:
+        programs |= {part: getattr(stages, part) for part in _PARTS}
+    compiled = {part: build(program, _key(workload, 0)) for part, program in programs.items()}
     seconds: dict[str, list[float]] = {part: [] for part in compiled}
     for seed in range(repeats + 1):
         for part, program in compiled.items():
@@ -80,7 +83,6 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
             if seed > 0:  # the first warms up
                 seconds[part].append(taken)
     rates = {part: workload.timesteps / statistics.median(seconds[part]) for part in seconds}
-    arithmetic = stages.arithmetic()
     stats = jax.devices()[0].memory_stats() or {}
     training = compiled["training"]
     return {
@@ -88,18 +90,24 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "title": workload.title,
         "timesteps": workload.timesteps,
         "steps_per_second": rates["training"],
-        "environment_steps_per_second": rates["environment"],
-        "update_steps_per_second": rates["update"],
-        "networks_steps_per_second": rates["networks"],
-        "arithmetic_steps_per_second": ceilings.matrix_flops_per_second() / arithmetic.flops,
-        "flops_per_step": arithmetic.flops,
-        "bytes_per_step": arithmetic.bytes,
         "seconds": seconds["training"],
         "lower_seconds": training.lower_seconds,
         "compile_seconds": training.compile_seconds,
-        **first_update.measure(name),
         "program_bytes": training.program_bytes,
         "peak_device_bytes": stats.get("peak_bytes_in_use"),
+        **(_ceilings(name, stages, rates) if with_ceilings else {}),
+    }
+
+
+def _ceilings(name: str, stages: ceilings.Stages, rates: dict[str, float]) -> dict[str, float]:
+    """Returns the rates of the parts, and the times of a new process to its first update."""
+    arithmetic = stages.arithmetic()
+    return {
+        **{f"{part}_steps_per_second": rates[part] for part in _PARTS},
+        "arithmetic_steps_per_second": ceilings.matrix_flops_per_second() / arithmetic.flops,
+        "flops_per_step": arithmetic.flops,
+        "bytes_per_step": arithmetic.bytes,
+        **first_update.measure(name),
     }
 
 
@@ -108,17 +116,19 @@ def row(result: dict[str, Any]) -> str:
     alone.
     """
     rate = result["steps_per_second"]
-    shares = [
-        f"{rate / result[f'{part}_steps_per_second']:.0%}"
-        for part in ("environment", "update", "networks", "arithmetic")
-    ]
-    return (
-        f"| {result['workload']} {result['title']} | {rate:,.0f} | {' | '.join(shares)} "
-        f"| {result['lower_seconds'] + result['compile_seconds']:.1f} s "
-        f"| {result['first_update_cold_seconds']:.1f} s, "
-        f"{result['first_update_warm_seconds']:.1f} s "
-        f"| {result['program_bytes'] / 2**20:.1f} MiB |"
-    )
+    cells = [f"{result['workload']} {result['title']}", f"{rate:,.0f}"]
+    first = "first_update_{}_seconds".format
+    if first("cold") in result:
+        cells += [
+            f"{rate / result[f'{part}_steps_per_second']:.0%}" for part in (*_PARTS, "arithmetic")
+        ]
+        updates = f"{result[first('cold')]:.1f} s, {result[first('warm')]:.1f} s"
+    else:
+        cells += ["–"] * (len(_PARTS) + 1)
+        updates = "–"
+    seconds = result["lower_seconds"] + result["compile_seconds"]
+    cells += [f"{seconds:.1f} s", updates, f"{result['program_bytes'] / 2**20:.1f} MiB"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -126,6 +136,9 @@ def main() -> None:
     parser.add_argument("--set", choices=SETS, default="cpu", help="which workloads")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="these, of any set")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
+    parser.add_argument(
+        "--only-training", action="store_true", help="without ceilings and first updates"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     print(
@@ -135,7 +148,8 @@ def main() -> None:
     )
     results = []
     for name in arguments.workload or SETS[arguments.set]:
-        results.append(measure(name, arguments.repeats))
+        with_ceilings = not arguments.only_training
+        results.append(measure(name, arguments.repeats, with_ceilings=with_ceilings))
         print(row(results[-1]), flush=True)
     if arguments.json:
         rates = {

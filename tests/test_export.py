@@ -1,5 +1,6 @@
 """Exported policies act as they did, in a process without this package."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -295,3 +296,12 @@ def test_the_layers_of_a_policy_without_samples_are_not_normalised():
     policy = trainer.policy(trainer.init(jax.random.key(0)))
     assert policy.obs_stats is not None
     assert not dense_policy(policy).is_normalized
+
+
+def test_a_policy_in_half_precision_is_exported_in_single_precision():
+    policy = policy_of("tanh")
+    half = policy.replace(spec=dataclasses.replace(policy.spec, compute_dtype="bfloat16"))
+    (obs,) = inputs_of(policy)
+    assert not np.array_equal(half.action_params(obs), policy.action_params(obs))
+    found, expected = make_act(half)(obs), make_act(policy)(obs)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -36,14 +36,28 @@ def shapes(packed):
     return {name: x.shape for name, x in packed.items()}
 
 
-def test_a_tree_is_unpacked_with_every_bit():
-    packing = Packing()
-    packed = packing.pack(jax.tree.map(jnp.asarray, TREE))
+MANY = 12 * N
+SHAPES_OF = {
     # Words, with the flags and the halves among them, and bytes.
-    assert shapes(packed) == {f"{N} x 4 bytes": (N, 9), f"{N} x 1 bytes": (N, 18)}
-    jax.tree.map(assert_same_bits, packing.unpack(packed), TREE)
+    N: {f"{N} x 4 bytes": (N, 9), f"{N} x 1 bytes": (N, 18)},
+    # With many rows, leaves of few elements have the rows as the last axis.
+    MANY: {
+        f"{MANY} x 4 bytes, narrow": (9, MANY),
+        f"{MANY} x 1 bytes, narrow": (8, MANY),
+        f"{MANY} x 1 bytes": (MANY, 10),
+    },
+}
+
+
+@pytest.mark.parametrize("num_rows", SHAPES_OF)
+def test_a_tree_is_unpacked_with_every_bit(num_rows):
+    packing = Packing()
+    tree = jax.tree.map(lambda x: np.concatenate([x] * (num_rows // N)), TREE)
+    packed = packing.pack(jax.tree.map(jnp.asarray, tree))
+    assert shapes(packed) == SHAPES_OF[num_rows]
+    jax.tree.map(assert_same_bits, packing.unpack(packed), tree)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), packed)
-    twice = jax.tree.map(lambda x: np.stack([x, x]), TREE)
+    twice = jax.tree.map(lambda x: np.stack([x, x]), tree)
     jax.tree.map(assert_same_bits, packing.unpack(stacked), twice)
 
 

@@ -33,6 +33,12 @@ def result_of(config):
     [
         ("vector", {}),
         ("vector", {"hidden_sizes": ()}),
+        (
+            "vector",
+            {"num_envs": 32, "num_steps": 4},
+        ),  # so many are packed with the environments as the last axis
+        ("image", {"num_envs": 32, "num_steps": 4}),
+        ("half", {}),
         ("normalized", {"num_epochs": 3}),
         ("image", {"algorithm": "ppo_adaptive"}),
         ("gaussian", {"algorithm": "trpo"}),

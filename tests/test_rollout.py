@@ -9,7 +9,7 @@ import scipy.stats
 from ppo_jax import Config, ConfigError, envs, make_trainer
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.stages.rollout import rollout
+from ppo_jax.stages.rollout import _unrolled_steps, rollout
 from tests.test_platforms import as_accelerators_do
 
 N, T = 64, 16
@@ -124,3 +124,21 @@ def test_two_episodes_that_begin_in_what_one_lasts_begin_alike():
     starts = numbers(2, 4, jax.random.key(0))[::2]  # a draw for two of them
     np.testing.assert_array_equal(starts[1:-1:2], starts[2::2])
     assert len(np.unique(starts[1::2])) == starts[1::2].size
+
+
+def test_few_steps_of_a_large_environment_are_unrolled():
+    def step(x):
+        return jax.lax.fori_loop(0, 1_000, lambda _, x: jnp.sin(x) + 1.0, x)  # a loop counts once
+
+    def large(x, times):
+        for _ in range(times):
+            x = jax.jit(step)(x)
+        return x
+
+    steps = [
+        _unrolled_steps(jax.make_jaxpr(large, static_argnums=1)(1.0, times).jaxpr)
+        for times in (1, 300, 3_000)
+    ]
+    assert steps[0] == 8
+    assert 1 < steps[1] < 8
+    assert steps[2] == 1

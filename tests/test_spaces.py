@@ -58,6 +58,13 @@ CASES = {
     "resnet": (BYTES, Discrete(3), {"network": "impala_cnn"}),
     "many": (MANY, Discrete(3), {"network": "minatar_cnn", "layer_norm": True}),
     "asymmetric": (MANY, Discrete(3), {"actor_keys": ("far",), "critic_keys": ("near", "seen")}),
+    "half": (VECTOR, BOUNDED, {"compute_dtype": "bfloat16"}),
+    "half-many": (
+        MANY,
+        Discrete(3),
+        {"network": "impala_cnn", "compute_dtype": "bfloat16", "layer_norm": True},
+    ),
+    "half-gru": (VECTOR, Discrete(3), {"compute_dtype": "bfloat16", "memory": "gru"}),
     "own-module": (VECTOR, Discrete(3), {"network": Doubled()}),
     "own-module-shared": (VECTOR, Discrete(3), {"network": Doubled(), "shared_torso": True}),
     "masked": (masked(4), Discrete(4), {}),

@@ -1,5 +1,6 @@
 """A policy as a function of arrays alone, with everything between observation and action inside."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ def make_act(policy: Policy) -> Act:
     Observations are normalised inside. Actions are those of the environment, within the bounds of
     its space.
     """
+    # Files of every format compute in single precision, as runtimes support it everywhere.
+    policy = policy.replace(spec=dataclasses.replace(policy.spec, compute_dtype="float32"))
     head, space = head_of(policy.spec), policy.spec.action_space
     # Arrays of a device would be moved to whatever device compiles the function.
     policy = jax.device_get(policy)

@@ -10,6 +10,8 @@ import numpy as np
 Carry = TypeVar("Carry")
 
 _SMALL = 4  # elements of a row; so few of less than a word are stored as words
+_WARP = 32  # threads of a GPU that run together
+_NARROW = 8  # elements of a row; so few are stored with the rows as the last axis
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -18,8 +20,10 @@ class _Place(NamedTuple):
 
     name: str
     """Name of the array that holds the leaf."""
-    columns: slice | None
-    """None for a leaf that is stored as it is."""
+    elements: slice | None
+    """Elements of the array's rows that are the leaf's; None for a leaf that is stored as it is."""
+    row_axis: int
+    """Axis of the rows: -1 if they are the last axis, -2 if their elements are."""
     shape: tuple[int, ...]
     dtype: Any
 
@@ -28,9 +32,9 @@ class Packing:
     """Packs trees of one structure, whose leaves are scalars or have a first axis of environments.
 
     An accelerator launches a kernel for every array that a loop stores in a step. Leaves with as
-    many rows and elements of the same size become one array, `[N, F]`, of unsigned integers with
-    their bits.
-    Random keys and complex numbers are stored as they are.
+    many rows and elements of the same size become one array of unsigned integers with their bits:
+    `[F, N]` for leaves with few elements a row, `[N, F]` for others, such as images. Random keys
+    and complex numbers are stored as they are.
 
     >>> packing = Packing()
     >>> tree = {"obs": jnp.ones((3, 2)), "done": jnp.array([True, False, False])}
@@ -46,7 +50,7 @@ class Packing:
         self._places: list[_Place] = []
 
     def pack(self, tree: Any) -> dict[str, jax.Array]:
-        """Returns arrays `[N, F]`, one for each size of elements and N; N is 1 for scalars."""
+        """Returns the packed arrays; N is 1 for scalars."""
         leaves, self._structure = jax.tree.flatten(tree)
         self._places = []
         groups: dict[str, list[jax.Array]] = {}
@@ -55,29 +59,39 @@ class Packing:
             if not _is_packable(leaf.dtype):
                 name = f"leaf {len(packed)}"
                 packed[name] = leaf
-                self._places.append(_Place(name, None, leaf.shape, leaf.dtype))
+                self._places.append(_Place(name, None, -2, leaf.shape, leaf.dtype))
                 continue
             num_rows = leaf.shape[0] if leaf.ndim else 1
             rows = _unsigned(leaf).reshape(num_rows, leaf.size // num_rows)
             width = leaf.dtype.itemsize
             if width < 4 and rows.shape[1] <= _SMALL:
                 width, rows = 4, rows.astype(np.uint32)
-            name = f"{num_rows} x {width} bytes"
+            name, row_axis = f"{num_rows} x {width} bytes", -2
+            if rows.shape[1] <= _NARROW and num_rows >= _WARP:
+                # Threads that run together compute neighbours of the last axis. If these are
+                # different leaves, the threads compute all leaves one after the other: CartPole's
+                # rollout took 11 % longer on an H100 (8 steps in an iteration: 6 %).
+                name, rows, row_axis = f"{name}, narrow", rows.T, -1
             group = groups.setdefault(name, [])
-            start = sum(part.shape[1] for part in group)
-            columns = slice(start, start + rows.shape[1])
-            self._places.append(_Place(name, columns, leaf.shape, leaf.dtype))
+            axis = -3 - row_axis  # of the elements
+            start = sum(part.shape[axis] for part in group)
+            elements = slice(start, start + rows.shape[axis])
+            self._places.append(_Place(name, elements, row_axis, leaf.shape, leaf.dtype))
             group.append(rows)
-        return packed | {name: jnp.concatenate(group, axis=1) for name, group in groups.items()}
+        axes = {place.name: -3 - place.row_axis for place in self._places}
+        return packed | {
+            name: jnp.concatenate(group, axis=axes[name]) for name, group in groups.items()
+        }
 
     def unpack(self, packed: dict[str, jax.Array]) -> Any:
-        """Returns the tree that `pack` packed last; `[..., N, F]` becomes leaves `[..., N, *]`."""
+        """Returns the tree that `pack` packed last; arrays may have axes before those packed."""
         leaves = []
-        for name, columns, shape, dtype in self._places:
+        for name, elements, row_axis, shape, dtype in self._places:
             x = packed[name]
-            if columns is not None:
-                rows = x[..., columns].astype(_UNSIGNED[dtype.itemsize])
-                x = _from_unsigned(rows, dtype).reshape(*x.shape[:-2], *shape)
+            if elements is not None:
+                rows = x[..., elements] if row_axis == -2 else x[..., elements, :].mT
+                bits = rows.astype(_UNSIGNED[dtype.itemsize])
+                x = _from_unsigned(bits, dtype).reshape(*x.shape[:-2], *shape)
             leaves.append(x)
         return jax.tree.unflatten(self._structure, leaves)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,13 +33,17 @@ class MLP(nn.Module):
     activation: Callable[[jax.Array], jax.Array]
     layer_norm: bool = False
     """Normalise before each activation: Ba et al. 2016 (arXiv:1607.06450)."""
+    dtype: Any = None
+    """Here and below, the type of products and activations; None for that of the inputs."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., F]` to `[..., hidden_sizes[-1]]`."""
         for size in self.hidden_sizes:
-            x = _hidden(size)(x)
-            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
+            if self.layer_norm:
+                x = self.activation(nn.LayerNorm(dtype=self.dtype)(_hidden(x, size, self.dtype)))
+            else:
+                x = _hidden(x, size, self.dtype, self.activation)
         return x
 
 
@@ -56,6 +61,7 @@ class Conv(nn.Module):
     stride: int = 1
     pads: bool = False
     """Pad with zeros, so that stride 1 keeps the size of the image (odd kernels)."""
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,7 +81,7 @@ class Conv(nn.Module):
             for i in range(self.kernel)
             for j in range(self.kernel)
         ]
-        return _hidden(self.features)(jnp.concatenate(patches, axis=-1))
+        return _hidden(jnp.concatenate(patches, axis=-1), self.features, self.dtype)
 
 
 class CNN(nn.Module):
@@ -83,12 +89,13 @@ class CNN(nn.Module):
 
     layers: Convolutions
     activation: Callable[[jax.Array], jax.Array]
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, height, width, channels]` to `[B, F]`."""
         for features, kernel, stride in self.layers:
-            x = self.activation(Conv(features, kernel, stride)(x))
+            x = self.activation(Conv(features, kernel, stride, dtype=self.dtype)(x))
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
@@ -97,16 +104,18 @@ class ResNet(nn.Module):
 
     activation: Callable[[jax.Array], jax.Array]
     widths: tuple[int, ...] = (16, 32, 32)
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, height, width, channels]` to `[B, F]`."""
         for width in self.widths:
-            x = Conv(width, 3, pads=True)(x)
+            conv = partial(Conv, width, 3, pads=True, dtype=self.dtype)
+            x = conv()(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
             for _ in range(2):
-                residual = Conv(width, 3, pads=True)(self.activation(x))
-                x = x + Conv(width, 3, pads=True)(self.activation(residual))
+                residual = conv()(self.activation(x))
+                x = x + conv()(self.activation(residual))
         return self.activation(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
@@ -123,6 +132,7 @@ class Torso(nn.Module):
     dense: Callable[[], nn.Module]
     """Makes the module that maps the features of all entries `[B, F]` to those of the torso."""
     embedding_size: int | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, obs: Any) -> jax.Array:
@@ -130,7 +140,9 @@ class Torso(nn.Module):
         # The space says how to read an array: an int32 may be an index or a number.
         entries = zip(leaves(self.space), jax.tree.leaves(obs), strict=True)
         features = [self._encode(leaf, x) for leaf, x in entries]
-        return self.dense()(features[0] if len(features) == 1 else jnp.concatenate(features, -1))
+        x = self.dense()(features[0] if len(features) == 1 else jnp.concatenate(features, -1))
+        # What follows is computed in single precision: recurrent states, logits, values, losses.
+        return x if self.dtype is None else x.astype(jnp.float32)
 
     def _encode(self, leaf: Leaf, x: jax.Array) -> jax.Array:
         if isinstance(leaf, Box):
@@ -394,5 +406,72 @@ def merge_params(actor: Any, critic: Any) -> Any:
     return {"params": {**actor["params"], **critic["params"]}}
 
 
-def _hidden(size: int) -> nn.Dense:
-    return nn.Dense(size, kernel_init=orthogonal("hidden_gain"))
+def _hidden(
+    x: jax.Array,
+    size: int,
+    dtype: Any,
+    activation: Callable[[jax.Array], jax.Array] = lambda y: y,
+) -> jax.Array:
+    """Applies a dense layer of the module that calls this, and an activation."""
+    if dtype is None:
+        return activation(nn.Dense(size, kernel_init=orthogonal("hidden_gain"))(x))
+    return Dense(size, dtype, activation)(x)
+
+
+class Dense(nn.Module):
+    """A dense layer and its activation, of which only half precision is stored.
+
+    The bias and the activation are computed in single precision. Parameters are those of flax's
+    layer of this name.
+    """
+
+    size: int
+    dtype: Any
+    activation: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., F]` to `[..., size]` of `dtype`."""
+        kernel = self.param("kernel", orthogonal("hidden_gain"), (x.shape[-1], self.size))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.size,))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))  # without implicit broadcasting of ranks
+        if self.activation in _DERIVATIVES:
+            return _dense(self.activation, x, kernel, bias)
+        y = jnp.matmul(x, kernel).astype(bias.dtype) + bias
+        return self.activation(y).astype(self.dtype)
+
+
+_DERIVATIVES: dict[Callable, Callable[[jax.Array], jax.Array]] = {
+    nn.tanh: lambda y: 1.0 - y * y,
+    nn.relu: lambda y: (y > 0.0).astype(y.dtype),
+    nn.elu: lambda y: jnp.minimum(y, 0.0) + 1.0,
+}
+"""Derivatives of activations as functions of their values."""
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _dense(
+    activation: Callable[[jax.Array], jax.Array], x: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Returns activation(x · kernel + bias) in the type of `x`.
+
+    By JAX's own rules, either what precedes the activation or the cotangents of it would be stored
+    in single precision, and XLA for GPUs would compute bias and activation outside the kernel of
+    the product: on an H100 a minibatch of CartPole would move 6.6 instead of 6.1 GiB an update.
+    """
+    product = jnp.matmul(x, kernel, preferred_element_type=bias.dtype)
+    return activation(product + bias).astype(x.dtype)
+
+
+@_dense.defjvp
+def _dense_jvp(
+    activation: Callable[[jax.Array], jax.Array], primals: tuple, tangents: tuple
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel, bias = primals
+    x_dot, kernel_dot, bias_dot = tangents
+    y = _dense(activation, x, kernel, bias)
+    # The products' cotangents are half precision; that of the bias, a sum, is single precision.
+    product_dot = jnp.matmul(x_dot, kernel) + jnp.matmul(x, kernel_dot)
+    slope = _DERIVATIVES[activation](y.astype(bias.dtype))
+    return y, (slope * (product_dot.astype(bias.dtype) + bias_dot)).astype(y.dtype)

@@ -189,12 +189,13 @@ def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
             "Leave embedding_size out."
         )
     activation = getattr(nn, spec.activation)
+    dtype = None if spec.compute_dtype == "float32" else jnp.dtype(spec.compute_dtype)
     make_image = None
     if spec.network == "impala_cnn":
-        make_image = functools.partial(networks.ResNet, activation)
+        make_image = functools.partial(networks.ResNet, activation, dtype=dtype)
     elif spec.network != "mlp":
         layers = networks.CONVOLUTIONS.get(spec.network, spec.conv_layers)
-        make_image = functools.partial(networks.CNN, layers, activation)
+        make_image = functools.partial(networks.CNN, layers, activation, dtype)
     if make_image is not None and not any(map(networks.is_image, spaces.leaves(view.space))):
         raise ConfigError(
             f"network {spec.network} needs images, arrays of height, width and channels; "
@@ -203,8 +204,9 @@ def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
     torso = networks.Torso(
         view.space,
         make_image,
-        functools.partial(networks.MLP, spec.hidden_sizes, activation, spec.layer_norm),
+        functools.partial(networks.MLP, spec.hidden_sizes, activation, spec.layer_norm, dtype),
         spec.embedding_size,
+        dtype,
     )
     if isinstance(spec.network, str) and make_image is not None:
         _check_shapes(torso, view.space, spec.network)
@@ -213,7 +215,13 @@ def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
 
 _CONTRACT = "network must be a flax.linen module that maps observations [B, ...] to features [B, F]"
 
-_SETTINGS_OF_NAMED_NETWORKS = ("hidden_sizes", "activation", "layer_norm", "embedding_size")
+_SETTINGS_OF_NAMED_NETWORKS = (
+    "hidden_sizes",
+    "activation",
+    "layer_norm",
+    "embedding_size",
+    "compute_dtype",
+)
 
 
 def _check_module(spec: PolicySpec, space: Space) -> None:

@@ -19,6 +19,11 @@ Carry = tuple[RolloutState, EpisodeStats, Any]
 
 _DRAWN_BYTES = 2**22  # of new episodes that are drawn together, or an eighth of the trajectory
 _DRAWN_BYTES_CPU = 2**19  # they should stay in the cache of a core
+# Steps in an iteration of an accelerator's loop: at most so many, and so many operations of them.
+# On an H100 an update of CartPole takes 6.8 ms with two and 6.4 ms with eight, one of Breakout 16.8
+# and 14.8 ms. Compiling Craftax with eight steps takes 150 s instead of 54 s, and saves nothing.
+_UNROLLED_STEPS = 8
+_UNROLLED_OPERATIONS = 10_000
 
 
 def reset(
@@ -126,23 +131,27 @@ def rollout(
         length_sum=jnp.zeros(num_envs, jnp.int32),
         num_episodes=jnp.zeros(num_envs, jnp.int32),
     )
+    act = jax.jit(act)  # traced once, for both platforms
     if reset_pool is None:
         # Drawing only where an episode ends would need a branch, and under `vmap` both sides of a
         # branch are computed anyway. Within `shortest_episode` steps an environment starts at most
         # one new episode, so that one draw for all environments serves a whole block of steps.
         used = None
         size = largest_divisor(num_steps, at_most=env.shortest_episode)
-        loop: Any = partial(_act_in_groups, jax.jit(act), jax.jit(jax.vmap(draw)), size)
+        new_episodes = jax.eval_shape(draw, env_keys[0, :, 1])
+        loop: Any = partial(_act_in_groups, act, jax.jit(jax.vmap(draw)), size)
     else:
         used = jnp.zeros((), jnp.int32)
-        pool = draw(jax.random.split(pool_key, reset_pool * env.num_agents))
-        loop = partial(_act_from_pool, jax.jit(act), pool)
-    # `act` is traced once for both platforms.
+        new_episodes = draw(jax.random.split(pool_key, reset_pool * env.num_agents))
+        loop = partial(_act_from_pool, act, new_episodes)
+    carry = (state, none_ended, used)
+    first = jax.eval_shape(lambda: (noise[0], env_keys[0, :, 0]))
+    unroll = _unrolled_steps(jax.make_jaxpr(act)(new_episodes, carry, first).jaxpr)
     (state, ended, _), trajectory = jax.lax.platform_dependent(
-        (state, none_ended, used),
+        carry,
         (noise, env_keys),
         cpu=partial(loop, packs=False),
-        default=partial(loop, packs=True),
+        default=partial(loop, packs=True, unroll=unroll),
     )
     return state, trajectory, jax.tree.map(jnp.sum, ended)
 
@@ -155,6 +164,7 @@ def _act_in_groups(
     inputs: tuple[jax.Array, jax.Array],
     *,
     packs: bool,
+    unroll: int = 1,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; draws the new episodes of several blocks of steps together.
 
@@ -167,6 +177,7 @@ def _act_in_groups(
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps and of draws `[T, N, 2]`.
       packs: for accelerators, which launch a kernel for each array that is stored.
+      unroll: at most so many steps in one iteration of a packed loop.
     """
     num_steps = len(inputs[1])
     state, *_ = carry
@@ -183,9 +194,11 @@ def _act_in_groups(
     outer: Callable[..., tuple[Any, Trajectory]] = jax.lax.scan
     inner = outer
     if packs:
-        # XLA copies the arrays of a carry that a step both reads and replaces. Packed, and with two
-        # steps in an iteration, it copies one array in two steps.
-        outer, inner = packing.packed_scan, partial(packing.packed_scan, unroll=2)
+        # XLA copies the arrays of a carry that a step both reads and replaces. Packed, and with
+        # several steps in an iteration, it copies one or two arrays an iteration.
+        outer = packing.packed_scan
+        steps = largest_divisor(num_blocks * size, at_most=unroll)
+        inner = partial(packing.packed_scan, unroll=steps)
 
     def act_in_group(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
         noise, keys = inputs
@@ -214,6 +227,7 @@ def _act_from_pool(
     inputs: tuple[jax.Array, jax.Array],
     *,
     packs: bool,
+    unroll: int = 1,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; new episodes are those of a pool.
 
@@ -223,11 +237,13 @@ def _act_from_pool(
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps `[T, N, 2]`, the second of which are not used.
       packs: for accelerators, which launch a kernel for each array that is stored.
+      unroll: at most so many steps in one iteration of a packed loop.
     """
     carries = packing.Packing() if packs else packing.NoPacking()
     scan: Callable[..., tuple[Any, Trajectory]] = jax.lax.scan
     if packs:
-        scan = partial(packing.packed_scan, unroll=2)
+        steps = largest_divisor(len(inputs[1]), at_most=unroll)
+        scan = partial(packing.packed_scan, unroll=steps)
 
     def act_at(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
         carry, transition = act(pool, carries.unpack(packed), inputs)
@@ -236,6 +252,21 @@ def _act_from_pool(
     noise, keys = inputs
     packed, trajectory = scan(act_at, carries.pack(carry), (noise, keys[:, :, 0]))
     return carries.unpack(packed), trajectory
+
+
+def _unrolled_steps(step: Any) -> int:
+    """Returns how many steps an iteration of an accelerator's loop has, given a step's jaxpr."""
+    return max(1, min(_UNROLLED_STEPS, _UNROLLED_OPERATIONS // _num_operations(step)))
+
+
+def _num_operations(jaxpr: Any) -> int:
+    """Returns the number of operations of a jaxpr; a loop's body counts once."""
+    inner = (
+        getattr(x, "jaxpr", x)  # closed, or with its constants as arguments
+        for equation in jaxpr.eqns
+        for x in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
+    )
+    return len(jaxpr.eqns) + sum(_num_operations(x) for x in inner if hasattr(x, "eqns"))
 
 
 def _num_bytes(tree: Any) -> int:
