@@ -92,7 +92,7 @@ def _commands(argv: list[str]) -> Any:
     is_train = argv[:1] == ["train"]
     given = _read_settings(Path(named["--config"])) if is_train and "--config" in named else {}
     env = given.pop("env", "CartPole-v1")
-    env = next((word for word in words if word in envs.names()), env)
+    env = next((word for word in words if envs.is_name(word)), env)
     algorithm = named.get("--algorithm", given.pop("algorithm", "ppo"))
     # A sweep may name several algorithms, and is told of a misspelt one when its space is read.
     has_several = not is_train and algorithm not in flags.algorithms()

@@ -19,12 +19,20 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, initial_obs_stats, initial_recurrent_state
 from ppo_jax.resolve import Resolved, complete_hparams, resolve
 from ppo_jax.stages.algorithm import UpdateInputs, UpdateRule
-from ppo_jax.stages.collect import collect
+from ppo_jax.stages.collect import Collected, Rollout, collect, to_batch
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.metrics import Metrics, make_metrics
 from ppo_jax.stages.rollout import reset
 from ppo_jax.stages.update_rules import adaptive_learning_rate, report_learning_rates
-from ppo_jax.types import Learner, Scalars, Shard, Statistics, TrainState, strongly_typed
+from ppo_jax.types import (
+    Learner,
+    RolloutState,
+    Scalars,
+    Shard,
+    Statistics,
+    TrainState,
+    strongly_typed,
+)
 
 
 class Trainer(NamedTuple):
@@ -149,6 +157,51 @@ def _check_shared_parts(config: Config, rule: UpdateRule) -> None:
         )
 
 
+class HostTrainer(NamedTuple):
+    """The compiled parts of a training whose environments are stepped on the host. Pure."""
+
+    init: Callable[[jax.Array, HParams | None, RolloutState], TrainState]
+    """`(key, hparams, rollout) -> state`, with environments that have been reset."""
+    keys: Callable[[TrainState], jax.Array]
+    """`state -> key` of its next rollout."""
+    learn: Callable[[TrainState, HParams | None, Rollout], tuple[TrainState, Metrics]]
+    """`(state, hparams, rollout) -> (state, metrics)`: an update by a rollout that was made with
+    the policy of `state`."""
+
+
+def make_host_trainer(config: Config) -> HostTrainer:
+    """Builds the compiled parts of a training on the host; see `runs.host_training`."""
+    stages = make_stages(config)
+    resolved = stages.resolved
+
+    def init(key: jax.Array, hparams: HParams | None, rollout: RolloutState) -> TrainState:
+        network_key, _, key = jax.random.split(key, 3)
+        return _init_learner(stages, rollout, resolved.env.params, (network_key, key), hparams)
+
+    # The three keys of an update are those of `_step_on_one_device`.
+    def rollout_key(state: TrainState) -> jax.Array:
+        return jax.random.split(state.key, 3)[0]
+
+    def learn(
+        state: TrainState, hparams: HParams | None, rollout: Rollout
+    ) -> tuple[TrainState, Metrics]:
+        complete = complete_hparams(hparams, resolved.config)
+        complete = _without_folding_in_loops(complete, state.updates_done)
+        _, *keys = jax.random.split(state.key, 3)
+        collected = to_batch(
+            _policy(stages, state),
+            rollout,
+            state.statistics,
+            config=resolved.config,
+            algorithm=resolved.algorithm,
+            hparams=complete,
+            shard=stages.shard,
+        )
+        return _learn(stages, state, collected, (keys[0], keys[1]), complete)
+
+    return HostTrainer(init, rollout_key, learn)
+
+
 def _policy(stages: Stages, state: TrainState) -> Policy:
     return Policy(state.learner.params, state.statistics.obs, spec=stages.resolved.spec)
 
@@ -156,21 +209,42 @@ def _policy(stages: Stages, state: TrainState) -> Policy:
 def _init(stages: Stages, key: jax.Array, hparams: HParams | None, env_params: Any) -> TrainState:
     """Returns the state before the first update."""
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
-    hparams = _without_folding(complete_hparams(hparams, config))
     env_params = _without_folding(env.params if env_params is None else env_params)
     # The last key is the training's: every update splits it again.
     network_key, reset_key, key = jax.random.split(key, 3)
-    # New arrays for every state, because a caller may donate one.
-    statistics = Statistics(
-        obs=initial_obs_stats(env.observation_space) if config.normalize_obs else None,
-        reward=running_stats.initial(()) if config.normalize_reward else None,
-    )
     rollout = reset(
         env,
         env_params,
         reset_key,
         num_envs=config.num_envs,
         recurrent_state=initial_recurrent_state(spec, (config.num_envs,)),
+    )
+    return _init_learner(stages, rollout, env_params, (network_key, key), hparams)
+
+
+def _init_learner(
+    stages: Stages,
+    rollout: RolloutState,
+    env_params: Any,
+    keys: tuple[jax.Array, jax.Array],
+    hparams: HParams | None,
+) -> TrainState:
+    """Returns the state before the first update, given that of the environments.
+
+    Args:
+      stages: of the training.
+      rollout: the environments at the start of their first episodes.
+      env_params: their parameters.
+      keys: of the network, and of the training.
+      hparams: hyperparameters, or None.
+    """
+    config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
+    hparams = _without_folding(complete_hparams(hparams, config))
+    network_key, key = keys
+    # New arrays for every state, because a caller may donate one.
+    statistics = Statistics(
+        obs=initial_obs_stats(env.observation_space) if config.normalize_obs else None,
+        reward=running_stats.initial(()) if config.normalize_reward else None,
     )
     given = hparams.given()
     # A gain that the training does not use is not set, and keeps its default in layers of a user's
@@ -221,7 +295,7 @@ def _step_on_one_device(
         rollout_key, update_key = (
             jax.random.fold_in(key, device) for key in (rollout_key, update_key)
         )
-    rollout, _, batch, ended, statistics = collect(
+    collected = collect(
         _policy(stages, state),
         state.rollout,
         state.statistics,
@@ -233,9 +307,32 @@ def _step_on_one_device(
         key=rollout_key,
         shard=stages.shard,
     )
+    return _learn(stages, state, collected, (update_key, next_key), hparams)
+
+
+def _learn(
+    stages: Stages,
+    state: TrainState,
+    collected: Collected,
+    keys: tuple[jax.Array, jax.Array],
+    hparams: HParams,
+) -> tuple[TrainState, Metrics]:
+    """Updates the learner by the batch of a rollout.
+
+    Args:
+      stages: of the training.
+      state: before the update.
+      collected: the rollout.
+      keys: of the update, and of the next one.
+      hparams: complete.
+    """
+    config, algorithm = stages.resolved.config, stages.resolved.algorithm
+    axis_name = stages.shard.axis_name
+    rollout, _, batch, ended, statistics = collected
+    update_key, next_key = keys
     # Steps beyond `num_updates` keep the last factor: unclipped, a linear schedule turns negative.
     progress = jnp.minimum(state.updates_done / config.num_updates, 1.0)
-    anneal = resolved.schedule.factor(progress)
+    anneal = stages.resolved.schedule.factor(progress)
     inputs = UpdateInputs(batch, update_key, hparams, anneal)
     params, rule_state, scalars = stages.rule.update(
         state.learner.params, state.learner.rule_state, inputs

@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from ppo_jax import envs, presets
-from ppo_jax.envs.suites import GYMNAX_NAMES, SUITES
+from ppo_jax.envs.suites import GYMNAX_NAMES, HOST_SUITES, SUITES
 from ppo_jax.errors import ConfigError, require_known
 
 
@@ -69,6 +69,8 @@ def _print_suites(of_suites: dict[str, tuple[str, ...]]) -> None:
     for suite, tasks in of_suites.items():
         about = SUITES[suite].about if suite in SUITES else _ABOUT[suite]
         table.add_row(suite, str(len(tasks)), "yes" if _is_installed(suite) else "no", about)
+    for name, host_suite in HOST_SUITES.items():
+        table.add_row(name, "any", "yes" if host_suite.is_installed else "no", host_suite.about)
     show(table)
     show(
         "\n`ppo-jax envs --suite SUITE` lists the tasks of a suite, `ppo-jax envs WORD` those with "

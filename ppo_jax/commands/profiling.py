@@ -39,7 +39,7 @@ class ProfileCommand:
             config, hparams = directory.read_config()
             if not isinstance(directory.read_seeds(), int):
                 say("a run of several seeds: the update of one of them is measured.")
-        elif os.sep in self.target and self.target not in envs.names():
+        elif os.sep in self.target and not envs.is_name(self.target):
             RunDirectory.open(self.target)  # raises: there is no such directory
         else:
             envs.check_name(self.target)

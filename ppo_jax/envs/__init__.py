@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ppo_jax.envs.suites import GYMNAX_NAMES, SUITES
+from ppo_jax.envs.suites import GYMNAX_NAMES, HOST_SUITES, SUITES
 from ppo_jax.errors import ConfigError, require_known, require_new_name, unknown_name
 from ppo_jax.lazy import submodules_of
 
@@ -33,7 +33,7 @@ _registered: dict[str, Callable[..., Any]] = {}
 
 
 def names() -> tuple[str, ...]:
-    """Returns all names that `make` takes.
+    """Returns all names that `make` takes, except those of suites on the host.
 
     >>> "CartPole-v1" in names()
     True
@@ -42,10 +42,31 @@ def names() -> tuple[str, ...]:
     return (*GYMNAX_NAMES, *VARIANTS, *of_suites, *_registered)
 
 
+def is_name(name: str) -> bool:
+    """Returns whether `make` takes a name; only its package knows the tasks of a host suite.
+
+    >>> is_name("CartPole-v1"), is_name("gymnasium:Hopper-v5"), is_name("Cartpole")
+    (True, True, False)
+    """
+    suite, colon, _ = name.partition(":")
+    return name in names() or (bool(colon) and suite in HOST_SUITES)
+
+
 def check_name(name: str) -> None:
     """Raises a `ConfigError` that lists the nearest names if there is no such environment."""
-    if name not in names():
+    if not is_name(name):
         raise unknown_name("environment", name, names(), listed_by="ppo-jax envs")
+
+
+def imported_by(name: str) -> str | None:
+    """Returns the module that making an environment would import to register it; None for none.
+
+    >>> imported_by("gymnasium:my_robots:Arm-v0"), imported_by("gymnasium:Hopper-v5")
+    ('my_robots', None)
+    """
+    suite, _, task = name.partition(":")
+    module, colon, _ = task.partition(":")
+    return module if colon and suite in HOST_SUITES else None
 
 
 def register(name: str, factory: Callable[..., Any], *, overwrite: bool = False) -> None:

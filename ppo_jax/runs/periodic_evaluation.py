@@ -11,6 +11,7 @@ import numpy as np
 from ppo_jax.envs.environment import Environment
 from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.policy.policy import Policy
+from ppo_jax.runs.host_training import evaluate_on_host
 
 Evaluate = Callable[[Policy], Evaluation]
 """`policy -> evaluation`, of one policy or of a stack of them."""
@@ -27,6 +28,9 @@ def make_evaluate(
       num_episodes: episodes for each seed.
       greedy: take the most likely actions instead of sampling.
     """
+    if env.make_host_envs is not None:
+        key = evaluation_key(keys)
+        return lambda policy: evaluate_on_host(policy, env, key, num_episodes, greedy=greedy)
     episode_keys = jax.vmap(evaluation_key)(keys) if keys.ndim else evaluation_key(keys)
 
     def one(policy: Policy, key: jax.Array) -> Evaluation:

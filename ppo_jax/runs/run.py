@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ppo_jax.config import Config
+from ppo_jax.envs.host import HostError
 from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.evaluation import Evaluation
 from ppo_jax.hparams import HParams
@@ -28,6 +29,7 @@ from ppo_jax.runs.checkpoint import DamagedError
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.directory import BEST, OPTIONS, RunDirectory
 from ppo_jax.runs.failure import Failure, fail_at_first_skip, failure_finder
+from ppo_jax.runs.host_training import compile_host_training
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
 from ppo_jax.runs.lock import writable
 from ppo_jax.runs.metrics_log import EMPTY_LOG, MetricsLog, average
@@ -250,9 +252,7 @@ def dry_run(
         jax.random.key(0) if num_seeds is None else jax.random.split(jax.random.key(0), num_seeds)
     )
     started = time.perf_counter()
-    training = compile_training(
-        make_trainer(config), config, keys, complete_hparams(hparams, config)
-    )
+    training = _compile(make_trainer(config), config, keys, complete_hparams(hparams, config))
     return DryRun(
         config.num_updates,
         config.num_updates * config.batch_size,
@@ -378,10 +378,14 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
     config, keys = plan.config, plan.keys()
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
-        training = compile_training(plan.trainer, config, keys, plan.hparams)
+        training = _compile(plan.trainer, config, keys, plan.hparams)
         evaluate = make_evaluate(plan.trainer.env, keys, plan.eval_episodes)
         periodic = PeriodicEvaluation(evaluate, plan.seeds, config.batch_size, plan.eval_every)
-        with device_memory.exhaustion_explained(training.num_bytes, config.num_envs):
+        with (
+            contextlib.ExitStack() as stack,
+            device_memory.exhaustion_explained(training.num_bytes, config.num_envs),
+        ):
+            stack.callback(training.close)
             start = _start(plan, training, directory, is_resumed=is_resumed)
             if is_resumed and directory is not None:
                 _continue_best(periodic, directory, config.network)
@@ -431,6 +435,13 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
         signal=interrupt.signal,
         is_stopped=plan.sinks.ask_to_stop and end.updates < config.num_updates,
     )
+
+
+def _compile(trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams) -> Training:
+    """Compiles a training for the kind of its environment."""
+    is_on_host = trainer.env.make_host_envs is not None
+    compile_it = compile_host_training if is_on_host else compile_training
+    return compile_it(trainer, config, keys, hparams)
 
 
 def _info(
@@ -575,7 +586,12 @@ def _run_updates(
         had_failed = guard.failed_at >= 0
         # The update that is repeated needs the state before it, whose buffers are given away.
         before = jax.tree.map(jnp.copy, state) if plan.debug_nans else None
-        state, guard, metrics = training.advance(state, guard, updates, count)
+        try:
+            state, guard, metrics = training.advance(state, guard, updates, count)
+        except HostError as error:
+            # The updates of this piece are lost: a second of work.
+            last = Snapshot(state, guard, log.state, updates, failures, total_seconds)
+            raise _ended_by(error, plan, last, writer) from error
         seconds = time.perf_counter() - piece_started
         if plan.debug_nans:
             guard = fail_at_first_skip(guard, metrics, updates)
@@ -603,6 +619,17 @@ def _run_updates(
     plan.sinks.on_rows(record(log.unfinished(guard.failed_at)))
     end = Snapshot(state, guard, log.state, updates, failures, total_seconds)
     return end, rows, evaluations
+
+
+def _ended_by(error: HostError, plan: _Plan, last: Snapshot, writer: RunWriter | None) -> HostError:
+    """Writes a checkpoint after an environment has failed, and returns the error to raise."""
+    if writer is None:
+        return error
+    writer.finish(last, plan.trainer.policy(last.state))
+    return HostError(
+        f"{str(error).rstrip('.')}. The training ended after "
+        f"{last.updates * plan.config.batch_size:,} steps; resume continues it from there."
+    )
 
 
 def _mean_return(metrics: Metrics) -> float:

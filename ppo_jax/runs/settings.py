@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,12 @@ def _require_registered(fields: Mapping[str, Any], path: Path) -> None:
     from ppo_jax import envs
     from ppo_jax.algorithms import ALGORITHMS
 
-    for kind, known in {"env": envs.names(), "algorithm": ALGORITHMS}.items():
-        if not isinstance(fields[kind], str) or fields[kind] not in known:
+    def is_env(name: str) -> bool:
+        module = envs.imported_by(name)
+        return envs.is_name(name) and (module is None or module in sys.modules)
+
+    for kind, is_known in {"env": is_env, "algorithm": ALGORITHMS.__contains__}.items():
+        if not isinstance(fields[kind], str) or not is_known(fields[kind]):
             raise ConfigError(
                 f"the {kind} of a run must be registered before the run is read; {path} "
                 f"names {fields[kind]!r}. Import the module that registers it, or pass "

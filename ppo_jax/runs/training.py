@@ -40,6 +40,8 @@ class Training(NamedTuple):
     """Shapes and dtypes of the metrics of one update, `[seeds]`."""
     num_bytes: int
     """Memory of the largest program on one device."""
+    close: Callable[[], None] = lambda: None
+    """Ends the processes of environments on the host, if there are any."""
 
 
 def compile_training(

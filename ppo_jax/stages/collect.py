@@ -44,6 +44,17 @@ class Collected(NamedTuple):
     """The statistics with this rollout merged in."""
 
 
+class Rollout(NamedTuple):
+    """A rollout and what was before and after it, wherever the environments were stepped."""
+
+    before: RolloutState
+    trajectory: Trajectory
+    after: RolloutState
+    """The critic's recurrent state is that of before; only the actor's is up to date."""
+    ended: EpisodeStats
+    """Sums over the episodes that ended."""
+
+
 def collect(
     policy: Policy,
     state: RolloutState,
@@ -63,9 +74,7 @@ def collect(
       policy: acts; its critic, if it has one, evaluates the states.
       state: state of the environments before the rollout. An algorithm of whole episodes resets
         them first.
-      statistics: statistics before this rollout. They normalise the observations of the batch, as
-        they did when the policy acted. Rewards are normalised by statistics that include the
-        rollout, because actions do not depend on the statistics of rewards.
+      statistics: as in `to_batch`.
       config: a complete config: every setting of the algorithm has a value.
       algorithm: estimates advantages and targets.
       env: the environment.
@@ -87,8 +96,7 @@ def collect(
             num_envs=shard.num_envs,
             recurrent_state=state.recurrent_state,
         )
-    before = state
-    state, trajectory, ended = rollout(
+    after, trajectory, ended = rollout(
         env,
         env_params,
         policy,
@@ -97,6 +105,41 @@ def collect(
         num_steps=config.num_steps,
         reset_pool=config.device_reset_pool,
     )
+    return to_batch(
+        policy,
+        Rollout(state, trajectory, after, ended),
+        statistics,
+        config=config,
+        algorithm=algorithm,
+        hparams=hparams,
+        shard=shard,
+    )
+
+
+def to_batch(
+    policy: Policy,
+    rollout: Rollout,
+    statistics: Statistics,
+    *,
+    config: Config,
+    algorithm: Algorithm,
+    hparams: HParams,
+    shard: Shard,
+) -> Collected:
+    """Returns a rollout as a batch, with values, advantages and normalised rewards.
+
+    Args:
+      policy: that acted; its critic, if it has one, evaluates the states.
+      rollout: what it did.
+      statistics: statistics before the rollout. They normalise the observations of the batch, as
+        they did when the policy acted. Rewards are normalised by statistics that include the
+        rollout, because actions do not depend on the statistics of rewards.
+      config: a complete config: every setting of the algorithm has a value.
+      algorithm: estimates advantages and targets.
+      hparams: complete hyperparameters: each that the algorithm uses has a value.
+      shard: the environments of this device.
+    """
+    before, trajectory, state, ended = rollout
     values, starts, state = evaluate_trajectory(
         policy, trajectory, before=before, after=state, config=config, shard=shard
     )

@@ -221,6 +221,11 @@ SUITES = {
     ),
 }
 
+HOST_SUITES = {
+    "gymnasium": Suite("gymnasium", "every registered environment, stepped on the host", ()),
+}
+"""Suites whose environments are not in JAX. They take every task that their package registers."""
+
 
 def make(name: str, **kwargs: Any) -> "Environment":
     """Builds the environment of a suite.
@@ -238,7 +243,7 @@ def make(name: str, **kwargs: Any) -> "Environment":
         return adapter.make(task, **kwargs)._replace(name=name)
     except ImportError as error:
         # The extra also has packages that a suite imports and does not declare.
-        module = SUITES[suite].module
+        module = (SUITES | HOST_SUITES)[suite].module
         what = "is not installed" if error.name == module else f"cannot be imported ({error})"
         raise ConfigError(
             f"{name} needs {module}, which {what}: pip install 'ppo-jax[{suite}]'."

@@ -1,0 +1,255 @@
+"""A training whose environments are stepped on the host, with the interface of compiled ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.config import Config
+from ppo_jax.envs.checks import example
+from ppo_jax.envs.environment import Environment
+from ppo_jax.envs.host import HostEnvs
+from ppo_jax.errors import ConfigError
+from ppo_jax.evaluation import Evaluation
+from ppo_jax.hparams import HParams
+from ppo_jax.ops.blocks import largest_divisor
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import initial_recurrent_state
+from ppo_jax.population.member import Guard, guarded_step, initial_guard
+from ppo_jax.resolve import resolve
+from ppo_jax.runs import device_memory
+from ppo_jax.runs.training import Piece, Training, output_shapes
+from ppo_jax.stages import host_rollout
+from ppo_jax.stages.collect import Rollout
+from ppo_jax.stages.metrics import Metrics
+from ppo_jax.trainer import Trainer, make_host_trainer
+from ppo_jax.types import EpisodeStats, RolloutState, TrainState, Trajectory
+
+_SEEDS = 2**31 - 1
+_ENVS_STREAM = 0x5EED  # folded into a training's key for the seeds of its environments
+_EVALUATED_TOGETHER = 16  # environments, each of which may be a process
+
+
+def check_host_config(config: Config, keys: jax.Array) -> None:
+    """Raises a `ConfigError` for settings that need an environment in JAX."""
+    given = {
+        "num_seeds": keys.ndim > 0,
+        "num_devices": config.num_devices > 1,
+        "wrappers": bool(config.wrappers),
+        "reset_pool": config.reset_pool is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            instead = ", or use wrappers of its own suite" if name == "wrappers" else ""
+            raise ConfigError(
+                f"{name} needs an environment in JAX; {config.env} is stepped on the host. Leave "
+                f"{name} out{instead}."
+            )
+
+
+def compile_host_training(
+    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams
+) -> Training:
+    """Compiles the parts of a training that acts in environments on the host.
+
+    Everything but the steps is compiled: acting, and an update by a whole rollout. The state of
+    the environments is not part of the training's state: a training that is continued starts new
+    episodes.
+
+    Args:
+      trainer: of the config.
+      config: describes the training.
+      keys: one random key.
+      hparams: complete.
+
+    Raises:
+      ConfigError: a setting needs an environment in JAX.
+    """
+    check_host_config(config, keys)
+    hparams = jax.tree.map(np.float32, hparams)
+    resolved, host = resolve(config), make_host_trainer(config)
+    recurrent_state = initial_recurrent_state(resolved.spec, (config.num_envs,))
+    environments = _Environments(trainer.env, config.num_envs, keys, recurrent_state)
+
+    # The rollout is an argument of the program, so that the guard sees an ordinary step.
+    def update(
+        state: TrainState, guard: Guard, index: Any, hparams: HParams, rollout: Rollout
+    ) -> tuple[TrainState, Guard, Metrics]:
+        learner = trainer._replace(step=lambda state, hparams: host.learn(state, hparams, rollout))
+        step = guarded_step(learner, config.max_skipped_updates, config.num_updates)
+        return step(state, guard, index, hparams)
+
+    before = _shapes_before(trainer.env, config.num_envs, recurrent_state)
+    init = jax.jit(host.init).lower(keys, hparams, before).compile()
+    state_shapes = output_shapes(init)
+    rollout_shapes = _shapes_of_rollout(trainer, config, state_shapes, before)
+    guard_shapes = jax.eval_shape(initial_guard)
+    lowered = jax.jit(update).lower(
+        state_shapes, guard_shapes, np.int32(0), hparams, rollout_shapes
+    )
+    program = lowered.compile()
+    rollout_key = jax.jit(host.keys)
+
+    def one_update(state: TrainState, guard: Guard, index: int) -> tuple:
+        # A training that is continued has no environments yet. An episode that an earlier rollout
+        # began is no sample of a whole trajectory.
+        if not environments.halves or resolved.algorithm.whole_episodes:
+            state = state.replace(rollout=environments.reset(index))
+        rollout = host_rollout.rollout(
+            environments.halves,
+            trainer.policy(state),
+            state.rollout,
+            rollout_key(state),
+            num_steps=config.num_steps,
+        )
+        return program(state, guard, np.int32(index), hparams, rollout)
+
+    def advance(state: TrainState, guard: Guard, first: int, count: int) -> Piece:
+        guard = jax.tree.map(lambda x: np.reshape(x, ()), guard)
+        rows = []
+        for index in range(first, first + count):
+            state, guard, metrics = one_update(state, guard, index)
+            rows.append(metrics)
+        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(count, 1), *jax.device_get(rows))
+        return Piece(state, jax.tree.map(lambda x: np.reshape(x, (1,)), guard), stacked)
+
+    *_, metric_shapes = lowered.out_info
+    return Training(
+        start=lambda: init(keys, hparams, environments.reset(0)),
+        advance=advance,
+        state_shapes=state_shapes,
+        metric_shapes=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1,), x.dtype), metric_shapes),
+        num_bytes=max(map(device_memory.num_bytes, (init, program))),
+        close=environments.close,
+    )
+
+
+class _Environments:
+    """The environments of a training, which are made when they are first used."""
+
+    def __init__(
+        self, env: Environment, num_envs: int, key: jax.Array, recurrent_state: Any
+    ) -> None:
+        self._env, self._num_envs = env, num_envs
+        self._key, self._recurrent_state = key, recurrent_state
+        self.halves: tuple[HostEnvs, ...] = ()
+
+    def reset(self, updates_done: int) -> RolloutState:
+        """Starts episodes, whose seeds depend on the training's and on the updates so far."""
+        if not self.halves:
+            assert self._env.make_host_envs is not None, "an environment on the host"
+            # Halves of equal sizes share the program that acts.
+            count = 2 if self._num_envs % 2 == 0 else 1
+            for _ in range(count):
+                self.halves += (self._env.make_host_envs(self._num_envs // count),)
+        seed = _seed_of(jax.random.fold_in(self._key, updates_done))
+        return host_rollout.reset(self.halves, seed, self._recurrent_state)
+
+    def close(self) -> None:
+        """Ends all environments."""
+        for half in self.halves:
+            half.close()
+
+
+def _seed_of(key: jax.Array) -> int:
+    """Returns a seed for environments on the host."""
+    return int(jax.random.randint(jax.random.fold_in(key, _ENVS_STREAM), (), 0, _SEEDS))
+
+
+def _shapes_before(env: Environment, num_envs: int, recurrent_state: Any) -> RolloutState:
+    """Returns the shapes of what `host_rollout.reset` returns."""
+    numbers = jax.ShapeDtypeStruct((num_envs,), np.float32)
+    return RolloutState(
+        env_state=(),
+        obs=example(env.observation_space, (num_envs,)),
+        episode_return=numbers,
+        episode_length=jax.ShapeDtypeStruct((num_envs,), np.int32),
+        discounted_return=numbers,
+        recurrent_state=jax.eval_shape(lambda: recurrent_state),
+    )
+
+
+def _shapes_of_rollout(
+    trainer: Trainer, config: Config, state: TrainState, before: RolloutState
+) -> Rollout:
+    """Returns the shapes of what `host_rollout.rollout` returns."""
+    flags: Any = jax.ShapeDtypeStruct((config.num_envs,), bool)
+    acted = jax.eval_shape(
+        host_rollout.act,
+        jax.eval_shape(trainer.policy, state),
+        before.obs,
+        before.recurrent_state,
+        start=flags,
+        key=jax.eval_shape(lambda: jax.random.key(0)),
+        index=np.uint32(0),
+    )
+    step = Trajectory(
+        obs=before.obs,
+        action=acted.action,
+        action_params=acted.action_params,
+        reward=before.episode_return,
+        terminated=flags,
+        truncated=flags,
+        final_obs=before.obs,
+    )
+    trajectory = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.num_steps, *x.shape), x.dtype), step
+    )
+    number, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.float32, np.int32))
+    ended: Any = EpisodeStats
+    return Rollout(before, trajectory, before, ended(number, count, count))
+
+
+def evaluate_on_host(
+    policy: Policy, env: Environment, key: jax.Array, num_episodes: int, *, greedy: bool = True
+) -> Evaluation:
+    """Plays complete episodes in an environment on the host.
+
+    Every environment contributes as many episodes, its first ones. An average over the episodes
+    that end first would count short episodes more often than long ones.
+
+    Args:
+      policy: acts.
+      env: made by `envs.host.make_host_environment`.
+      key: random key.
+      num_episodes: E.
+      greedy: take the most likely actions instead of sampling.
+
+    Returns:
+      `Evaluation`, each field `[E]`.
+    """
+    assert env.make_host_envs is not None, "an environment on the host"
+    # A divisor, so that every environment contributes as many.
+    num_envs = largest_divisor(num_episodes, at_most=_EVALUATED_TOGETHER)
+    each = num_episodes // num_envs
+    played: list[list[tuple[float, int]]] = [[] for _ in range(num_envs)]
+    envs = env.make_host_envs(num_envs)
+    try:
+        memory = policy.initial_recurrent_state((num_envs,))
+        state, index = host_rollout.reset([envs], _seed_of(key), memory), 0
+        while min(map(len, played)) < each:
+            acted = host_rollout.act(
+                policy,
+                state.obs,
+                state.recurrent_state,
+                start=np.asarray(state.start),
+                key=key,
+                index=np.uint32(index),
+                greedy=greedy,
+            )
+            envs.send(np.asarray(acted.to_env))
+            step = envs.recv()
+            returns, lengths, state = host_rollout.after_step(state, step, acted.recurrent_state)
+            for i in np.flatnonzero(step.terminated | step.truncated):
+                played[i].append((returns[i], lengths[i]))
+            index += 1
+    finally:
+        envs.close()
+    first: Sequence[Any] = [episode for one in played for episode in one[:each]]
+    found: Any = Evaluation
+    return found(
+        returns=np.array([x[0] for x in first], np.float32),
+        lengths=np.array([x[1] for x in first], np.int32),
+        finished=np.ones(num_episodes, bool),
+    )

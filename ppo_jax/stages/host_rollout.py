@@ -1,0 +1,211 @@
+"""The first stage for environments on the host: acting is compiled, and stepping is not."""
+
+import operator
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.envs.host import HostEnvs, HostStep
+from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.spec import head_of
+from ppo_jax.stages.collect import Rollout
+from ppo_jax.types import EpisodeStats, RolloutState, Trajectory
+
+
+class Acted(NamedTuple):
+    """The actions of a policy for N environments."""
+
+    to_env: jax.Array  # [N, ...], as environments take them
+    action: jax.Array  # [N, ...], as sampled
+    action_params: Any  # [N, ...]
+    recurrent_state: Any  # [N, ...]
+
+
+@partial(jax.jit, static_argnames="greedy")
+def act(
+    policy: Policy,
+    obs: Any,
+    recurrent_state: Any,
+    *,
+    start: Any,
+    key: jax.Array,
+    index: Any,
+    greedy: bool = False,
+) -> Acted:
+    """Chooses actions.
+
+    Args:
+      policy: acts.
+      obs: observations `[N, ...]`.
+      recurrent_state: before them, `[N, ...]`; None without a memory.
+      start: `[N]`, the observation is the first of an episode.
+      key: random key of a rollout.
+      index: number of the call in the rollout.
+      greedy: take the most likely actions instead of sampling.
+    """
+    head = head_of(policy.spec)
+    action_params, recurrent_state = policy.step(obs, recurrent_state, start)
+    if greedy:
+        action = head.mode(action_params)
+    else:
+        noise = head.noise(jax.random.fold_in(key, index), start.shape)
+        action = head.sample(action_params, noise)
+    return Acted(head.to_env(action), action, action_params, recurrent_state)
+
+
+def reset(halves: Sequence[HostEnvs], seed: int, recurrent_state: Any) -> RolloutState:
+    """Starts an episode in each environment of all halves."""
+    obs = []
+    for half in halves:
+        obs.append(half.reset(seed))
+        seed += len(jax.tree.leaves(obs[-1])[0])  # the seeds of a half are consecutive
+    merged = _concatenated(obs)
+    num_envs = len(jax.tree.leaves(merged)[0])
+    zeros: Any = np.zeros(num_envs, np.float32)
+    lengths: Any = np.zeros(num_envs, np.int32)
+    return RolloutState((), merged, zeros, lengths, zeros, recurrent_state)
+
+
+def rollout(
+    halves: Sequence[HostEnvs],
+    policy: Policy,
+    state: RolloutState,
+    key: jax.Array,
+    *,
+    num_steps: int,
+) -> Rollout:
+    """Acts for `num_steps` steps in every environment.
+
+    While one half of the environments steps, the policy acts for the other half, so that neither
+    the host nor the device waits for all of the other's work. Whatever is done first, the numbers
+    are the same.
+
+    Args:
+      halves: environments, of equal numbers; a single half is possible.
+      policy: acts.
+      state: of all environments at the first step.
+      key: random key.
+      num_steps: T.
+    """
+    # Between rollouts the state is on the device, as a part of the training's.
+    state = jax.device_get(state)
+    size = len(state.episode_length) // len(halves)
+    parts = []
+    for i, envs in enumerate(halves):
+        share = jax.tree.map(operator.itemgetter(slice(i * size, (i + 1) * size)), state)
+        parts.append(_Half(envs, policy, share, key, i))
+    # JAX returns before the actions are computed. The device works on those of one half while the
+    # host, in `recv`, steps the other.
+    for part in parts:
+        part.act()
+    for _ in range(num_steps):
+        for part, other in zip(parts, parts[1:] + parts[:1], strict=True):
+            part.send()
+            # With a single half this is the step that was just sent. The first half of the first
+            # step has no other to wait for.
+            if other.is_stepping:
+                other.recv()
+                # The actions after the last step are those of the next rollout's policy.
+                if len(other.steps) < num_steps:
+                    other.act()
+    for part in parts:
+        if part.is_stepping:
+            part.recv()
+    trajectories = [part.trajectory() for part in parts]
+    return Rollout(
+        before=state,
+        trajectory=jax.tree.map(lambda *x: np.concatenate(x, axis=1), *trajectories),
+        after=_concatenated([part.state for part in parts]),
+        ended=jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *(part.ended for part in parts)),
+    )
+
+
+class _Half:
+    """Some environments during a rollout."""
+
+    def __init__(
+        self, envs: HostEnvs, policy: Policy, state: RolloutState, key: jax.Array, index: int
+    ) -> None:
+        self.envs, self.policy, self.state, self.key = envs, policy, state, key
+        self.index = index << 16  # halves draw different numbers
+        self.steps: list[HostStep] = []
+        self.obs: list[Any] = []
+        self.acted: list[Acted] = []
+        self.is_stepping = False
+        dtypes = (np.float32, np.int32, np.int32)
+        self.ended: Any = EpisodeStats(*(np.zeros((), dtype) for dtype in dtypes))  # type: ignore[arg-type]
+
+    def act(self) -> None:
+        """Starts to compute the actions; the device works while the host goes on."""
+        state = self.state
+        self.obs.append(state.obs)
+        self.acted.append(
+            act(
+                self.policy,
+                state.obs,
+                state.recurrent_state,
+                start=np.asarray(state.start),
+                key=self.key,
+                index=np.uint32(self.index + len(self.steps)),
+            )
+        )
+
+    def send(self) -> None:
+        """Waits for the actions, and starts the step."""
+        self.envs.send(np.asarray(self.acted[-1].to_env))
+        self.is_stepping = True
+
+    def recv(self) -> None:
+        """Waits for the step."""
+        step, self.is_stepping = self.envs.recv(), False
+        self.steps.append(step)
+        returns, lengths, self.state = after_step(self.state, step, self.acted[-1].recurrent_state)
+        done = step.terminated | step.truncated
+        for_all = zip(self.ended, (returns[done], lengths[done], done), strict=True)
+        self.ended = EpisodeStats(
+            *(total + np.sum(x, dtype=total.dtype) for total, x in for_all)  # type: ignore[arg-type]
+        )
+
+    def trajectory(self) -> Trajectory:
+        """Returns all steps, `[T, N]`."""
+
+        # Copied to the host: most arrays come from there, and the update takes them all together.
+        def stacked(trees: Sequence[Any]) -> Any:
+            return jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *trees)
+
+        return Trajectory(
+            obs=stacked(self.obs),
+            action=stacked([x.action for x in self.acted]),
+            action_params=stacked([x.action_params for x in self.acted]),
+            reward=stacked([x.reward for x in self.steps]),
+            terminated=stacked([x.terminated for x in self.steps]),
+            truncated=stacked([x.truncated for x in self.steps]),
+            final_obs=stacked([x.final_obs for x in self.steps]),
+        )
+
+
+def after_step(
+    state: RolloutState, step: HostStep, recurrent_state: Any
+) -> tuple[np.ndarray, np.ndarray, RolloutState]:
+    """Returns returns and lengths of the episodes with a step, and the state after it, `[N]`."""
+    done = step.terminated | step.truncated
+    returns = np.asarray(state.episode_return) + step.reward
+    lengths = np.asarray(state.episode_length) + np.int32(1)
+    after = state.replace(
+        obs=step.obs,
+        episode_return=np.where(done, np.float32(0), returns),
+        episode_length=np.where(done, np.int32(0), lengths),
+        recurrent_state=recurrent_state,
+    )
+    return returns, lengths, after
+
+
+def _concatenated(trees: Sequence[Any]) -> Any:
+    def join(*parts: Any) -> Any:
+        return (jnp if isinstance(parts[0], jax.Array) else np).concatenate(parts)
+
+    return jax.tree.map(join, *trees)
