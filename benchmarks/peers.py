@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import venv
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ _OF_PUREJAXRL = tuple(
 )
 _BRAX = "brax>=0.14,<0.15"
 
-_BASELINES = ("stable-baselines3>=2.9,<3", "sbx-rl>=0.28", "gymnasium")
+_BASELINES = ("stable-baselines3>=2.9,<3", "sbx-rl>=0.28", "gymnasium[mujoco]")
 
 
 class Peer(NamedTuple):
@@ -110,8 +110,9 @@ class Contender:
         return json.loads(answer)
 
     @staticmethod
-    def prepare(contenders: Collection["Contender"]) -> None:
+    def prepare(contenders: Iterable["Contender"]) -> None:
         """Waits until all have compiled their workloads, and have run them once."""
+        contenders = list(contenders)
         for contender in contenders:
             contender.figures = contender._answer()
             contender._send({"seed": 0})

@@ -154,8 +154,11 @@ def _require_whole_episodes(config: Config, env: Environment) -> None:
     """Checks that a rollout holds the longest episode: one that the rollout cuts is no sample."""
     longest = env.longest_episode(env.params)
     if longest is not None and config.num_steps < longest:
+        limit, where = "max_steps_in_episode", "env_params"
+        if env.host is not None:
+            limit, where = "max_episode_steps", "env_kwargs"
         raise ConfigError(
             f"{config.algorithm} needs whole episodes: num_steps must be at least the longest, "
-            f"max_steps_in_episode; got {config.num_steps} and {longest:g}. "
-            f"Set num_steps to {longest:g}, or lower max_steps_in_episode in env_params."
+            f"{limit}; got {config.num_steps} and {longest:g}. "
+            f"Set num_steps to {longest:g}, or lower {limit} in {where}."
         )

@@ -162,11 +162,12 @@ class HostTrainer(NamedTuple):
 
     init: Callable[[jax.Array, HParams | None, RolloutState], TrainState]
     """`(key, hparams, rollout) -> state`, with environments that have been reset."""
-    keys: Callable[[TrainState], jax.Array]
+    rollout_key: Callable[[TrainState], jax.Array]
     """`state -> key` of its next rollout."""
     learn: Callable[[TrainState, HParams | None, Rollout], tuple[TrainState, Metrics]]
     """`(state, hparams, rollout) -> (state, metrics)`: an update by a rollout that was made with
     the policy of `state`."""
+    resolved: Resolved
 
 
 def make_host_trainer(config: Config) -> HostTrainer:
@@ -199,7 +200,7 @@ def make_host_trainer(config: Config) -> HostTrainer:
         )
         return _learn(stages, state, collected, (keys[0], keys[1]), complete)
 
-    return HostTrainer(init, rollout_key, learn)
+    return HostTrainer(init, rollout_key, learn, resolved)
 
 
 def _policy(stages: Stages, state: TrainState) -> Policy:

@@ -41,21 +41,85 @@ class Counting(gymnasium.Env):
 
 
 class Failing(Counting):
-    """Fails, hangs or kills its process at step `at`, unless the file `fixed` exists."""
+    """Fails, hangs or kills its process at step `at` since it was made, or in the reset after it.
 
-    def __init__(self, how, at, fixed):
+    With the file `fixed` it does not.
+    """
+
+    def __init__(self, how, at, fixed, in_reset=False):
         super().__init__()
-        self.how, self.at, self.fixed, self.steps = how, at, Path(fixed), 0
+        self.how, self.at, self.fixed, self.in_reset = how, at, Path(fixed), in_reset
+        self.steps = 0
 
     def step(self, action):
         self.steps += 1
-        if self.steps == self.at and not self.fixed.exists():
-            if self.how == "hang":
-                time.sleep(600)
-            if self.how == "kill":
-                os._exit(1)
-            raise ValueError("the motor is hot")
+        if self.steps == self.at and not self.in_reset:
+            self._fail()
         return super().step(action)
+
+    def reset(self, *, seed=None, options=None):
+        if self.steps >= self.at and self.in_reset:
+            self._fail()
+        return super().reset(seed=seed, options=options)
+
+    def _fail(self):
+        if self.fixed.exists():
+            return
+        if self.how == "hang":
+            time.sleep(600)
+        if self.how == "kill":
+            os._exit(1)
+        raise ValueError("the motor is hot\nand the room is cold")
+
+
+class Reusing(Counting):
+    """Returns the same array again and again, as some simulators do."""
+
+    buffer = None
+
+    def _obs(self):
+        if self.buffer is None:
+            self.buffer = np.zeros(3)
+        self.buffer[:] = super()._obs()
+        return self.buffer
+
+
+class BySeed(Counting):
+    """Episodes of an environment with seed s have 2 + s % 5 steps and a return of as much."""
+
+    def step(self, action):
+        del action
+        self.time += 1
+        return self._obs(), 1.0, self.time >= 2 + self.seed % 5, False, {}
+
+
+class Endless(Counting):
+    """Never ends an episode."""
+
+    def step(self, action):
+        del action
+        self.time += 1
+        return self._obs(), 1.0, False, False, {}
+
+
+class NotANumber(Counting):
+    """Gives rewards that are NaN."""
+
+    def step(self, action):
+        del action
+        return self._obs(), float("nan"), False, False, {}
+
+
+class WithChild(Counting):
+    """Starts a process, which it ends when it is closed, and notes both in a folder."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.note = Path(folder) / f"{os.getpid()}-{id(self)}"
+        self.note.write_text("started")
+
+    def close(self):
+        self.note.write_text("closed")
 
 
 class Entries(gymnasium.Env):
@@ -70,14 +134,19 @@ class Entries(gymnasium.Env):
         }
     )
 
-    def __init__(self, continuous=False):
-        self.action_space = gymnasium.spaces.MultiDiscrete([2, 3])
-        if continuous:
-            self.action_space = gymnasium.spaces.Box(-0.1, 0.1, (2,), np.float32)
+    def __init__(self, actions="integers"):
+        self.action_space = {
+            "integers": gymnasium.spaces.MultiDiscrete([2, 3]),
+            "flags": gymnasium.spaces.MultiBinary(3),
+            "continuous": gymnasium.spaces.Box(-0.1, 0.1, (2,), np.float32),
+            "bytes": gymnasium.spaces.Box(0, 255, (2,), np.uint8),
+        }[actions]
         self.time = 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed, options=options)
+        if seed is not None:
+            self.observation_space.seed(seed)
         self.time = 0
         return self.observation_space.sample(), {}
 
@@ -87,5 +156,7 @@ class Entries(gymnasium.Env):
         return self.observation_space.sample(), 1.0, False, self.time == 7, {}
 
 
-for name, env in {"Counting": Counting, "Failing": Failing, "Entries": Entries}.items():
-    gymnasium.register(f"{name}-v0", entry_point=env, disable_env_checker=True, order_enforce=False)
+for env in (Counting, Failing, Reusing, BySeed, Endless, NotANumber, WithChild, Entries):
+    gymnasium.register(
+        f"{env.__name__}-v0", entry_point=env, disable_env_checker=True, order_enforce=False
+    )

@@ -1,6 +1,8 @@
 """Environments that are stepped on the host: their data, trainings, failures and refusals."""
 
 import multiprocessing
+import os
+import signal
 
 import gymnasium
 import jax
@@ -15,6 +17,7 @@ from ppo_jax.envs.host import HostError
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, make_spec
+from ppo_jax.runs import periodic_evaluation
 from ppo_jax.runs.host_training import evaluate_on_host
 from ppo_jax.stages import host_rollout
 from tests import host_envs
@@ -30,13 +33,17 @@ def counting(**changes):
     )
 
 
+def untrained(config, env):
+    spec = make_spec(config, env)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), example(env.observation_space, (N,)))
+    return Policy(init_params(spec, jax.random.key(3), zeros), spec=spec)
+
+
 def rollouts_of(config, num_halves):
     """Returns two consecutive rollouts of an untrained policy."""
     env = make_env(config)
-    spec = make_spec(config, env)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), example(env.observation_space, (N,)))
-    policy = Policy(init_params(spec, jax.random.key(3), zeros), spec=spec)
-    halves = [env.make_host_envs(N // num_halves) for _ in range(num_halves)]
+    policy = untrained(config, env)
+    halves = [env.host.make_envs(N // num_halves) for _ in range(num_halves)]
     try:
         before = host_rollout.reset(halves, 40, policy.initial_recurrent_state((N,)))
         rollouts = []
@@ -53,9 +60,10 @@ def with_processes(config):
     return config.replace(env_kwargs={**dict(config.env_kwargs), "vectorization": "async"})
 
 
+@pytest.mark.parametrize("env", [COUNTING, "gymnasium:tests.host_envs:Reusing-v0"])
 @pytest.mark.parametrize("num_halves", [1, 2])
-def test_a_rollout_has_the_true_successors_and_the_right_ends(num_halves):
-    rollouts = rollouts_of(counting(), num_halves)
+def test_a_rollout_has_the_true_successors_and_the_right_ends(num_halves, env):
+    rollouts = rollouts_of(counting(env=env), num_halves)
     trajectory = jax.tree.map(lambda *x: np.concatenate(x), *(r.trajectory for r in rollouts))
     for i in range(N):
         # Episodes of three and of four steps in turn; seeds of the environments are consecutive.
@@ -120,10 +128,11 @@ SPACES = {
     ),
     "continuous": (
         host_envs.Entries,
-        {"continuous": True},
+        {"actions": "continuous"},
         None,
         Box((2,), low=(np.float32(-0.1),) * 2, high=(np.float32(0.1),) * 2),
     ),
+    "flags": (host_envs.Entries, {"actions": "flags"}, None, MultiDiscrete((2, 2, 2))),
 }
 
 
@@ -142,7 +151,10 @@ CASES = {
     "gru": counting(memory="gru", memory_size=4, num_minibatches=2),
     "odd": counting(num_envs=3, total_timesteps=4 * 3 * T, num_minibatches=1),
     "entries": counting(env=ENTRIES),
-    "continuous": counting(env=ENTRIES, env_kwargs={"continuous": True}),  # it checks the bounds
+    "continuous": counting(
+        env=ENTRIES, env_kwargs={"actions": "continuous"}
+    ),  # it checks the bounds
+    "flags": counting(env=ENTRIES, env_kwargs={"actions": "flags"}),
 }
 
 
@@ -154,22 +166,39 @@ def test_everything_trains_and_the_same_seed_gives_the_same_numbers(case):
     for name, values in runs[0].metrics.items():
         if name.startswith("train/"):
             assert np.isfinite(values).all(), name
-    if "entries" not in config.env.lower():  # which draws its observations from an unseeded space
-        policies = [jax.tree.leaves(run.policy) for run in runs]
-        jax.tree.map(np.testing.assert_array_equal, *policies)
+    policies = [jax.tree.leaves(run.policy) for run in runs]
+    jax.tree.map(np.testing.assert_array_equal, *policies)
 
 
-def test_an_evaluation_counts_the_first_episodes_of_each_environment():
-    run = ppo_jax.train(counting(), eval_episodes=2, progress=False)
-    env = make_env(counting())
-    for num_episodes in (1, 20):  # two environments of ten episodes
+def test_an_evaluation_fixes_the_number_of_episodes_of_each_environment():
+    config = counting(env="gymnasium:tests.host_envs:BySeed-v0")
+    run = ppo_jax.train(config, eval_episodes=2, eval_every=2, progress=False)
+    assert len(run.evaluations) == 2
+    env = make_env(config)
+    for num_episodes in (1, 16, 53):
         result = evaluate_on_host(run.policy, env, jax.random.key(0), num_episodes)
         assert result.returns.shape == (num_episodes,)
-        np.testing.assert_array_equal(result.lengths[:2], [3, 4][:num_episodes])
-    assert result.finished.all()
-    # Greedy returns of episodes of the same length are equal if the policy is that of one action.
-    sampled = evaluate_on_host(run.policy, env, jax.random.key(0), 20, greedy=False)
-    assert not np.array_equal(sampled.returns, result.returns)
+        assert result.finished.all()
+        if num_episodes == 53:
+            # Sixteen environments of consecutive seeds, with lengths of 2 to 6 in turn: one length
+            # is that of four environments, and others of three. The first five play four episodes.
+            counts = np.bincount(np.asarray(result.lengths), minlength=7)[2:]
+            assert sorted(counts) == [10, 10, 10, 10, 13]
+        np.testing.assert_array_equal(result.returns, result.lengths)
+
+
+def test_an_episode_without_an_end_does_not_hold_up_an_evaluation():
+    config = counting(env="gymnasium:tests.host_envs:Endless-v0")
+    env = make_env(config)
+    result = evaluate_on_host(untrained(config, env), env, jax.random.key(0), 20, max_steps=5)
+    assert not result.finished.any()
+    np.testing.assert_array_equal(result.returns, np.full(20, 5.0))
+
+
+def test_a_training_with_nan_rewards_fails_in_one_sentence():
+    config = counting(env="gymnasium:tests.host_envs:NotANumber-v0", max_skipped_updates=1)
+    with pytest.warns(RuntimeWarning, match="a rollout on the host cannot be repeated"):
+        ppo_jax.train(config, eval_episodes=1, progress=False)
 
 
 def test_cartpole_is_learned():
@@ -196,28 +225,22 @@ def test_a_run_is_saved_continued_and_evaluated_by_commands(tmp_path, capsys):
     assert policy(np.zeros(4, np.float32)) in (0, 1)
 
 
+HOT = "ValueError: the motor is hot. The training"
 FAILURES = {
-    "raise": ("sync", {}, "an environment failed in a step: ValueError: the motor is hot"),
-    "raise-async": ("async", {}, "an environment failed in a step: ValueError: the motor is hot"),
-    "kill": ("async", {}, "an environment failed in a step"),
-    "hang": ("async", {"timeout": 2.0}, "an environment must answer in time"),
+    "raise": ({}, f"an environment failed in a step: {HOT}"),
+    "raise-async": ({"vectorization": "async"}, f"an environment failed in a step: {HOT}"),
+    "raise-reset": ({"in_reset": True}, f"an environment failed in a step: {HOT}"),
+    "kill": ({"vectorization": "async"}, "the process of an environment ended"),
+    "hang": ({"vectorization": "async", "timeout": 2.0}, "an environment must answer in 2 seconds"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failing_environment_ends_the_run_with_a_checkpoint(case, tmp_path):
-    vectorization, kwargs, message = FAILURES[case]
+    kwargs, message = FAILURES[case]
     fixed = tmp_path / "fixed"
-    config = counting(
-        env="gymnasium:tests.host_envs:Failing-v0",
-        env_kwargs={
-            "how": case.split("-")[0],
-            "at": 2 * T + 5,
-            "fixed": str(fixed),
-            "vectorization": vectorization,
-            **kwargs,
-        },
-    )
+    failing = {"how": case.split("-")[0], "at": 2 * T + 5, "fixed": str(fixed)}
+    config = counting(env="gymnasium:tests.host_envs:Failing-v0", env_kwargs={**failing, **kwargs})
     folder = tmp_path / "run"
     with pytest.raises(HostError, match=message) as caught:
         ppo_jax.train(config, run_dir=folder, eval_episodes=2, progress=False)
@@ -229,6 +252,33 @@ def test_a_failing_environment_ends_the_run_with_a_checkpoint(case, tmp_path):
     run = ppo_jax.resume(folder, progress=False)
     assert run.timesteps == config.total_timesteps
     assert 0 < run.timesteps_before < run.timesteps
+
+
+def test_a_failure_in_an_evaluation_keeps_the_training(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise HostError("the room is cold.")
+
+    monkeypatch.setattr(periodic_evaluation, "evaluate_on_host", fail)
+    with pytest.raises(
+        HostError, match=f"cold. The training ended after {2 * N * T} steps; resume"
+    ):
+        ppo_jax.train(counting(), run_dir=tmp_path / "run", eval_every=2, progress=False)
+    monkeypatch.undo()
+    assert ppo_jax.resume(tmp_path / "run", progress=False).timesteps_before == 2 * N * T
+
+
+def test_processes_are_closed_and_leave_the_signals_of_the_training_alone(tmp_path):
+    config = with_processes(
+        counting(env="gymnasium:tests.host_envs:WithChild-v0", env_kwargs={"folder": str(tmp_path)})
+    )
+    handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+    ppo_jax.train(config, eval_episodes=1, progress=False)
+    assert handlers == [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+    assert not multiprocessing.active_children()
+    # The environments of processes; those of this one only describe the spaces.
+    notes = [x for x in tmp_path.iterdir() if not x.name.startswith(f"{os.getpid()}-")]
+    assert len(notes) == N + 1
+    assert {x.read_text() for x in notes} == {"closed"}
 
 
 @pytest.mark.parametrize(
@@ -243,11 +293,16 @@ def test_a_failing_environment_ends_the_run_with_a_checkpoint(case, tmp_path):
         (lambda: make_trainer(counting()).init(jax.random.key(0)), "is stepped on the host"),
         (lambda: envs.make("gymnasium:Cartpole-v7"), "a name that Gymnasium has registered"),
         (lambda: envs.make(CARTPOLE, vectorization="none"), "unknown vectorization 'none'"),
+        (lambda: envs.make(CARTPOLE, timeout=3.0), "timeout must be positive, and needs processes"),
+        (lambda: envs.make("gymnasium:nowhere:X-v0"), "needs a package that cannot be imported"),
+        (lambda: envs.make("gymnasium:a:b:c"), "a name that Gymnasium has registered"),
+        (lambda: envs.make(ENTRIES, actions="bytes"), "actions must be integers or floating"),
+        (lambda: ppo_jax.train(counting(), debug_nans=True), "debug_nans repeats an update"),
         (lambda: envs.make("gymnasiums:CartPole-v1"), "unknown environment"),
         (lambda: make_env(counting(env_kwargs={"colour": 1})), "env_kwargs must be"),
         (
             lambda: make_trainer(counting(algorithm="reinforce", env=CARTPOLE)),
-            "needs whole episodes.*max_steps_in_episode; got 12 and 500",
+            "needs whole episodes.*max_episode_steps; got 12 and 500.*env_kwargs",
         ),
     ],
 )

@@ -1,6 +1,8 @@
 """Stable-Baselines3 and SBX, which share an interface, with environments of gymnasium on the host.
 
-They are slower by one to two orders of magnitude, so they run only the first updates of a workload.
+Where other trainers have environments in JAX, these are slower by one to two orders of magnitude,
+and run only the first updates of a workload. A workload with `evaluation_episodes` is run to its
+end, and its policy is evaluated.
 """
 
 import time
@@ -8,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 _UPDATES = 16
@@ -19,10 +23,16 @@ def build_with(ppo: Any, activation: Any) -> Callable[[dict[str, Any]], Any]:
     def build(workload: dict[str, Any]) -> Any:
         hparams = workload["hparams"]
         num_envs, num_steps = workload["num_envs"], workload["num_steps"]
-        timesteps = _UPDATES * num_envs * num_steps
-        env = DummyVecEnv([lambda: gymnasium.make(workload["env"])] * num_envs)
+        episodes = workload.get("evaluation_episodes")
+        timesteps = workload["total_timesteps"] if episodes else _UPDATES * num_envs * num_steps
 
-        def train(seed: int, total_timesteps: int) -> None:
+        def make() -> Any:
+            env = gymnasium.make(workload["env"])
+            return Monitor(env) if episodes else env  # which reports whole episodes
+
+        env = DummyVecEnv([make] * num_envs)
+
+        def train(seed: int, total_timesteps: int) -> Any:
             model = ppo(
                 "MlpPolicy",
                 env,
@@ -40,7 +50,7 @@ def build_with(ppo: Any, activation: Any) -> Callable[[dict[str, Any]], Any]:
                 device="cpu",
                 seed=seed,
             )
-            model.learn(total_timesteps)
+            return model.learn(total_timesteps)
 
         start = time.perf_counter()
         train(0, num_envs * num_steps)
@@ -48,9 +58,12 @@ def build_with(ppo: Any, activation: Any) -> Callable[[dict[str, Any]], Any]:
 
         def run(seed: int) -> dict[str, float | None]:
             start = time.perf_counter()
-            train(seed, timesteps)
+            model = train(seed, timesteps)
             seconds = time.perf_counter() - start
-            return {"seconds": seconds, "timesteps": timesteps, "return": None}
+            mean = None
+            if episodes:
+                mean, _ = evaluate_policy(model, env, episodes)
+            return {"seconds": seconds, "timesteps": timesteps, "return": mean}
 
         return figures, run
 

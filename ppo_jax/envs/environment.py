@@ -70,9 +70,9 @@ class Environment(NamedTuple):
     bound."""
     renderer: Renderer | None = None
     """Draws states, for `ppo-jax render`; None if they cannot be drawn. Wrappers keep it."""
-    make_host_envs: Callable[[int], Any] | None = None
-    """`num_envs -> HostEnvs` for an environment that is stepped on the host; see `envs.host`. Its
-    `reset` and `step` raise a `ConfigError`."""
+    host: Any = None
+    """A `HostSource` of `envs.host`, for an environment that is stepped on the host, whose `reset`
+    and `step` raise a `ConfigError`."""
     num_agents: int = 1
     """Agents of an environment. `Config.num_envs` counts each of them as an environment."""
 

@@ -36,13 +36,22 @@ class HostEnvs(Protocol):
         """Ends the processes of the environments."""
 
 
+class HostSource(NamedTuple):
+    """Makes environments on the host."""
+
+    make_envs: Callable[[int], HostEnvs]
+    """Makes this many environments."""
+    steps_in_background: bool
+    """A step runs between `send` and `recv`; otherwise it runs in `recv`."""
+
+
 class HostError(ConfigError):
-    """Tells that an environment on the host failed or did not answer while it was stepped."""
+    """Raised when an environment on the host fails or does not answer."""
 
 
 def make_host_environment(
     name: str,
-    make_envs: Callable[[int], HostEnvs],
+    source: HostSource,
     *,
     observation_space: Space,
     action_space: Leaf,
@@ -52,7 +61,7 @@ def make_host_environment(
 
     Args:
       name: of the environment.
-      make_envs: makes this many environments.
+      source: makes environments.
       observation_space: of one environment.
       action_space: of one environment.
       longest_episode: the largest number of steps of an episode; None if there is no bound.
@@ -60,9 +69,9 @@ def make_host_environment(
 
     def refuse(*_: Any) -> Any:
         raise ConfigError(
-            f"{name} is stepped on the host, which a compiled program cannot do. Train it with "
-            "ppo_jax.train or `ppo-jax train`, without num_seeds; sweeps, searches and "
-            "trainers of your own need an environment in JAX."
+            f"{name} is stepped on the host, which a compiled program cannot do. Train it by "
+            "ppo_jax.train or `ppo-jax train`, and evaluate it by `ppo-jax eval`; anything else "
+            "needs an environment in JAX."
         )
 
     return Environment(
@@ -73,5 +82,5 @@ def make_host_environment(
         observation_space=observation_space,
         action_space=action_space,
         longest_episode=lambda _: longest_episode,
-        make_host_envs=make_envs,
+        host=source,
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from ppo_jax.config import Config
 from ppo_jax.diagnosis import Diagnosis, make_diagnosis, make_operation_finder
+from ppo_jax.envs import make_env
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard
 from ppo_jax.stages.metrics import Metrics
@@ -59,6 +60,8 @@ def failure_finder(
         return [make(config) for make in both]
 
     def diagnose(state: TrainState) -> str | None:
+        if make_env(config).host is not None:
+            return "not known, because a rollout on the host cannot be repeated"
         # A diagnosis takes memory of its own, and must not end the training of the other seeds.
         try:
             quantity, *operation = (diagnosis(state, hparams) for diagnosis in diagnoses())

@@ -1,5 +1,6 @@
 """A training whose environments are stepped on the host, with the interface of compiled ones."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,17 +10,15 @@ import numpy as np
 from ppo_jax.config import Config
 from ppo_jax.envs.checks import example
 from ppo_jax.envs.environment import Environment
-from ppo_jax.envs.host import HostEnvs
+from ppo_jax.envs.host import HostEnvs, HostSource
 from ppo_jax.errors import ConfigError
 from ppo_jax.evaluation import Evaluation
 from ppo_jax.hparams import HParams
-from ppo_jax.ops.blocks import largest_divisor
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import initial_recurrent_state
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
-from ppo_jax.resolve import resolve
 from ppo_jax.runs import device_memory
-from ppo_jax.runs.training import Piece, Training, output_shapes
+from ppo_jax.runs.training import Piece, Training, output_shapes, require_memory
 from ppo_jax.stages import host_rollout
 from ppo_jax.stages.collect import Rollout
 from ppo_jax.stages.metrics import Metrics
@@ -64,11 +63,13 @@ def compile_host_training(
       hparams: complete.
 
     Raises:
-      ConfigError: a setting needs an environment in JAX.
+      ConfigError: a setting needs an environment in JAX, or the training does not fit the memory
+        of its device.
     """
     check_host_config(config, keys)
     hparams = jax.tree.map(np.float32, hparams)
-    resolved, host = resolve(config), make_host_trainer(config)
+    host = make_host_trainer(config)
+    resolved = host.resolved
     recurrent_state = initial_recurrent_state(resolved.spec, (config.num_envs,))
     environments = _Environments(trainer.env, config.num_envs, keys, recurrent_state)
 
@@ -89,7 +90,9 @@ def compile_host_training(
         state_shapes, guard_shapes, np.int32(0), hparams, rollout_shapes
     )
     program = lowered.compile()
-    rollout_key = jax.jit(host.keys)
+    num_bytes = max(map(device_memory.num_bytes, (init, program)))
+    require_memory(num_bytes, config, 1, num_agents=1)
+    rollout_key = jax.jit(host.rollout_key)
 
     def one_update(state: TrainState, guard: Guard, index: int) -> tuple:
         # A training that is continued has no environments yet. An episode that an earlier rollout
@@ -120,7 +123,7 @@ def compile_host_training(
         advance=advance,
         state_shapes=state_shapes,
         metric_shapes=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1,), x.dtype), metric_shapes),
-        num_bytes=max(map(device_memory.num_bytes, (init, program))),
+        num_bytes=num_bytes,
         close=environments.close,
     )
 
@@ -138,18 +141,20 @@ class _Environments:
     def reset(self, updates_done: int) -> RolloutState:
         """Starts episodes, whose seeds depend on the training's and on the updates so far."""
         if not self.halves:
-            assert self._env.make_host_envs is not None, "an environment on the host"
-            # Halves of equal sizes share the program that acts.
-            count = 2 if self._num_envs % 2 == 0 else 1
+            source: HostSource = self._env.host
+            # Two halves pay off if one steps while the policy acts for the other. CartPole with
+            # 8 environments, which steps in the foreground, is 1.7 times as fast with one.
+            count = 2 if source.steps_in_background and self._num_envs % 2 == 0 else 1
             for _ in range(count):
-                self.halves += (self._env.make_host_envs(self._num_envs // count),)
+                self.halves += (source.make_envs(self._num_envs // count),)
         seed = _seed_of(jax.random.fold_in(self._key, updates_done))
         return host_rollout.reset(self.halves, seed, self._recurrent_state)
 
     def close(self) -> None:
         """Ends all environments."""
-        for half in self.halves:
-            half.close()
+        with contextlib.ExitStack() as stack:
+            for half in self.halves:
+                stack.callback(half.close)
 
 
 def _seed_of(key: jax.Array) -> int:
@@ -202,12 +207,18 @@ def _shapes_of_rollout(
 
 
 def evaluate_on_host(
-    policy: Policy, env: Environment, key: jax.Array, num_episodes: int, *, greedy: bool = True
+    policy: Policy,
+    env: Environment,
+    key: jax.Array,
+    num_episodes: int,
+    *,
+    greedy: bool = True,
+    max_steps: int = 100_000,
 ) -> Evaluation:
     """Plays complete episodes in an environment on the host.
 
-    Every environment contributes as many episodes, its first ones. An average over the episodes
-    that end first would count short episodes more often than long ones.
+    How many of its first episodes an environment contributes is fixed beforehand. An average over
+    the episodes that end first would count short episodes more often than long ones.
 
     Args:
       policy: acts.
@@ -215,20 +226,20 @@ def evaluate_on_host(
       key: random key.
       num_episodes: E.
       greedy: take the most likely actions instead of sampling.
+      max_steps: bound on the steps of an episode; an environment that reaches it plays no more.
 
     Returns:
       `Evaluation`, each field `[E]`.
     """
-    assert env.make_host_envs is not None, "an environment on the host"
-    # A divisor, so that every environment contributes as many.
-    num_envs = largest_divisor(num_episodes, at_most=_EVALUATED_TOGETHER)
-    each = num_episodes // num_envs
-    played: list[list[tuple[float, int]]] = [[] for _ in range(num_envs)]
-    envs = env.make_host_envs(num_envs)
+    num_envs = min(num_episodes, _EVALUATED_TOGETHER)
+    # Fixed beforehand: episodes of an environment, which differ by at most one.
+    each = [len(range(i, num_episodes, num_envs)) for i in range(num_envs)]
+    played: list[list[tuple[float, int, bool]]] = [[] for _ in range(num_envs)]
+    envs: HostEnvs = env.host.make_envs(num_envs)
     try:
         memory = policy.initial_recurrent_state((num_envs,))
         state, index = host_rollout.reset([envs], _seed_of(key), memory), 0
-        while min(map(len, played)) < each:
+        while any(len(x) < count for x, count in zip(played, each, strict=True)):
             acted = host_rollout.act(
                 policy,
                 state.obs,
@@ -241,15 +252,21 @@ def evaluate_on_host(
             envs.send(np.asarray(acted.to_env))
             step = envs.recv()
             returns, lengths, state = host_rollout.after_step(state, step, acted.recurrent_state)
-            for i in np.flatnonzero(step.terminated | step.truncated):
-                played[i].append((returns[i], lengths[i]))
+            done = step.terminated | step.truncated
+            # An episode that never ends, as of a policy that is stuck, must not hold up the run.
+            is_cut = (lengths >= max_steps) & ~done
+            for i in np.flatnonzero(done | is_cut):
+                count = each[i] - len(played[i]) if is_cut[i] else 1
+                played[i] += [(returns[i], lengths[i], not is_cut[i])] * count
             index += 1
     finally:
         envs.close()
-    first: Sequence[Any] = [episode for one in played for episode in one[:each]]
+    first: Sequence[Any] = [
+        episode for one, count in zip(played, each, strict=True) for episode in one[:count]
+    ]
     found: Any = Evaluation
     return found(
         returns=np.array([x[0] for x in first], np.float32),
         lengths=np.array([x[1] for x in first], np.int32),
-        finished=np.ones(num_episodes, bool),
+        finished=np.array([x[2] for x in first], bool),
     )

@@ -28,7 +28,7 @@ def make_evaluate(
       num_episodes: episodes for each seed.
       greedy: take the most likely actions instead of sampling.
     """
-    if env.make_host_envs is not None:
+    if env.host is not None:
         key = evaluation_key(keys)
         return lambda policy: evaluate_on_host(policy, env, key, num_episodes, greedy=greedy)
     episode_keys = jax.vmap(evaluation_key)(keys) if keys.ndim else evaluation_key(keys)

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +131,8 @@ def train(
 
     The numbers are bit-identical to those of `jax.jit(trainer.run)(jax.random.key(seed), hparams)`;
     only the pieces in which updates are dispatched differ. A run that was stopped or killed and is
-    resumed has the same numbers, too, on the same device and with the same versions.
+    resumed has the same numbers, too, on the same device and with the same versions. An environment
+    on the host has no `trainer.run`, and starts new episodes where a run is resumed.
 
     Ctrl-C and SIGTERM stop between two pieces, write a checkpoint and keep the policy so far.
 
@@ -376,6 +377,11 @@ def _check_files(
 def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, progress: bool) -> Run:
     """Compiles a training, runs its updates, and evaluates the result."""
     config, keys = plan.config, plan.keys()
+    if plan.debug_nans and plan.trainer.env.host is not None:
+        raise ConfigError(
+            f"debug_nans repeats an update, for which it needs an environment in JAX; {config.env} "
+            "is stepped on the host. Leave debug_nans out."
+        )
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
         training = _compile(plan.trainer, config, keys, plan.hparams)
@@ -439,8 +445,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
 
 def _compile(trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams) -> Training:
     """Compiles a training for the kind of its environment."""
-    is_on_host = trainer.env.make_host_envs is not None
-    compile_it = compile_host_training if is_on_host else compile_training
+    compile_it = compile_training if trainer.env.host is None else compile_host_training
     return compile_it(trainer, config, keys, hparams)
 
 
@@ -578,6 +583,9 @@ def _run_updates(
         has_seeds = bool((guard.failed_at < 0).any())
         return updates < config.num_updates and not is_asked_to_stop and has_seeds
 
+    def snapshot() -> Snapshot:
+        return Snapshot(state, guard, log.state, updates, failures, total_seconds)
+
     while goes_on():
         # A piece ends where an evaluation is due, whatever its length would be.
         until_evaluation = periodic.updates_left(updates)
@@ -586,12 +594,9 @@ def _run_updates(
         had_failed = guard.failed_at >= 0
         # The update that is repeated needs the state before it, whose buffers are given away.
         before = jax.tree.map(jnp.copy, state) if plan.debug_nans else None
-        try:
+        # If an environment fails, the updates of this piece are lost.
+        with _saved_on_failure(plan, writer, snapshot):
             state, guard, metrics = training.advance(state, guard, updates, count)
-        except HostError as error:
-            # The updates of this piece are lost: a second of work.
-            last = Snapshot(state, guard, log.state, updates, failures, total_seconds)
-            raise _ended_by(error, plan, last, writer) from error
         seconds = time.perf_counter() - piece_started
         if plan.debug_nans:
             guard = fail_at_first_skip(guard, metrics, updates)
@@ -601,7 +606,8 @@ def _run_updates(
         rate = count * update_timesteps / seconds
         new = record(log.add(metrics, guard.failed_at))
         if count == until_evaluation:
-            evaluated = periodic.after(updates, plan.trainer.policy(state))
+            with _saved_on_failure(plan, writer, snapshot):
+                evaluated = periodic.after(updates, plan.trainer.policy(state))
             evaluated = [{**row, "time/seconds": total_seconds} for row in evaluated]
             if writer is None:
                 evaluations += evaluated
@@ -610,26 +616,32 @@ def _run_updates(
             new += evaluated
         plan.sinks.on_rows(new)
         if writer is not None and writer.is_checkpoint_due:
-            writer.save(Snapshot(state, guard, log.state, updates, failures, total_seconds))
+            writer.save(snapshot())
         bar.advance(
             count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
         )
         count = 1 if plan.debug_nans else min(next_size(count, seconds), LARGEST_PIECE)
     # An unfinished window is a row, too; a run that goes on cuts it off again.
     plan.sinks.on_rows(record(log.unfinished(guard.failed_at)))
-    end = Snapshot(state, guard, log.state, updates, failures, total_seconds)
-    return end, rows, evaluations
+    return snapshot(), rows, evaluations
 
 
-def _ended_by(error: HostError, plan: _Plan, last: Snapshot, writer: RunWriter | None) -> HostError:
-    """Writes a checkpoint after an environment has failed, and returns the error to raise."""
-    if writer is None:
-        return error
-    writer.finish(last, plan.trainer.policy(last.state))
-    return HostError(
-        f"{str(error).rstrip('.')}. The training ended after "
-        f"{last.updates * plan.config.batch_size:,} steps; resume continues it from there."
-    )
+@contextlib.contextmanager
+def _saved_on_failure(
+    plan: _Plan, writer: RunWriter | None, snapshot: Callable[[], Snapshot]
+) -> Iterator[None]:
+    """Writes a checkpoint if an environment on the host fails, and says so in its error."""
+    try:
+        yield
+    except HostError as error:
+        if writer is None:
+            raise
+        last = snapshot()
+        writer.finish(last, plan.trainer.policy(last.state))
+        raise HostError(
+            f"{str(error).rstrip('.')}. The training ended after "
+            f"{last.updates * plan.config.batch_size:,} steps; resume continues it from there."
+        ) from error
 
 
 def _mean_return(metrics: Metrics) -> float:

@@ -92,7 +92,7 @@ def compile_training(
     lowered = placed.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
     program = lowered.compile()
     num_bytes = max(map(device_memory.num_bytes, (start, program)))
-    _require_memory(num_bytes, config, keys.size, trainer.env.num_agents)
+    require_memory(num_bytes, config, keys.size, num_agents=trainer.env.num_agents)
     *_, rows = lowered.out_info
 
     # The guard is a few numbers, which the host needs after each piece.
@@ -123,8 +123,18 @@ def output_shapes(compiled: Any) -> Any:
     )
 
 
-def _require_memory(num_bytes: int, config: Config, num_seeds: int, num_agents: int) -> None:
-    """Checks that a training fits its devices, by the compiler's own count."""
+def require_memory(num_bytes: int, config: Config, num_seeds: int, *, num_agents: int) -> None:
+    """Checks that a training fits its devices, by the compiler's own count.
+
+    Args:
+      num_bytes: of the training on one device.
+      config: describes the training.
+      num_seeds: seeds that are trained together.
+      num_agents: agents of an environment.
+
+    Raises:
+      ConfigError: it does not fit.
+    """
     limit = device_memory.limit(jax.devices()[0])
     if limit is None or num_bytes <= limit:
         return

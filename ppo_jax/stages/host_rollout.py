@@ -80,12 +80,11 @@ def rollout(
 ) -> Rollout:
     """Acts for `num_steps` steps in every environment.
 
-    While one half of the environments steps, the policy acts for the other half, so that neither
-    the host nor the device waits for all of the other's work. Whatever is done first, the numbers
-    are the same.
+    With two halves that step in the background, the policy acts for one while the other steps. The
+    numbers do not depend on which is first.
 
     Args:
-      halves: environments, of equal numbers; a single half is possible.
+      halves: environments, of equal numbers; one or two groups of them.
       policy: acts.
       state: of all environments at the first step.
       key: random key.
@@ -99,7 +98,7 @@ def rollout(
         share = jax.tree.map(operator.itemgetter(slice(i * size, (i + 1) * size)), state)
         parts.append(_Half(envs, policy, share, key, i))
     # JAX returns before the actions are computed. The device works on those of one half while the
-    # host, in `recv`, steps the other.
+    # other half steps.
     for part in parts:
         part.act()
     for _ in range(num_steps):
@@ -130,8 +129,8 @@ class _Half:
     def __init__(
         self, envs: HostEnvs, policy: Policy, state: RolloutState, key: jax.Array, index: int
     ) -> None:
-        self.envs, self.policy, self.state, self.key = envs, policy, state, key
-        self.index = index << 16  # halves draw different numbers
+        self.envs, self.policy, self.state = envs, policy, state
+        self.key = jax.random.fold_in(key, index)  # halves draw different numbers
         self.steps: list[HostStep] = []
         self.obs: list[Any] = []
         self.acted: list[Acted] = []
@@ -150,7 +149,7 @@ class _Half:
                 state.recurrent_state,
                 start=np.asarray(state.start),
                 key=self.key,
-                index=np.uint32(self.index + len(self.steps)),
+                index=np.uint32(len(self.steps)),
             )
         )
 
