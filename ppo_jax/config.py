@@ -122,8 +122,9 @@ class PolicySettings:
     """Width of a learned embedding of integer observations. None: one-hot."""
     compute_dtype: ComputeDtype = "float32"
     """Type in which hidden layers and convolutions multiply, and keep what their derivatives need.
-    "bfloat16" halves that memory, and is faster on accelerators. Parameters, recurrent cells, the
-    layers of actions and values, losses and the optimiser are float32 in either case."""
+    "bfloat16" halves that memory, and is faster on accelerators, most of all for wide layers.
+    Parameters, recurrent cells, the layers of actions and values, losses and the optimiser are
+    float32 in either case."""
     shared_torso: bool = False
     """Actor and critic share their hidden layers, and their memory."""
     actor_keys: tuple[str, ...] | None = None
