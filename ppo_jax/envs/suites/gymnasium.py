@@ -76,7 +76,7 @@ class _Maker:
     """Makes one environment, in this process or in one of its own."""
 
     def __init__(self, spec: Any) -> None:
-        # The spec and not the name: a process that is started anew has not registered the name.
+        # The spec and not the name, which a new process may not have registered.
         self.spec = spec
 
     def __call__(self) -> Any:
