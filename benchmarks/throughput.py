@@ -117,12 +117,12 @@ def row(result: dict[str, Any]) -> str:
     """
     rate = result["steps_per_second"]
     cells = [f"{result['workload']} {result['title']}", f"{rate:,.0f}"]
-    first = "first_update_{}_seconds".format
-    if first("cold") in result:
+    if "first_update_cold_seconds" in result:
         cells += [
             f"{rate / result[f'{part}_steps_per_second']:.0%}" for part in (*_PARTS, "arithmetic")
         ]
-        updates = f"{result[first('cold')]:.1f} s, {result[first('warm')]:.1f} s"
+        cold, warm = (result[f"first_update_{kind}_seconds"] for kind in ("cold", "warm"))
+        updates = f"{cold:.1f} s, {warm:.1f} s"
     else:
         cells += ["–"] * (len(_PARTS) + 1)
         updates = "–"

@@ -8,7 +8,7 @@ import pytest
 
 from ppo_jax import Config, ConfigError, make_trainer
 from ppo_jax.policy.networks import _DERIVATIVES, CNN, MLP, Dense
-from tests.test_learning import evaluate_seeds
+from tests.test_learning import PUREJAXRL, evaluate_seeds
 from tests.test_spaces import Doubled, config_of
 
 B, H = 512, 16
@@ -103,13 +103,6 @@ def test_a_setting_that_would_be_ignored_is_refused():
 
 @pytest.mark.slow
 def test_cartpole_is_learned_in_half_precision():
-    config = Config(
-        num_envs=4,
-        num_steps=128,
-        total_timesteps=500_000,
-        num_epochs=4,
-        num_minibatches=4,
-        compute_dtype="bfloat16",
-    )
+    config = PUREJAXRL.replace(compute_dtype="bfloat16")
     returns = evaluate_seeds(config, None, num_seeds=8)
     assert returns.min() >= 475, returns

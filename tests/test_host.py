@@ -18,7 +18,7 @@ from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, make_spec
 from ppo_jax.runs import periodic_evaluation
-from ppo_jax.runs.host_training import evaluate_on_host
+from ppo_jax.runs.host_evaluation import evaluate_on_host
 from ppo_jax.stages import host_rollout
 from tests import host_envs
 
@@ -39,21 +39,21 @@ def untrained(config, env):
     return Policy(init_params(spec, jax.random.key(3), zeros), spec=spec)
 
 
-def rollouts_of(config, num_halves):
+def rollouts_of(config, num_groups):
     """Returns two consecutive rollouts of an untrained policy."""
     env = make_env(config)
     policy = untrained(config, env)
-    halves = [env.host.make_envs(N // num_halves) for _ in range(num_halves)]
+    groups = [env.host.make_envs(N // num_groups) for _ in range(num_groups)]
     try:
-        before = host_rollout.reset(halves, 40, policy.initial_recurrent_state((N,)))
+        before = host_rollout.reset(groups, 40, policy.initial_recurrent_state((N,)))
         rollouts = []
         for key in jax.random.split(jax.random.key(1)):
-            rollouts.append(host_rollout.rollout(halves, policy, before, key, num_steps=T))
+            rollouts.append(host_rollout.rollout(groups, policy, before, key, num_steps=T))
             before = rollouts[-1].after
         return rollouts
     finally:
-        for half in halves:
-            half.close()
+        for envs in groups:
+            envs.close()
 
 
 def with_processes(config):
@@ -61,9 +61,9 @@ def with_processes(config):
 
 
 @pytest.mark.parametrize("env", [COUNTING, "gymnasium:tests.host_envs:Reusing-v0"])
-@pytest.mark.parametrize("num_halves", [1, 2])
-def test_a_rollout_has_the_true_successors_and_the_right_ends(num_halves, env):
-    rollouts = rollouts_of(counting(env=env), num_halves)
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_rollout_has_the_true_successors_and_the_right_ends(num_groups, env):
+    rollouts = rollouts_of(counting(env=env), num_groups)
     trajectory = jax.tree.map(lambda *x: np.concatenate(x), *(r.trajectory for r in rollouts))
     for i in range(N):
         # Episodes of three and of four steps in turn; seeds of the environments are consecutive.
@@ -93,7 +93,7 @@ def test_a_rollout_has_the_true_successors_and_the_right_ends(num_halves, env):
 def test_processes_change_no_number():
     found = [rollouts_of(config, 2) for config in (counting(), with_processes(counting()))]
     jax.tree.map(np.testing.assert_array_equal, *found)
-    # The halves draw different numbers from each other.
+    # The groups draw different numbers from each other.
     action = found[0][0].trajectory.action
     assert not np.array_equal(action[:, : N // 2], action[:, N // 2 :])
 
@@ -212,6 +212,11 @@ def test_cartpole_is_learned():
     )
     run = ppo_jax.train(config, HParams(learning_rate=1e-3), eval_episodes=32, progress=False)
     assert run.evaluation.returns.mean() >= 400
+
+
+def test_the_tasks_of_a_suite_on_the_host_are_listed(capsys):
+    assert cli.main(["envs", "--suite", "gymnasium"]) == 0
+    assert "gymnasium:CartPole-v1" in capsys.readouterr().out
 
 
 def test_a_run_is_saved_continued_and_evaluated_by_commands(tmp_path, capsys):

@@ -22,16 +22,18 @@ def evaluate_seeds(config, hparams, num_seeds, episodes=64):
     return np.asarray(optimized_jit(jax.vmap(one))(jax.random.split(jax.random.key(0), num_seeds)))
 
 
+PUREJAXRL = Config(
+    env="CartPole-v1",
+    num_envs=4,
+    num_steps=128,
+    total_timesteps=500_000,
+    num_epochs=4,
+    num_minibatches=4,
+    lr_schedule="linear",
+)
+
+
 def test_ppo_solves_cartpole_with_purejaxrls_settings():
-    config = Config(
-        env="CartPole-v1",
-        num_envs=4,
-        num_steps=128,
-        total_timesteps=500_000,
-        num_epochs=4,
-        num_minibatches=4,
-        lr_schedule="linear",
-    )
     hparams = HParams(
         learning_rate=2.5e-4,
         gamma=0.99,
@@ -42,7 +44,7 @@ def test_ppo_solves_cartpole_with_purejaxrls_settings():
         vf_coef=0.5,
         max_grad_norm=0.5,
     )
-    returns = evaluate_seeds(config, hparams, num_seeds=10)
+    returns = evaluate_seeds(PUREJAXRL, hparams, num_seeds=10)
     assert returns.mean() >= 475, returns
     assert returns.min() >= 400, returns
 

@@ -1,6 +1,7 @@
 """The command `envs`."""
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ class EnvsCommand:
     def run(self) -> int:
         """Runs the command; returns its exit status."""
         of_suites = _tasks()
+        if self.suite in HOST_SUITES:
+            of_suites[self.suite] = _host_tasks(self.suite)
         if self.suite is not None:
             require_known("suite", self.suite, of_suites)
             of_suites = {self.suite: of_suites[self.suite]}
@@ -61,6 +64,14 @@ def _tasks() -> dict[str, tuple[str, ...]]:
     return result
 
 
+def _host_tasks(suite: str) -> tuple[str, ...]:
+    """Returns the names of a suite on the host, which only its package knows."""
+    if not _is_installed(suite):
+        raise ConfigError(f"{suite} is not installed: pip install 'ppo-jax[{suite}]'.")
+    adapter = importlib.import_module(f"ppo_jax.envs.suites.{suite}")
+    return tuple(f"{suite}:{task}" for task in adapter.tasks())
+
+
 def _print_suites(of_suites: dict[str, tuple[str, ...]]) -> None:
     from rich import print as show
     from rich.table import Table
@@ -70,7 +81,7 @@ def _print_suites(of_suites: dict[str, tuple[str, ...]]) -> None:
         about = SUITES[suite].about if suite in SUITES else _ABOUT[suite]
         table.add_row(suite, str(len(tasks)), "yes" if _is_installed(suite) else "no", about)
     for name, host_suite in HOST_SUITES.items():
-        table.add_row(name, "any", "yes" if host_suite.is_installed else "no", host_suite.about)
+        table.add_row(name, "any", "yes" if _is_installed(name) else "no", host_suite.about)
     show(table)
     show(
         "\n`ppo-jax envs --suite SUITE` lists the tasks of a suite, `ppo-jax envs WORD` those with "
@@ -98,7 +109,8 @@ def _print_tasks(names: Sequence[str], *, with_spaces: bool) -> None:
 
 
 def _is_installed(suite: str) -> bool:
-    return suite not in SUITES or SUITES[suite].is_installed
+    packaged = SUITES | HOST_SUITES
+    return suite not in packaged or packaged[suite].is_installed
 
 
 def _spaces(name: str) -> tuple[str, str]:

@@ -60,10 +60,10 @@ def failure_finder(
         return [make(config) for make in both]
 
     def diagnose(state: TrainState) -> str | None:
-        if make_env(config).host is not None:
-            return "not known, because a rollout on the host cannot be repeated"
         # A diagnosis takes memory of its own, and must not end the training of the other seeds.
         try:
+            if make_env(config).host is not None:
+                return "not known, because a rollout on the host cannot be repeated"
             quantity, *operation = (diagnosis(state, hparams) for diagnosis in diagnoses())
         except Exception as error:
             return f"not known, because its search failed with {type(error).__name__}"

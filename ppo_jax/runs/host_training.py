@@ -1,7 +1,6 @@
 """A training whose environments are stepped on the host, with the interface of compiled ones."""
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +11,7 @@ from ppo_jax.envs.checks import example
 from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.host import HostEnvs, HostSource
 from ppo_jax.errors import ConfigError
-from ppo_jax.evaluation import Evaluation
 from ppo_jax.hparams import HParams
-from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import initial_recurrent_state
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
 from ppo_jax.runs import device_memory
@@ -25,12 +22,8 @@ from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer, make_host_trainer
 from ppo_jax.types import EpisodeStats, RolloutState, TrainState, Trajectory
 
-_SEEDS = 2**31 - 1
-_ENVS_STREAM = 0x5EED  # folded into a training's key for the seeds of its environments
-_EVALUATED_TOGETHER = 16  # environments, each of which may be a process
 
-
-def check_host_config(config: Config, keys: jax.Array) -> None:
+def _check_config(config: Config, keys: jax.Array) -> None:
     """Raises a `ConfigError` for settings that need an environment in JAX."""
     given = {
         "num_seeds": keys.ndim > 0,
@@ -66,7 +59,7 @@ def compile_host_training(
       ConfigError: a setting needs an environment in JAX, or the training does not fit the memory
         of its device.
     """
-    check_host_config(config, keys)
+    _check_config(config, keys)
     hparams = jax.tree.map(np.float32, hparams)
     host = make_host_trainer(config)
     resolved = host.resolved
@@ -97,10 +90,10 @@ def compile_host_training(
     def one_update(state: TrainState, guard: Guard, index: int) -> tuple:
         # A training that is continued has no environments yet. An episode that an earlier rollout
         # began is no sample of a whole trajectory.
-        if not environments.halves or resolved.algorithm.whole_episodes:
+        if not environments.groups or resolved.algorithm.whole_episodes:
             state = state.replace(rollout=environments.reset(index))
         rollout = host_rollout.rollout(
-            environments.halves,
+            environments.groups,
             trainer.policy(state),
             state.rollout,
             rollout_key(state),
@@ -136,30 +129,25 @@ class _Environments:
     ) -> None:
         self._env, self._num_envs = env, num_envs
         self._key, self._recurrent_state = key, recurrent_state
-        self.halves: tuple[HostEnvs, ...] = ()
+        self.groups: tuple[HostEnvs, ...] = ()
 
     def reset(self, updates_done: int) -> RolloutState:
         """Starts episodes, whose seeds depend on the training's and on the updates so far."""
-        if not self.halves:
+        if not self.groups:
             source: HostSource = self._env.host
-            # Two halves pay off if one steps while the policy acts for the other. CartPole with
+            # Two groups pay off if one steps while the policy acts for the other. CartPole with
             # 8 environments, which steps in the foreground, is 1.7 times as fast with one.
             count = 2 if source.steps_in_background and self._num_envs % 2 == 0 else 1
             for _ in range(count):
-                self.halves += (source.make_envs(self._num_envs // count),)
-        seed = _seed_of(jax.random.fold_in(self._key, updates_done))
-        return host_rollout.reset(self.halves, seed, self._recurrent_state)
+                self.groups += (source.make_envs(self._num_envs // count),)
+        seed = host_rollout.seed_of(jax.random.fold_in(self._key, updates_done))
+        return host_rollout.reset(self.groups, seed, self._recurrent_state)
 
     def close(self) -> None:
         """Ends all environments."""
         with contextlib.ExitStack() as stack:
-            for half in self.halves:
-                stack.callback(half.close)
-
-
-def _seed_of(key: jax.Array) -> int:
-    """Returns a seed for environments on the host."""
-    return int(jax.random.randint(jax.random.fold_in(key, _ENVS_STREAM), (), 0, _SEEDS))
+            for envs in self.groups:
+                stack.callback(envs.close)
 
 
 def _shapes_before(env: Environment, num_envs: int, recurrent_state: Any) -> RolloutState:
@@ -204,69 +192,3 @@ def _shapes_of_rollout(
     number, count = (jax.ShapeDtypeStruct((), dtype) for dtype in (np.float32, np.int32))
     ended: Any = EpisodeStats
     return Rollout(before, trajectory, before, ended(number, count, count))
-
-
-def evaluate_on_host(
-    policy: Policy,
-    env: Environment,
-    key: jax.Array,
-    num_episodes: int,
-    *,
-    greedy: bool = True,
-    max_steps: int = 100_000,
-) -> Evaluation:
-    """Plays complete episodes in an environment on the host.
-
-    How many of its first episodes an environment contributes is fixed beforehand. An average over
-    the episodes that end first would count short episodes more often than long ones.
-
-    Args:
-      policy: acts.
-      env: made by `envs.host.make_host_environment`.
-      key: random key.
-      num_episodes: E.
-      greedy: take the most likely actions instead of sampling.
-      max_steps: bound on the steps of an episode; an environment that reaches it plays no more.
-
-    Returns:
-      `Evaluation`, each field `[E]`.
-    """
-    num_envs = min(num_episodes, _EVALUATED_TOGETHER)
-    # Fixed beforehand: episodes of an environment, which differ by at most one.
-    each = [len(range(i, num_episodes, num_envs)) for i in range(num_envs)]
-    played: list[list[tuple[float, int, bool]]] = [[] for _ in range(num_envs)]
-    envs: HostEnvs = env.host.make_envs(num_envs)
-    try:
-        memory = policy.initial_recurrent_state((num_envs,))
-        state, index = host_rollout.reset([envs], _seed_of(key), memory), 0
-        while any(len(x) < count for x, count in zip(played, each, strict=True)):
-            acted = host_rollout.act(
-                policy,
-                state.obs,
-                state.recurrent_state,
-                start=np.asarray(state.start),
-                key=key,
-                index=np.uint32(index),
-                greedy=greedy,
-            )
-            envs.send(np.asarray(acted.to_env))
-            step = envs.recv()
-            returns, lengths, state = host_rollout.after_step(state, step, acted.recurrent_state)
-            done = step.terminated | step.truncated
-            # An episode that never ends, as of a policy that is stuck, must not hold up the run.
-            is_cut = (lengths >= max_steps) & ~done
-            for i in np.flatnonzero(done | is_cut):
-                count = each[i] - len(played[i]) if is_cut[i] else 1
-                played[i] += [(returns[i], lengths[i], not is_cut[i])] * count
-            index += 1
-    finally:
-        envs.close()
-    first: Sequence[Any] = [
-        episode for one, count in zip(played, each, strict=True) for episode in one[:count]
-    ]
-    found: Any = Evaluation
-    return found(
-        returns=np.array([x[0] for x in first], np.float32),
-        lengths=np.array([x[1] for x in first], np.int32),
-        finished=np.array([x[2] for x in first], bool),
-    )

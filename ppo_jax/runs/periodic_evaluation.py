@@ -11,7 +11,7 @@ import numpy as np
 from ppo_jax.envs.environment import Environment
 from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.policy.policy import Policy
-from ppo_jax.runs.host_training import evaluate_on_host
+from ppo_jax.runs.host_evaluation import evaluate_on_host
 
 Evaluate = Callable[[Policy], Evaluation]
 """`policy -> evaluation`, of one policy or of a stack of them."""

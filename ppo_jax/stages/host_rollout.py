@@ -15,6 +15,9 @@ from ppo_jax.policy.spec import head_of
 from ppo_jax.stages.collect import Rollout
 from ppo_jax.types import EpisodeStats, RolloutState, Trajectory
 
+_SEEDS = 2**31 - 1
+_ENVS_STREAM = 0x5EED  # folded into a key, so that environments and policies draw differently
+
 
 class Acted(NamedTuple):
     """The actions of a policy for N environments."""
@@ -57,12 +60,17 @@ def act(
     return Acted(head.to_env(action), action, action_params, recurrent_state)
 
 
-def reset(halves: Sequence[HostEnvs], seed: int, recurrent_state: Any) -> RolloutState:
-    """Starts an episode in each environment of all halves."""
+def seed_of(key: jax.Array) -> int:
+    """Returns a seed for environments on the host."""
+    return int(jax.random.randint(jax.random.fold_in(key, _ENVS_STREAM), (), 0, _SEEDS))
+
+
+def reset(groups: Sequence[HostEnvs], seed: int, recurrent_state: Any) -> RolloutState:
+    """Starts an episode in each environment of all groups."""
     obs = []
-    for half in halves:
-        obs.append(half.reset(seed))
-        seed += len(jax.tree.leaves(obs[-1])[0])  # the seeds of a half are consecutive
+    for envs in groups:
+        obs.append(envs.reset(seed))
+        seed += len(jax.tree.leaves(obs[-1])[0])  # those of all environments are consecutive
     merged = _concatenated(obs)
     num_envs = len(jax.tree.leaves(merged)[0])
     zeros: Any = np.zeros(num_envs, np.float32)
@@ -71,7 +79,7 @@ def reset(halves: Sequence[HostEnvs], seed: int, recurrent_state: Any) -> Rollou
 
 
 def rollout(
-    halves: Sequence[HostEnvs],
+    groups: Sequence[HostEnvs],
     policy: Policy,
     state: RolloutState,
     key: jax.Array,
@@ -80,11 +88,11 @@ def rollout(
 ) -> Rollout:
     """Acts for `num_steps` steps in every environment.
 
-    With two halves that step in the background, the policy acts for one while the other steps. The
+    With two groups that step in the background, the policy acts for one while the other steps. The
     numbers do not depend on which is first.
 
     Args:
-      halves: environments, of equal numbers; one or two groups of them.
+      groups: of environments, of equal numbers; one or two.
       policy: acts.
       state: of all environments at the first step.
       key: random key.
@@ -92,19 +100,19 @@ def rollout(
     """
     # Between rollouts the state is on the device, as a part of the training's.
     state = jax.device_get(state)
-    size = len(state.episode_length) // len(halves)
+    size = len(state.episode_length) // len(groups)
     parts = []
-    for i, envs in enumerate(halves):
+    for i, envs in enumerate(groups):
         share = jax.tree.map(operator.itemgetter(slice(i * size, (i + 1) * size)), state)
-        parts.append(_Half(envs, policy, share, key, i))
-    # JAX returns before the actions are computed. The device works on those of one half while the
-    # other half steps.
+        parts.append(_Group(envs, policy, share, key, i))
+    # JAX returns before the actions are computed. The device works on those of one group while
+    # the other steps.
     for part in parts:
         part.act()
     for _ in range(num_steps):
         for part, other in zip(parts, parts[1:] + parts[:1], strict=True):
             part.send()
-            # With a single half this is the step that was just sent. The first half of the first
+            # With a single group this is the step that was just sent. The first of two in the first
             # step has no other to wait for.
             if other.is_stepping:
                 other.recv()
@@ -123,14 +131,14 @@ def rollout(
     )
 
 
-class _Half:
+class _Group:
     """Some environments during a rollout."""
 
     def __init__(
         self, envs: HostEnvs, policy: Policy, state: RolloutState, key: jax.Array, index: int
     ) -> None:
         self.envs, self.policy, self.state = envs, policy, state
-        self.key = jax.random.fold_in(key, index)  # halves draw different numbers
+        self.key = jax.random.fold_in(key, index)  # groups draw different numbers
         self.steps: list[HostStep] = []
         self.obs: list[Any] = []
         self.acted: list[Acted] = []

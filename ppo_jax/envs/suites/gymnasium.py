@@ -72,6 +72,13 @@ def make(
     )
 
 
+def tasks() -> tuple[str, ...]:
+    """Returns the names that Gymnasium has registered."""
+    import gymnasium
+
+    return tuple(sorted(gymnasium.registry))
+
+
 class _Maker:
     """Makes one environment, in this process or in one of its own."""
 
