@@ -13,7 +13,7 @@ STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
 ACCELERATORS := .cache/accelerators
 SUITES_VENV := .cache/suites
-SUITES := brax craftax jaxmarl jaxtari jumanji navix octax pgx playground xminigrid
+SUITES := ale brax craftax envpool gymnasium jaxmarl jaxtari jumanji navix octax pgx playground xminigrid
 # One worker per core, because compiling, which is most of the suite, uses one core; and 2.5 GiB of
 # memory for each.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
@@ -37,7 +37,8 @@ test-slow: $(DEV_STAMP)  ## run learning runs, which take minutes each
 	@$(BIN)/python -m pytest -q -m slow
 
 test-suites: $(SUITES_VENV)/installed  ## install every suite of environments, and test the adapters
-	@$(SUITES_VENV)/bin/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests/test_suites.py
+	@$(SUITES_VENV)/bin/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests/test_suites.py \
+		tests/test_host_suites.py
 
 test-fuzz: $(DEV_STAMP)  ## try 1,000 inputs for every kind of file and setting
 	@FUZZ=1000 $(BIN)/python -m pytest -q tests/test_hostile.py

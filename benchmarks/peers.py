@@ -72,6 +72,26 @@ PEERS = {
     "sbx": Peer(_BASELINES, "sbx_ppo.py", "sb3", ("W1",)),
 }
 
+# Of `benchmarks/host.py`. The scripts need gymnasium 0.29, and the interface that EnvPool had
+# before 1.0.
+CLEANRL = Peer(
+    (
+        "gymnasium==0.29.1",
+        "gym==0.23.1",
+        "envpool==0.8.4",
+        "mujoco==2.3.3",
+        "imageio",
+        "numpy<2",
+        "torch",
+        "tensorboard",
+        "tyro",
+        "setuptools<66",
+    ),
+    "cleanrl.py",
+    "cleanrl",
+    (),
+)
+
 
 class Contender:
     """A process that compiles one workload, and then runs it when asked."""
@@ -252,13 +272,14 @@ def python_of(peer: str, folder: Path) -> Path:
     """Returns the interpreter of a peer's environment, which is made if it is missing or
     outdated.
     """
-    home = folder / PEERS[peer].environment
+    found = CLEANRL if peer == "cleanrl" else PEERS[peer]
+    home = folder / found.environment
     python, stamp = home / "bin" / "python", home / "installed"
-    wanted = "\n".join(PEERS[peer].requirements)
+    wanted = "\n".join(found.requirements)
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"making {home}", file=sys.stderr)
         venv.create(home, with_pip=True, clear=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", *PEERS[peer].requirements]
+        install = [str(python), "-m", "pip", "install", "--quiet", *found.requirements]
         subprocess.run(install, check=True)
         stamp.write_text(wanted)
     return python

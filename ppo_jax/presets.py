@@ -74,6 +74,26 @@ _GRID = _Preset(
 _LONG_GRID = _Preset({**_GRID.config, "total_timesteps": 1_000_000}, _GRID.hparams)
 _BOARD = _Preset({**_GRID.config, "num_envs": 64, "num_steps": 64}, _CLIPPED_VALUE)
 
+# Schulman et al. 2017 (arXiv:1707.06347), table 5, with the network of Mnih et al. 2015 and four
+# epochs, as CleanRL and Stable-Baselines3 train Atari games.
+_ATARI = _Preset(
+    {
+        "num_envs": 8,
+        "num_steps": 128,
+        "num_epochs": 4,
+        "num_minibatches": 4,
+        "network": "nature_cnn",
+        "hidden_sizes": (512,),
+        "activation": "relu",
+        "shared_torso": True,
+        "total_timesteps": 10_000_000,
+    },
+    {"learning_rate": 2.5e-4, "clip_eps": 0.1, "value_clip_eps": 0.1},
+)
+_ENVPOOL_ATARI = _Preset(
+    {**_ATARI.config, "env_kwargs": {"episodic_life": True, "reward_clip": True}}, _ATARI.hparams
+)
+
 _PRESETS: dict[str, dict[str, _Preset]] = {
     "CartPole-v1": {
         "reinforce": _Preset(_EPISODES, {"learning_rate": 2e-3}),
@@ -241,6 +261,15 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
     "xminigrid:MiniGrid-DoorKey-5x5": {"ppo": _LONG_GRID},
 }
 
+_ON_HOST: dict[str, dict[str, _Preset]] = {
+    "ale": {
+        "ppo": _Preset({**_ATARI.config, "env_kwargs": {"life_loss_info": True}}, _ATARI.hparams)
+    },
+    "envpool:Breakout-v5": {"ppo": _ENVPOOL_ATARI},
+    "envpool:Pong-v5": {"ppo": _ENVPOOL_ATARI},
+}
+"""Presets of environments on the host, or of all those of a suite."""
+
 
 def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
     """Returns the settings tuned for `algorithm` in `env`, or the defaults where there are none.
@@ -257,16 +286,22 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     >>> config.num_envs
     16
     """
-    tuned = _PRESETS.get(env, {}).get(algorithm, _Preset({}, {}))
+    tuned = _tuned(env).get(algorithm, _Preset({}, {}))
     config = Config(env=env, algorithm=algorithm).replace(**{**tuned.config, **changes})
     return config, HParams(**tuned.hparams)
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of the environments that have a preset."""
+    """Returns the names of the environments in JAX that have a preset."""
     return tuple(_PRESETS)
 
 
 def algorithms(env: str) -> tuple[str, ...]:
     """Returns the names of the algorithms that have a preset for `env`."""
-    return tuple(_PRESETS.get(env, {}))
+    return tuple(_tuned(env))
+
+
+def _tuned(env: str) -> dict[str, _Preset]:
+    """Returns the presets of an environment, or of its suite, by algorithm."""
+    presets = _PRESETS | _ON_HOST
+    return presets.get(env) or presets.get(env.partition(":")[0], {})

@@ -12,9 +12,11 @@ from jax.flatten_util import ravel_pytree
 
 from ppo_jax import Config, ConfigError, envs
 from ppo_jax.algorithms import get_algorithm
+from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.ops import objectives
+from ppo_jax.policy import spec as spec_module
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.spec import init_params, make_spec
+from ppo_jax.policy.spec import PolicySpec, images_in_cache, init_params, make_spec
 from ppo_jax.resolve import complete_config, complete_hparams
 from ppo_jax.stages.algorithm import UpdateInputs
 from ppo_jax.stages.collect import collect
@@ -53,16 +55,17 @@ def test_statistics_of_shards_are_those_of_the_whole():
         np.testing.assert_allclose(shares.mean(), objectives.masked_mean(x, m), rtol=1e-5)
 
 
-def test_chunks_of_a_minibatch_add_up_to_its_gradient():
-    config = complete_config(Config(num_envs=8, num_steps=8, hidden_sizes=(16,)))
+def learned_in_chunks(num_envs, chunk_sizes, **settings):
+    """Returns parameters and metrics after an update, for each size of the chunks."""
+    config = Config(num_envs=num_envs, num_steps=8, hidden_sizes=(16,), **settings)
+    config = complete_config(config)
     env = envs.make(config.env)
     spec = make_spec(config, env)
     hparams = complete_hparams(None, config)
     algorithm = get_algorithm(config.algorithm)
-    obs = jax.random.normal(jax.random.key(0), (8, 4))
-    params = init_params(spec, jax.random.key(1), obs)
+    state = reset(env, env.params, jax.random.key(2), num_envs=num_envs)
+    params = init_params(spec, jax.random.key(1), state.obs)
     policy = Policy(params=params, spec=spec)
-    state = reset(env, env.params, jax.random.key(2), num_envs=8)
     key = jax.random.key(3)
     batch = collect(
         policy,
@@ -74,20 +77,60 @@ def test_chunks_of_a_minibatch_add_up_to_its_gradient():
         env_params=env.params,
         hparams=hparams,
         key=key,
-        shard=Shard(8),
+        shard=Shard(num_envs),
     ).batch
     learned = []
-    for chunk_size in (None, 4, 5):  # 5 divides nothing here: one chunk
-        losses = Losses(config, spec, algorithm.objective, Shard(8, chunk_size=chunk_size))
+    for chunk_size in chunk_sizes:
+        shard = Shard(num_envs, chunk_size=chunk_size)
+        losses = Losses(config, spec, algorithm.objective, shard)
         rule = algorithm.update_rule(config, losses, make_optimizer(config))
         inputs = UpdateInputs(batch, jax.random.key(4), hparams, jnp.ones(()))
         state = rule.init(params, hparams)
         after, _, metrics = jax.jit(rule.update)(params, state, inputs)
-        learned.append((after, metrics))
-    whole, chunked, indivisible = (ravel_pytree(x)[0] for x in learned)
-    np.testing.assert_allclose(chunked, whole, rtol=1e-3, atol=1e-5)
-    assert not np.array_equal(chunked, whole)  # it was added up in another order
-    np.testing.assert_array_equal(indivisible, whole)
+        learned.append(ravel_pytree((after, metrics))[0])
+    return learned
+
+
+def test_chunks_of_a_minibatch_add_up_to_its_gradient():
+    whole, in_fours, in_fives = learned_in_chunks(8, (None, 4, 5))
+    np.testing.assert_allclose(in_fours, whole, rtol=1e-3, atol=1e-5)
+    assert not np.array_equal(in_fours, whole)  # it was added up in another order
+    # A minibatch has 16 samples, and chunks are equal.
+    np.testing.assert_array_equal(in_fives, in_fours)
+    # The only chunks of 13 samples would be single ones.
+    whole, in_sixes = learned_in_chunks(13, (None, 6), num_minibatches=8)
+    np.testing.assert_array_equal(in_sixes, whole)
+
+
+def test_a_cpu_convolves_as_many_images_as_fit_its_cache(monkeypatch):
+    settings = {
+        "env": "Breakout-MinAtar",
+        "network": "cnn",
+        "conv_layers": ((4, 4, 2), (8, 3, 1)),
+        "num_minibatches": 4,
+    }
+    (whole,) = learned_in_chunks(8, (None,), **settings)
+    # The patches of an image: 4 x 4 positions of 4 x 4 x 4 numbers of four bytes each.
+    monkeypatch.setattr(spec_module, "_CACHE", 5 * 4**6)
+    (in_chunks,) = learned_in_chunks(8, (None,), **settings)
+    np.testing.assert_allclose(in_chunks, whole, rtol=1e-3, atol=1e-5)
+    assert not np.array_equal(in_chunks, whole)
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [("nature_cnn", 40), ("impala_cnn", 16), ("minatar_cnn", 17)],
+)
+def test_the_number_of_images_follows_from_their_patches(network, expected):
+    image = Box((84, 84, 4), "uint8")
+    spec = PolicySpec(observation_space=image, action_space=Discrete(4), network=network)
+    assert images_in_cache(spec) == expected
+
+
+@pytest.mark.parametrize("space", [Box((84, 84, 4), "uint8"), Box((4,))])
+def test_an_mlp_convolves_nothing(space):
+    spec = PolicySpec(observation_space=space, action_space=Discrete(4))
+    assert images_in_cache(spec) is None
 
 
 def test_on_eight_devices():

@@ -180,20 +180,47 @@ def test_activations_of_the_config_exist_in_flax():
         assert callable(getattr(nn, name))
 
 
-@pytest.mark.parametrize(("kernel", "stride", "pads"), [(3, 1, False), (4, 2, False), (3, 1, True)])
-def test_a_convolution_is_that_of_the_compiler(kernel, stride, pads):
+@pytest.mark.parametrize("num_images", [3, 4])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pads", "channels"),
+    [(3, 1, False, 3), (4, 2, False, 3), (3, 1, True, 3), (8, 2, False, 4)],
+)
+def test_a_convolution_and_its_gradients_are_those_of_the_compiler(
+    kernel, stride, pads, channels, num_images
+):
     layer = Conv(5, kernel, stride, pads)
-    x = jax.random.normal(jax.random.key(0), (2, 10, 9, 3))
+    x = jax.random.normal(jax.random.key(0), (num_images, 10, 9, channels))
     params = draw(jax.random.key(2), layer.init(jax.random.key(1), x))
-    matrix = params["params"]["Dense_0"]["kernel"]
-    expected = jax.lax.conv_general_dilated(
-        x,
-        matrix.reshape(kernel, kernel, 3, 5),
-        (stride, stride),
-        "SAME" if pads else "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    np.testing.assert_allclose(layer.apply(params, x), expected, atol=1e-5)
+
+    def theirs(params, x):
+        matrix = params["params"]["Dense_0"]["kernel"]
+        outputs = jax.lax.conv_general_dilated(
+            x,
+            matrix.reshape(kernel, kernel, channels, 5),
+            (stride, stride),
+            "SAME" if pads else "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return outputs + params["params"]["Dense_0"]["bias"].reshape(1, 1, 1, -1)
+
+    expected, their_gradient = jax.vjp(theirs, params, x)
+    found, gradient = jax.vjp(layer.apply, params, x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    cotangent = jax.random.normal(jax.random.key(3), expected.shape)
+    for ours, theirs_ in zip(
+        jax.tree.leaves(gradient(cotangent)),
+        jax.tree.leaves(their_gradient(cotangent)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs_, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_become_numbers_in_the_patches():
+    layer = Conv(5, 3)
+    x = jax.random.bits(jax.random.key(0), (2, 10, 9, 3), jnp.uint8)
+    params = layer.init(jax.random.key(1), x)
+    found = layer.apply(params, x)
+    np.testing.assert_array_equal(found, layer.apply(params, x.astype(jnp.float32) / 255))
 
 
 def as_lists(tree):

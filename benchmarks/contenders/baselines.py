@@ -27,7 +27,7 @@ def build_with(ppo: Any, activation: Any) -> Callable[[dict[str, Any]], Any]:
         timesteps = workload["total_timesteps"] if episodes else _UPDATES * num_envs * num_steps
 
         def make() -> Any:
-            env = gymnasium.make(workload["env"])
+            env = gymnasium.make(workload["env"].removeprefix("gymnasium:"))
             return Monitor(env) if episodes else env  # which reports whole episodes
 
         env = DummyVecEnv([make] * num_envs)

@@ -141,7 +141,7 @@ def _in_words(space: Any) -> str:
 
 
 def _preset_summary(name: str) -> str:
-    if name not in presets.names():
+    if not presets.algorithms(name):
         return "-"
     config, _ = presets.preset(name)
     others = len(presets.algorithms(name)) - 1

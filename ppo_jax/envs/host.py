@@ -1,8 +1,10 @@
 """Environments that are stepped on the host, outside of compiled programs."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from ppo_jax.envs.environment import Environment
@@ -43,10 +45,62 @@ class HostSource(NamedTuple):
     """Makes this many environments."""
     steps_in_background: bool
     """A step runs between `send` and `recv`; otherwise it runs in `recv`."""
+    uses_all_cores: bool = False
+    """A step runs on as many cores as there are."""
+    make_evaluation_envs: Callable[[int], HostEnvs] | None = None
+    """Makes environments for evaluations, where these differ from those of the training."""
 
 
 class HostError(ConfigError):
     """Raised when an environment on the host fails or does not answer."""
+
+
+@contextlib.contextmanager
+def explained(failed: str) -> Iterator[None]:
+    """Turns every error of an environment into a `HostError` that says what failed."""
+    try:
+        yield
+    except HostError:
+        raise
+    except Exception as error:  # of any package
+        raise HostError(
+            f"an environment {failed}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, without its full stop."""
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def refuse_arguments(kwargs: dict[str, Any], names: Sequence[str]) -> None:
+    """Raises a `ConfigError` for arguments of an environment that ppo_jax sets itself."""
+    if given := [name for name in names if name in kwargs]:
+        raise ConfigError(
+            f"env_kwargs must not have {' or '.join(given)}, which the training sets. Leave it "
+            "out; num_envs and the seed are settings of the training."
+        )
+
+
+def consecutive_seeds(seed: int, num_envs: int) -> np.ndarray:
+    """Returns the seeds of N environments, `[N]`, as numbers that C++ calls int.
+
+    >>> consecutive_seeds(7, 3).tolist()
+    [7, 8, 9]
+    """
+    return (seed + np.arange(num_envs)) % 2**31
+
+
+def with_rows(batch: Any, indices: np.ndarray, rows: Any) -> Any:
+    """Returns a copy of observations `[N, ...]` with others at some indices.
+
+    >>> with_rows(np.zeros(3), np.array([1]), np.ones(1)).tolist()
+    [0.0, 1.0, 0.0]
+    """
+    result = jax.tree.map(np.copy, batch)
+    for x, new in zip(*map(jax.tree.leaves, (result, rows)), strict=True):
+        x[indices] = new
+    return result
 
 
 def make_host_environment(

@@ -44,9 +44,11 @@ def evaluate_on_host(
     # Fixed beforehand: episodes of an environment, which differ by at most one.
     each = [len(range(i, num_episodes, num_envs)) for i in range(num_envs)]
     played: list[list[tuple[float, int, bool]]] = [[] for _ in range(num_envs)]
-    envs: HostEnvs = env.host.make_envs(num_envs)
+    make_envs = env.host.make_evaluation_envs or env.host.make_envs
+    envs: HostEnvs = make_envs(num_envs)
     try:
-        memory = policy.initial_recurrent_state((num_envs,))
+        policy, key = host_rollout.placed((policy, key))
+        memory = host_rollout.placed(policy.initial_recurrent_state((num_envs,)))
         state, index = host_rollout.reset([envs], host_rollout.seed_of(key), memory), 0
         while any(len(x) < count for x, count in zip(played, each, strict=True)):
             acted = host_rollout.act(

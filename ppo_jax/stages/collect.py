@@ -14,7 +14,7 @@ from ppo_jax.ops import objectives, running_stats
 from ppo_jax.ops.advantages import discounted_returns
 from ppo_jax.ops.blocks import largest_divisor
 from ppo_jax.policy.policy import Policy
-from ppo_jax.policy.spec import ObsStats, head_of
+from ppo_jax.policy.spec import ObsStats, head_of, images_in_cache
 from ppo_jax.stages.algorithm import Algorithm
 from ppo_jax.stages.rollout import reset, rollout
 from ppo_jax.types import (
@@ -214,11 +214,13 @@ def evaluate_trajectory(
     if before.recurrent_state is None:
         values = None
         if has_critic:
-            # A core's cache holds 512 states; other devices have memory, and launch each block.
+            # A core's cache holds 512 states, or fewer images. Other devices have memory, and
+            # launch each block.
+            together = min(num_states, 2**9, images_in_cache(policy.spec) or num_states)
             values = jax.lax.platform_dependent(
                 policy,
                 trajectory,
-                cpu=partial(_values, num_states=min(num_states, 2**9)),
+                cpu=partial(_values, num_states=together),
                 default=partial(_values, num_states=num_states),
             )
         return values, None, after

@@ -60,6 +60,15 @@ def act(
     return Acted(head.to_env(action), action, action_params, recurrent_state)
 
 
+def placed(tree: Any) -> Any:
+    """Returns arrays on the first device of this process.
+
+    Arguments of `act` that come from NumPy, from a new array and from a compiled update would make
+    three programs of it.
+    """
+    return jax.device_put(tree, jax.devices()[0])
+
+
 def seed_of(key: jax.Array) -> int:
     """Returns a seed for environments on the host."""
     return int(jax.random.randint(jax.random.fold_in(key, _ENVS_STREAM), (), 0, _SEEDS))
@@ -122,10 +131,9 @@ def rollout(
     for part in parts:
         if part.is_stepping:
             part.recv()
-    trajectories = [part.trajectory() for part in parts]
     return Rollout(
         before=state,
-        trajectory=jax.tree.map(lambda *x: np.concatenate(x, axis=1), *trajectories),
+        trajectory=_concatenated([part.trajectory() for part in parts], axis=1),
         after=_concatenated([part.state for part in parts]),
         ended=jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *(part.ended for part in parts)),
     )
@@ -137,8 +145,9 @@ class _Group:
     def __init__(
         self, envs: HostEnvs, policy: Policy, state: RolloutState, key: jax.Array, index: int
     ) -> None:
-        self.envs, self.policy, self.state = envs, policy, state
-        self.key = jax.random.fold_in(key, index)  # groups draw different numbers
+        self.envs, self.policy = envs, placed(policy)
+        self.state = state.replace(recurrent_state=placed(state.recurrent_state))
+        self.key = placed(jax.random.fold_in(key, index))  # groups draw different numbers
         self.steps: list[HostStep] = []
         self.obs: list[Any] = []
         self.acted: list[Acted] = []
@@ -211,8 +220,9 @@ def after_step(
     return returns, lengths, after
 
 
-def _concatenated(trees: Sequence[Any]) -> Any:
+def _concatenated(trees: Sequence[Any], axis: int = 0) -> Any:
     def join(*parts: Any) -> Any:
-        return (jnp if isinstance(parts[0], jax.Array) else np).concatenate(parts)
+        return (jnp if isinstance(parts[0], jax.Array) else np).concatenate(parts, axis)
 
-    return jax.tree.map(join, *trees)
+    # A copy of a rollout of images is a tenth of its time.
+    return jax.tree.map(join, *trees) if len(trees) > 1 else trees[0]

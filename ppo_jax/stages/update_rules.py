@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 from ppo_jax.config import Config
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives, packing
+from ppo_jax.ops.blocks import largest_divisor
 from ppo_jax.ops.collective import mean_over
 from ppo_jax.ops.natural_gradient import (
     MatrixVectorProduct,
@@ -25,6 +26,7 @@ from ppo_jax.ops.natural_gradient import (
 )
 from ppo_jax.ops.shuffle import shuffled
 from ppo_jax.policy.networks import merge_params, split_params, torso_biases, with_biases
+from ppo_jax.policy.spec import images_in_cache
 from ppo_jax.stages.algorithm import MakeUpdateRule, UpdateInputs, UpdateRule
 from ppo_jax.stages.losses import Losses
 from ppo_jax.stages.optimizers import Optimizer, Schedule, clip_actor_and_critic
@@ -244,18 +246,14 @@ def _gradient_step(
       hparams: complete.
       clip: transforms a gradient as a tree, before the optimiser; None leaves it as it is.
     """
+    gradient = partial(_gradient, loss_fn, chunk_size=losses.shard.chunk_size)
+    if (num_images := images_in_cache(losses.spec)) is not None:
+        in_chunks = partial(_gradient, loss_fn, chunk_size=num_images)
+        gradient = partial(jax.lax.platform_dependent, cpu=in_chunks, default=gradient)
 
     def step(old: _FlatLearner, biases: Any, minibatch: Batch) -> tuple[_FlatLearner, Scalars]:
-        grads, metrics = mean_over(
-            _gradient(
-                loss_fn,
-                with_biases(unravel(old.params), biases),
-                minibatch,
-                hparams,
-                chunk_size=losses.shard.chunk_size,
-            ),
-            losses.shard.axis_name,
-        )
+        params = with_biases(unravel(old.params), biases)
+        grads, metrics = mean_over(gradient(params, minibatch, hparams), losses.shard.axis_name)
         # Averaging before clipping: the norm of a device's share is not that of the gradient.
         flat, _ = ravel_pytree(grads if clip is None else clip(grads))
         updates, opt_state = tx.update(flat, old.opt_state, old.params)
@@ -309,14 +307,26 @@ def _gradient(
 
     A masked minibatch is not split into chunks, because these would need weights: not all samples
     count. A minibatch of sequences is not split either.
+
+    Args:
+      loss_fn: the loss.
+      params: of the network.
+      minibatch: samples.
+      hparams: complete.
+      chunk_size: samples that are differentiated together, at most; None for all. Chunks are not
+        smaller than half of it, or there is one.
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     size = minibatch.log_prob.size
     is_whole = minibatch.mask is not None or minibatch.recurrent_state is not None
-    if chunk_size is None or size <= chunk_size or size % chunk_size or is_whole:
+    if chunk_size is None or size <= chunk_size or is_whole:
         return gradient(params, minibatch, hparams)
-    num_chunks = size // chunk_size
-    chunks = jax.tree.map(lambda x: x.reshape(num_chunks, chunk_size, *x.shape[1:]), minibatch)
+    num_chunks = size // largest_divisor(size, at_most=chunk_size)
+    if num_chunks > 2 * size // chunk_size:
+        return gradient(params, minibatch, hparams)
+    chunks = jax.tree.map(
+        lambda x: x.reshape(num_chunks, size // num_chunks, *x.shape[1:]), minibatch
+    )
 
     def accumulate(total: Any, chunk: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, chunk, hparams)), None

@@ -222,6 +222,8 @@ SUITES = {
 }
 
 HOST_SUITES = {
+    "ale": Suite("ale_py", "Atari games, stepped on the host", ()),
+    "envpool": Suite("envpool", "Atari, MuJoCo and others in C++, stepped on the host", ()),
     "gymnasium": Suite("gymnasium", "every registered environment, stepped on the host", ()),
 }
 """Suites whose environments are not in JAX. They take every task that their package registers."""

@@ -12,9 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.envs import spaces
+from ppo_jax.envs import gymnasium_spaces
 from ppo_jax.envs.environment import Environment
-from ppo_jax.envs.host import HostError, HostSource, HostStep, make_host_environment
+from ppo_jax.envs.host import (
+    HostError,
+    HostSource,
+    HostStep,
+    explained,
+    first_line,
+    make_host_environment,
+    with_rows,
+)
 from ppo_jax.errors import ConfigError, require_known
 
 _TIMEOUT = 60.0  # seconds
@@ -46,17 +54,18 @@ def make(
         env = gymnasium.make(task, **kwargs)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise ConfigError(
-            f"{name} needs a package that cannot be imported: {_first_line(error)}. Install it; "
+            f"{name} needs a package that cannot be imported: {first_line(error)}. Install it; "
             "pip install 'gymnasium[mujoco,box2d]' has those of Gymnasium's own environments."
         ) from error
     except (gymnasium.error.Error, ValueError) as error:
         raise ConfigError(
             f"gymnasium:NAME needs a name that Gymnasium has registered; got {task!r}: "
-            f"{_first_line(error)}. Write gymnasium:MODULE:NAME for a package that registers its "
+            f"{first_line(error)}. Write gymnasium:MODULE:NAME for a package that registers its "
             "environments."
         ) from error
     with contextlib.closing(env):
-        observation_space, action_space = _space(env.observation_space), _actions(env.action_space)
+        observation_space = gymnasium_spaces.observation_space(env.observation_space)
+        action_space = gymnasium_spaces.action_space(env.action_space)
         spec = env.spec
     assert spec is not None, "gymnasium.make gives every environment its spec"
 
@@ -126,11 +135,8 @@ class _GymnasiumEnvs:
                 self._envs: Any = AsyncVectorEnv(makers, autoreset_mode=mode, context="spawn")
             else:
                 self._envs = SyncVectorEnv(makers, autoreset_mode=mode)
-        self._space = _space(self._envs.single_observation_space)
-        actions = self._envs.single_action_space
-        self._dtype = actions.dtype
-        self._start = getattr(actions, "start", 0)
-        self._bounds = (actions.low, actions.high) if hasattr(actions, "low") else None
+        self._space = gymnasium_spaces.observation_space(self._envs.single_observation_space)
+        self._converted = gymnasium_spaces.action_converter(self._envs.single_action_space)
         self._actions: np.ndarray | None = None
 
     def reset(self, seed: int) -> Any:
@@ -141,13 +147,11 @@ class _GymnasiumEnvs:
                 obs, _ = self._envs.reset_wait(timeout=self._timeout)
             else:
                 obs, _ = self._envs.reset(seed=seed)
-        return _cast(self._space, obs)
+        return gymnasium_spaces.cast(self._space, obs)
 
     def send(self, actions: np.ndarray) -> None:
         """Starts a step; without processes it runs in `recv`."""
-        if self._bounds is not None:
-            actions = np.clip(actions, *self._bounds)
-        self._actions = (actions + self._start).astype(self._dtype)
+        self._actions = self._converted(actions)
         if self._is_async:
             with self._explained("failed in a step"):
                 self._envs.step_async(self._actions)
@@ -160,14 +164,11 @@ class _GymnasiumEnvs:
             else:
                 result = self._envs.step(self._actions)
         obs, reward, terminated, truncated, infos = result
-        obs = _cast(self._space, obs)
-        final_obs = obs
+        obs = final_obs = gymnasium_spaces.cast(self._space, obs)
         ended = np.flatnonzero(terminated | truncated)
         if ended.size:
-            final_obs = jax.tree.map(np.copy, obs)
-            last = [_cast(self._space, infos["final_obs"][i]) for i in ended]
-            for x, *rows in zip(*map(jax.tree.leaves, (final_obs, *last)), strict=True):
-                x[ended] = rows
+            last = [gymnasium_spaces.cast(self._space, infos["final_obs"][i]) for i in ended]
+            final_obs = with_rows(obs, ended, jax.tree.map(lambda *x: np.stack(x), *last))
         return HostStep(obs, reward.astype(np.float32), terminated, truncated, final_obs)
 
     def close(self) -> None:
@@ -190,84 +191,22 @@ class _GymnasiumEnvs:
     @contextlib.contextmanager
     def _explained(self, failed: str) -> Iterator[None]:
         """Turns every error of an environment into a `HostError`."""
-        try:
-            with contextlib.ExitStack() as stack:
-                if self._is_async:
-                    # Gymnasium warns of the process that failed, before it raises the error.
-                    # Warnings of the environments themselves are those of other processes.
-                    stack.enter_context(warnings.catch_warnings())
-                    warnings.simplefilter("ignore")
+        self._is_healthy = False
+        with explained(failed), contextlib.ExitStack() as stack:
+            if self._is_async:
+                # Gymnasium warns of the process that failed, before it raises the error. Warnings
+                # of the environments themselves are those of other processes.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            try:
                 yield
-        except multiprocessing.TimeoutError as error:
-            self._is_healthy = False
-            raise HostError(
-                f"an environment must answer in {self._timeout:g} seconds; one took longer, and "
-                "may hang. Raise timeout in env_kwargs if it is that slow."
-            ) from error
-        except (EOFError, ConnectionError) as error:
-            self._is_healthy = False
-            raise HostError(
-                "the process of an environment ended: it was killed, or ran out of memory."
-            ) from error
-        except Exception as error:  # of any package
-            self._is_healthy = False
-            raise HostError(
-                f"an environment {failed}: {type(error).__name__}: {_first_line(error)}"
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
-
-
-def _actions(space: Any) -> spaces.Leaf:
-    """Converts a space of actions."""
-    from gymnasium import spaces as theirs
-
-    if isinstance(space, theirs.Discrete):
-        return spaces.Discrete(int(space.n))
-    if isinstance(space, theirs.MultiDiscrete) and space.nvec.ndim == 1:
-        return spaces.MultiDiscrete(tuple(map(int, space.nvec)))
-    if isinstance(space, theirs.MultiBinary) and len(space.shape) == 1:
-        return spaces.MultiDiscrete((2,) * space.shape[0])
-    if isinstance(space, theirs.Box) and np.issubdtype(space.dtype, np.floating):
-        if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            return spaces.Box(tuple(space.shape))
-        low, high = (tuple(map(float, x.ravel())) for x in (space.low, space.high))
-        return spaces.Box(tuple(space.shape), low=low, high=high)
-    raise ConfigError(
-        "actions must be integers or floating-point numbers, as a single array (Discrete, "
-        f"MultiDiscrete, MultiBinary, Box); got {space}. Wrap the environment."
-    )
-
-
-def _space(space: Any) -> spaces.Space:
-    """Converts a space of observations."""
-    from gymnasium import spaces as theirs
-
-    if isinstance(space, theirs.Dict):
-        return spaces.Dict.of({name: _space(entry) for name, entry in space.spaces.items()})
-    if isinstance(space, theirs.Tuple):
-        return spaces.Tuple(tuple(map(_space, space.spaces)))
-    if isinstance(space, theirs.Discrete) and space.start == 0:
-        return spaces.Discrete(int(space.n))
-    if isinstance(space, theirs.MultiDiscrete) and space.nvec.ndim == 1 and not space.start.any():
-        return spaces.MultiDiscrete(tuple(map(int, space.nvec)))
-    if isinstance(space, theirs.MultiBinary):
-        return spaces.Box(tuple(space.shape), "bool")
-    if isinstance(space, theirs.Box):
-        is_floating = np.issubdtype(space.dtype, np.floating)
-        return spaces.Box(tuple(space.shape), "float32" if is_floating else str(space.dtype))
-    raise ConfigError(
-        "observations must be of Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple, with "
-        f"integers from 0; got {space}. Wrap the environment."
-    )
-
-
-def _cast(space: spaces.Space, obs: Any) -> Any:
-    """Returns an observation, or a batch of them, as plain dicts, tuples and arrays."""
-    if isinstance(space, spaces.Dict):
-        return {name: _cast(entry, obs[name]) for name, entry in space.spaces}
-    if isinstance(space, spaces.Tuple):
-        return tuple(map(_cast, space.spaces, obs))
-    return np.asarray(obs, spaces.dtype_of(space))
+            except multiprocessing.TimeoutError as error:
+                raise HostError(
+                    f"an environment must answer in {self._timeout:g} seconds; one took longer, "
+                    "and may hang. Raise timeout in env_kwargs if it is that slow."
+                ) from error
+            except (EOFError, ConnectionError) as error:
+                raise HostError(
+                    "the process of an environment ended: it was killed, or ran out of memory."
+                ) from error
+        self._is_healthy = True

@@ -1,0 +1,83 @@
+"""Spaces of Gymnasium, in which every suite on the host describes its environments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ppo_jax.envs import spaces
+from ppo_jax.errors import ConfigError
+
+_UNBOUNDED = 1e30  # EnvPool describes a number without a bound by the limits of its type in C++
+
+
+def action_space(space: Any) -> spaces.Leaf:
+    """Converts a space of actions."""
+    from gymnasium import spaces as theirs
+
+    if isinstance(space, theirs.Discrete):
+        return spaces.Discrete(int(space.n))
+    if isinstance(space, theirs.MultiDiscrete) and space.nvec.ndim == 1:
+        return spaces.MultiDiscrete(tuple(map(int, space.nvec)))
+    if isinstance(space, theirs.MultiBinary) and len(space.shape) == 1:
+        return spaces.MultiDiscrete((2,) * space.shape[0])
+    if isinstance(space, theirs.Box) and np.issubdtype(space.dtype, np.floating):
+        if not _is_bounded(space):
+            return spaces.Box(tuple(space.shape))
+        low, high = (tuple(map(float, x.ravel())) for x in (space.low, space.high))
+        return spaces.Box(tuple(space.shape), low=low, high=high)
+    raise ConfigError(
+        "actions must be integers or floating-point numbers, as a single array (Discrete, "
+        f"MultiDiscrete, MultiBinary, Box); got {space}. Wrap the environment."
+    )
+
+
+def action_converter(space: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function that turns actions of a policy into those of a space of Gymnasium."""
+    start = getattr(space, "start", 0)
+    bounds = (space.low, space.high) if hasattr(space, "low") and _is_bounded(space) else None
+
+    def convert(actions: np.ndarray) -> np.ndarray:
+        if bounds is not None:
+            actions = np.clip(actions, *bounds)
+        return (actions + start).astype(space.dtype)
+
+    return convert
+
+
+def _is_bounded(space: Any) -> bool:
+    return bool((np.abs([space.low, space.high]) < _UNBOUNDED).all())
+
+
+def observation_space(space: Any) -> spaces.Space:
+    """Converts a space of observations."""
+    from gymnasium import spaces as theirs
+
+    if isinstance(space, theirs.Dict):
+        return spaces.Dict.of(
+            {name: observation_space(entry) for name, entry in space.spaces.items()}
+        )
+    if isinstance(space, theirs.Tuple):
+        return spaces.Tuple(tuple(map(observation_space, space.spaces)))
+    if isinstance(space, theirs.Discrete) and space.start == 0:
+        return spaces.Discrete(int(space.n))
+    if isinstance(space, theirs.MultiDiscrete) and space.nvec.ndim == 1 and not space.start.any():
+        return spaces.MultiDiscrete(tuple(map(int, space.nvec)))
+    if isinstance(space, theirs.MultiBinary):
+        return spaces.Box(tuple(space.shape), "bool")
+    if isinstance(space, theirs.Box):
+        is_floating = np.issubdtype(space.dtype, np.floating)
+        return spaces.Box(tuple(space.shape), "float32" if is_floating else str(space.dtype))
+    raise ConfigError(
+        "observations must be of Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple, with "
+        f"integers from 0; got {space}. Wrap the environment."
+    )
+
+
+def cast(space: spaces.Space, obs: Any) -> Any:
+    """Returns an observation, or a batch of them, as plain dicts, tuples and arrays."""
+    if isinstance(space, spaces.Dict):
+        return {name: cast(entry, obs[name]) for name, entry in space.spaces}
+    if isinstance(space, spaces.Tuple):
+        return tuple(map(cast, space.spaces, obs))
+    return np.asarray(obs, spaces.dtype_of(space))

@@ -1,0 +1,165 @@
+"""Adapter for environments of EnvPool, which are stepped on the host by threads in C++."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.envs import gymnasium_spaces, spaces
+from ppo_jax.envs.environment import Environment
+from ppo_jax.envs.host import (
+    HostSource,
+    HostStep,
+    consecutive_seeds,
+    explained,
+    make_host_environment,
+    refuse_arguments,
+    with_rows,
+)
+from ppo_jax.errors import ConfigError, unknown_name
+
+# What a training of an Atari game may set, and an evaluation must not.
+_WHOLE_GAMES = {"reward_clip": False, "episodic_life": False, "zero_discount_on_life_loss": False}
+_NO_LIMIT = 2**31 - 1  # in EnvPool
+
+
+def make(task: str, **kwargs: Any) -> Environment:
+    """Builds an environment of EnvPool.
+
+    Images with their channels first, as those of Atari games, get them last. Evaluations of Atari
+    games play whole games for their own rewards.
+
+    Args:
+      task: the name that `envpool.make` takes, such as "Pong-v5".
+      **kwargs: arguments of `envpool.make`. In Atari games `episodic_life=True` ends an episode
+        where a life is lost, and `reward_clip=True` clips rewards to [-1, 1].
+    """
+    import envpool
+
+    refuse_arguments(kwargs, ("num_envs", "batch_size", "seed", "env_seed"))
+    if task not in tasks():
+        raise unknown_name(
+            "task of envpool", task, tasks(), listed_by="ppo-jax envs --suite envpool"
+        )
+    spec = envpool.make_spec(task, **kwargs)
+    with _quietly():
+        observation_space = gymnasium_spaces.observation_space(spec.observation_space)
+        action_space = gymnasium_spaces.action_space(spec.action_space)
+    config = spec.config
+    if config.max_num_players > 1:
+        raise ConfigError(
+            f"an environment of envpool must have one player; {task} has up to "
+            f"{config.max_num_players}. Set max_num_players to 1 in env_kwargs."
+        )
+    whole = {name: value for name, value in _WHOLE_GAMES.items() if hasattr(config, name)}
+
+    def make_envs(num_envs: int, **changes: bool) -> _EnvPoolEnvs:
+        return _EnvPoolEnvs(task, {**kwargs, **changes}, num_envs)
+
+    limit = config.max_episode_steps
+    return make_host_environment(
+        f"envpool:{task}",
+        HostSource(
+            make_envs,
+            steps_in_background=True,
+            uses_all_cores=True,
+            make_evaluation_envs=lambda num_envs: make_envs(num_envs, **whole),
+        ),
+        observation_space=_channels_last(observation_space),
+        action_space=action_space,
+        longest_episode=None if limit == _NO_LIMIT else limit,
+    )
+
+
+def tasks() -> tuple[str, ...]:
+    """Returns the names that EnvPool has registered."""
+    import envpool
+
+    return tuple(envpool.list_all_envs())
+
+
+class _EnvPoolEnvs:
+    """Environments of EnvPool, whose threads step them in the background."""
+
+    def __init__(self, task: str, kwargs: dict[str, Any], num_envs: int) -> None:
+        self._task, self._kwargs, self._num_envs = task, kwargs, num_envs
+        self._envs: Any = None
+
+    def reset(self, seed: int) -> Any:
+        """Starts an episode in each environment; their seeds are consecutive."""
+        import envpool
+
+        # Seeds are those of environments that are made.
+        seeds = consecutive_seeds(seed, self._num_envs).tolist()
+        with explained("failed in a reset"), _quietly():
+            self._envs = envpool.make_gymnasium(
+                self._task, num_envs=self._num_envs, seed=seeds, **self._kwargs
+            )
+            obs, _ = self._envs.reset()
+            self._space = gymnasium_spaces.observation_space(self._envs.observation_space)
+            self._converted = gymnasium_spaces.action_converter(self._envs.action_space)
+        return self._cast(obs)
+
+    def send(self, actions: np.ndarray) -> None:
+        """Starts a step."""
+        with explained("failed in a step"):
+            self._envs.send(self._converted(actions))
+
+    def recv(self) -> HostStep:
+        """Waits for the step, and for the resets of episodes that it ended.
+
+        EnvPool would reset an environment in its next step, which would ignore its action, and be
+        no sample.
+        """
+        with explained("failed in a step"):
+            obs, reward, terminated, truncated, _ = self._envs.recv()
+            obs = final_obs = self._cast(obs)
+            ended = np.flatnonzero(terminated | truncated)
+            if ended.size:
+                first, _ = self._envs.reset(ended.astype(np.int32))
+                obs = with_rows(obs, ended, self._cast(first))
+        return HostStep(obs, reward.astype(np.float32), terminated, truncated, final_obs)
+
+    def close(self) -> None:
+        """Ends the threads, which belong to an object in C++."""
+        self._envs = None
+
+    def _cast(self, obs: Any) -> Any:
+        return _with_channels_last(self._space, gymnasium_spaces.cast(self._space, obs))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hides the warnings of Gymnasium that EnvPool's bounds lose precision in its spaces."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _has_channels_first(leaf: spaces.Leaf) -> bool:
+    """Returns whether observations are images with the channels first, as most of EnvPool are."""
+    if not isinstance(leaf, spaces.Box) or len(leaf.shape) != 3 or leaf.dtype != "uint8":
+        return False
+    return leaf.shape[0] < leaf.shape[2]
+
+
+def _channels_last(space: spaces.Space) -> spaces.Space:
+    """Returns the space of observations whose images have their channels last."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict.of({name: _channels_last(entry) for name, entry in space.spaces})
+    if isinstance(space, spaces.Box) and _has_channels_first(space):
+        return spaces.Box((*space.shape[1:], space.shape[0]), space.dtype)
+    return space
+
+
+def _with_channels_last(space: spaces.Space, obs: Any) -> Any:
+    """Returns observations `[N, ...]` whose images have their channels last."""
+
+    def convert(leaf: spaces.Leaf, x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.moveaxis(x, 1, 3)) if _has_channels_first(leaf) else x
+
+    leaves, structure = jax.tree.flatten(obs)
+    return jax.tree.unflatten(structure, map(convert, spaces.leaves(space), leaves))
