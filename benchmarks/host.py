@@ -60,8 +60,8 @@ WORKLOADS: dict[str, dict[str, Any]] = {
         "trainers": ("ppo_jax", "cleanrl"),
         "cleanrl_script": "ppo_continuous_action.py",
     },
-    # Both with `nature_cnn`; an episode of the training is a life. The limit is for evaluations: the
-    # greedy policy of so short a training may never start the ball.
+    # Both with `nature_cnn`; an episode of the training is a life. The limit is for evaluations:
+    # the greedy policy of so short a training may never start the ball.
     "Breakout-v5": {
         "env": "envpool:Breakout-v5",
         "config": {
