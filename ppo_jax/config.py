@@ -24,7 +24,7 @@ AdvantageNormalization = Literal["minibatch", "batch", "none"]
 ValueTarget = Literal["gae", "td"]
 Network = Literal["mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"]
 ComputeDtype = Literal["float32", "bfloat16"]
-MemoryKind = Literal["gru", "lstm", "mingru"]
+MemoryKind = Literal["gru", "lstm", "mingru", "lru"]
 
 
 _LARGEST_COUNT = 2**31 - 1

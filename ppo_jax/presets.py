@@ -270,6 +270,8 @@ _ON_HOST: dict[str, dict[str, _Preset]] = {
 }
 """Presets of environments on the host, or of all those of a suite."""
 
+_ADDED = {"env_kwargs", "env_params"}
+
 
 def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
     """Returns the settings tuned for `algorithm` in `env`, or the defaults where there are none.
@@ -277,7 +279,8 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     Args:
       env: an environment's name.
       algorithm: an algorithm's name.
-      **changes: fields of `Config` that replace the preset's.
+      **changes: fields of `Config` that replace the preset's; `env_kwargs` and `env_params` are
+        added to them.
 
     Returns:
       `(config, hparams)`, as `ppo_jax.train` and `trainer.run` take them.
@@ -287,6 +290,9 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     16
     """
     tuned = _tuned(env).get(algorithm, _Preset({}, {}))
+    for name in _ADDED & tuned.config.keys() & changes.keys():
+        if changes[name] is not None:
+            changes[name] = {**tuned.config[name], **dict(changes[name])}
     config = Config(env=env, algorithm=algorithm).replace(**{**tuned.config, **changes})
     return config, HParams(**tuned.hparams)
 

@@ -156,7 +156,7 @@ def _require_whole_episodes(config: Config, env: Environment) -> None:
     if longest is not None and config.num_steps < longest:
         limit, where = "max_steps_in_episode", "env_params"
         if env.host is not None:
-            limit, where = "max_episode_steps", "env_kwargs"
+            limit, where = env.host.time_limit, "env_kwargs"
         raise ConfigError(
             f"{config.algorithm} needs whole episodes: num_steps must be at least the longest, "
             f"{limit}; got {config.num_steps} and {longest:g}. "

@@ -139,6 +139,9 @@ class Entries(gymnasium.Env):
             "integers": gymnasium.spaces.MultiDiscrete([2, 3]),
             "flags": gymnasium.spaces.MultiBinary(3),
             "continuous": gymnasium.spaces.Box(-0.1, 0.1, (2,), np.float32),
+            "half": gymnasium.spaces.Box(
+                np.array([0, -np.inf], np.float32), np.array([0.1, np.inf], np.float32)
+            ),
             "bytes": gymnasium.spaces.Box(0, 255, (2,), np.uint8),
         }[actions]
         self.time = 0

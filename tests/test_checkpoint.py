@@ -34,7 +34,7 @@ def assert_same_bits(one, other):
 
 KINDS = [
     *({"algorithm": name} for name in ALGORITHMS),
-    *({"memory": name, "num_minibatches": 2} for name in ("gru", "lstm", "mingru")),
+    *({"memory": name, "num_minibatches": 2} for name in ("gru", "lstm", "mingru", "lru")),
     *({"optimizer": name} for name in sorted(OPTIMIZERS)),
     {"normalize_obs": True, "normalize_reward": True},
     {"lr_schedule": "kl_adaptive"},

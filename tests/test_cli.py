@@ -228,7 +228,7 @@ def test_help_shows_the_choices(command, capsys):
         "optimizer": OPTIMIZERS,
         "lr-schedule": SCHEDULES,
         "network": ["mlp", "cnn", "impala_cnn"],
-        "memory": ["gru", "lstm", "mingru"],
+        "memory": ["gru", "lstm", "mingru", "lru"],
     }.items():
         assert all(choice in options[name] for choice in choices), name
     if command == "train":

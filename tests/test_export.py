@@ -40,11 +40,12 @@ CONFIGS = {
     "gru": Config(hidden_sizes=(8,), memory="gru", memory_size=4),
     "lstm": Config(hidden_sizes=(8,), memory="lstm", memory_size=4),
     "mingru": Config(hidden_sizes=(8,), memory="mingru", memory_size=4),
+    "lru": Config(hidden_sizes=(8,), memory="lru", memory_size=4),
     "dict": Config(
         hidden_sizes=(8,), wrappers={"previous_action_reward": True}, normalize_obs=True
     ),
 }
-WITHOUT_DENSE = {"convolutions", "gru", "lstm", "mingru", "dict"}
+WITHOUT_DENSE = {"convolutions", "gru", "lstm", "mingru", "lru", "dict"}
 
 
 @functools.cache

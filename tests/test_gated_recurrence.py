@@ -23,8 +23,10 @@ def platform(request, monkeypatch):
 
 
 def state_of(key, kind):
-    states = jax.random.normal(key, (2, N, H))
-    return tuple(states) if kind == "lstm" else states[0]
+    states = jax.random.normal(key, (3, N, H))
+    if kind == "lru":
+        return jnp.concatenate([states[0], states[1]], axis=-1), states[2]
+    return tuple(states[:2]) if kind == "lstm" else states[0]
 
 
 def arguments_of(kind, num_parts):
@@ -117,7 +119,7 @@ def test_second_derivatives_are_those_of_the_loop(kind, num_parts):
     )
 
 
-@pytest.mark.parametrize("kind", [*CELLS, "mingru"])
+@pytest.mark.parametrize("kind", [*CELLS, "mingru", "lru"])
 def test_an_accelerator_runs_layers_together_as_a_cpu_does_one_by_one(kind, monkeypatch):
     keys = jax.random.split(jax.random.key(1), 6)
     start = jax.random.uniform(keys[0], (T, N)) < 0.3

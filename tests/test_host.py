@@ -155,7 +155,17 @@ CASES = {
         env=ENTRIES, env_kwargs={"actions": "continuous"}
     ),  # it checks the bounds
     "flags": counting(env=ENTRIES, env_kwargs={"actions": "flags"}),
+    "half bounded": counting(env=ENTRIES, env_kwargs={"actions": "half"}),
 }
+
+
+def test_acting_is_compiled_once():
+    act = host_rollout.act
+    config = counting(memory="gru", memory_size=4, num_minibatches=2, hidden_sizes=(7,))
+    before = act._cache_size()
+    ppo_jax.train(config, eval_episodes=2, progress=False)
+    # Once for the training, and once for the evaluation, which has fewer environments.
+    assert act._cache_size() == before + 2
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,12 +3,15 @@
 `make test-suites` installs EnvPool, whose files take 600 MB, and runs these tests.
 """
 
+import gc
+import os
+
 import jax
 import numpy as np
 import pytest
 
 import ppo_jax
-from ppo_jax import Config, ConfigError, cli, envs, make_env
+from ppo_jax import Config, ConfigError, cli, envs, make_env, presets
 from ppo_jax.envs.host import HostError
 from ppo_jax.envs.spaces import Box, Dict, Discrete
 from ppo_jax.envs.suites import HOST_SUITES
@@ -81,8 +84,14 @@ def test_successors_are_true_where_a_life_or_a_game_ends(name):
         np.testing.assert_array_equal(trajectory.obs[1:][goes_on], successors)
         assert not trajectory.truncated.any()
         ends.append(trajectory.terminated.sum())
-    # A game has five lives.
+    # A game has five lives. Where one is lost, the game goes on, and so does the stack of frames:
+    # at once, or after a step without an action in EnvPool.
     assert 2 <= ends[0] < ends[1] / 3
+    ended = trajectory.terminated[:-1]
+    before, after = trajectory.final_obs[:-1][ended], trajectory.obs[1:][ended]
+    moved = (after[..., :3] == before[..., 1:]).all((-1, -2, -3))
+    goes_on = moved | (after == before).all((-1, -2, -3))
+    assert 1 <= (~goes_on).sum() < goes_on.sum() / 3
 
 
 @pytest.mark.parametrize("name", each(LIMITS))
@@ -169,7 +178,7 @@ def test_spaces_are_those_of_the_environments(name, tmp_path, monkeypatch):
     assert env.observation_space == observation_space
     assert env.action_space == action_space
     made = env.host.make_envs(2)
-    obs = made.reset(2**31 - 2)
+    obs = made.reset(2**31 - 1)  # the next seed is too large for them
     for leaf, x in zip(envs.spaces.leaves(observation_space), jax.tree.leaves(obs), strict=True):
         assert x.shape == (2, *envs.spaces.shape_of(leaf))
         assert x.dtype == envs.spaces.dtype_of(leaf)
@@ -178,12 +187,16 @@ def test_spaces_are_those_of_the_environments(name, tmp_path, monkeypatch):
 
 REFUSED = {
     "ale:Brekout": ({}, "Did you mean Breakout.*ppo-jax envs --suite ale"),
+    "ale:Warlords": ({}, "unknown game"),  # ale-py would end the process
     "ale:Breakout": ({"num_envs": 3}, "env_kwargs must not have num_envs"),
     "ale:Pong": ({"frameskip": 0}, "env_kwargs must be what AtariVectorEnv takes"),
+    "ale:Boxing": ({"stack_num": 0}, "stack_num must be a positive integer"),
     "ale:Tennis": ({"colour": 1}, "env_kwargs must be what"),
     "envpool:Pongg-v5": ({}, "Did you mean Pong-v5"),
     "envpool:Pong-v5": ({"seed": 3}, "env_kwargs must not have seed"),
-    "envpool:Tennis-v5": ({"colour": 1}, "env_kwargs must be what"),
+    "envpool:Boxing-v5": ({"mode": 99}, "env_kwargs must be what EnvPool takes"),
+    "envpool:Tennis-v5": ({"colour": 1}, "env_kwargs must be what EnvPool takes"),
+    "envpool:TicTacToe-v1": ({}, "must have one player"),
 }
 
 
@@ -194,13 +207,49 @@ def test_what_a_suite_cannot_make_is_refused(name):
         envs.make(name, **kwargs)
 
 
+@pytest.mark.parametrize("name", each(["ale:Pong", "envpool:Breakout-v5", "envpool:Pong-v5"]))
+def test_presets_are_made_and_keep_what_they_are_given(name):
+    config, hparams = presets.preset(name, env_kwargs={"frame_stack_is_not_a_name": 1})
+    assert len(config.env_kwargs) >= 2  # the preset's, and the one that is given
+    config, hparams = presets.preset(name)
+    env = make_env(config)
+    assert env.observation_space == Box((84, 84, 4), "uint8")
+    assert hparams.clip_eps == 0.1
+
+
 @pytest.mark.parametrize("name", each(["ale:Pong"]))
-def test_an_error_of_a_step_is_one_sentence(name):
+def test_wrong_actions_are_one_sentence(name):
     made = envs.make(name).host.make_envs(2)
     made.reset(0)
     with pytest.raises(HostError, match="an environment failed in a step"):
         made.send(np.zeros(3, np.int32))
     made.close()
+
+
+@pytest.mark.parametrize("name", each(["ale:Pong", "envpool:Pong-v5"]))
+def test_threads_are_closed(name):
+    env = envs.make(name)
+
+    def used():
+        before = len(os.listdir("/proc/self/task"))
+        made = env.host.make_envs(2)
+        made.reset(0)
+        during = len(os.listdir("/proc/self/task"))
+        made.close()
+        gc.collect()
+        return during - before, len(os.listdir("/proc/self/task")) - before
+
+    used()
+    during, after = used()
+    assert during > 0
+    assert after == 0
+
+
+@pytest.mark.parametrize("name", each(["ale:Pong", "envpool:CartPole-v1"]))
+def test_whole_episodes_ask_for_the_limit_of_the_suite(name):
+    limit = "max_num_frames_per_episode" if name.startswith("ale") else "max_episode_steps"
+    with pytest.raises(ConfigError, match=f"needs whole episodes.*lower {limit} in env_kwargs"):
+        ppo_jax.make_trainer(Config(env=name, algorithm="reinforce", num_steps=8))
 
 
 @pytest.mark.parametrize("name", each(["ale:MontezumaRevenge", "envpool:MontezumaRevenge-v5"]))

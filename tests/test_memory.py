@@ -15,7 +15,7 @@ from ppo_jax.stages.collect import _values_in_sequence
 from ppo_jax.stages.rollout import rollout
 from tests.probes import PROBES, probe, probe_name
 
-KINDS = ("gru", "lstm", "mingru")
+KINDS = ("gru", "lstm", "mingru", "lru")
 T, N, F, SIZE = 13, 5, 3, 4
 
 
@@ -76,6 +76,57 @@ def test_min_gru_is_the_paper_s_recurrence():
         z = 1 / (1 + np.exp(-np.asarray(x[t] @ gate)))
         h = (1 - z) * h + z * np.asarray(x[t] @ candidate)
         np.testing.assert_allclose(together[t], h, rtol=1e-4, atol=1e-5)
+
+
+def test_lru_is_the_paper_s_recurrence():
+    cell = RecurrentLayer("lru", SIZE)
+    x = np.asarray(jax.random.normal(jax.random.key(0), (20, N, F)))
+    start = np.asarray(jax.random.uniform(jax.random.key(1), (20, N)) < 0.2)
+    keys = jax.random.split(jax.random.key(2), 2)
+    memory = tuple(
+        jax.random.normal(key, x.shape)
+        for key, x in zip(keys, initial_state("lru", SIZE, (N,)), strict=True)
+    )
+    params = initial_params(cell, jax.random.key(3), memory, x, start)
+    p = jax.tree.map(np.asarray, params["params"]["LRU_0"])
+    decay = np.exp(-np.exp(p["nu"]) + 1j * np.exp(p["theta"]))
+    assert ((np.abs(decay) > 0.9) & (np.abs(decay) < 0.999)).all()
+    assert ((np.angle(decay) > 0) & (np.angle(decay) < np.pi / 10)).all()
+    scale = np.sqrt(1 - np.abs(decay) ** 2)
+    h = np.asarray(memory[0][:, :SIZE]) + 1j * np.asarray(memory[0][:, SIZE:])
+    hidden, outputs = jax.jit(cell.apply)(params, memory, x, start)
+    for t in range(20):
+        b_x = x[t] @ p["B"]["kernel"]
+        b_x = scale * (b_x[:, :SIZE] + 1j * b_x[:, SIZE:])
+        h = np.where(start[t][:, None], 0, decay * h) + b_x
+        parts = np.concatenate([h.real, h.imag], axis=-1)
+        np.testing.assert_allclose(hidden[t], parts, rtol=1e-4, atol=1e-5)
+        y = parts @ p["C"]["kernel"] + x[t] @ p["D"]["kernel"] + p["D"]["bias"]
+        expected = y[:, :SIZE] / (1 + np.exp(-y[:, SIZE:]))
+        np.testing.assert_allclose(outputs[t], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_lru_is_that_of_its_steps_one_by_one():
+    cell = RecurrentLayer("lru", SIZE)
+    x = jax.random.normal(jax.random.key(0), (20, N, F))
+    start = jax.random.uniform(jax.random.key(1), (20, N)) < 0.2
+    memory = initial_state("lru", SIZE, (N,))
+    params = initial_params(cell, jax.random.key(3), memory, x, start)
+
+    def together(params, x):
+        return jnp.sum(jnp.square(output_of(cell.apply(params, memory, x, start))))
+
+    def one_by_one(params, x):
+        def step(state, inputs):
+            after = cell.apply(params, state, *(leaf[None] for leaf in inputs))
+            return jax.tree.map(lambda leaf: leaf[0], after), output_of(after)[0]
+
+        return jnp.sum(jnp.square(jax.lax.scan(step, memory, (x, start))[1]))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        *(jax.jit(jax.grad(f, argnums=(0, 1)))(params, x) for f in (together, one_by_one)),
+    )
 
 
 # The sign is seen at time 0 only, and asked for two steps later.

@@ -45,6 +45,7 @@ def result_of(config):
         ("gru", {}),
         ("lstm", {}),
         ("mingru", {}),
+        ("lru", {}),
     ],
 )
 def test_an_accelerator_s_program_trains_as_a_cpu_s(case, changes, monkeypatch):

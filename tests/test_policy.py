@@ -46,7 +46,7 @@ def test_orthogonal_matrices_have_no_preferred_direction_and_nothing_to_do_with_
     np.testing.assert_allclose(products, np.zeros((3, 3, 3, 3)), atol=0.02)
 
 
-@pytest.mark.parametrize("memory", [None, "gru", "lstm", "mingru"])
+@pytest.mark.parametrize("memory", [None, "gru", "lstm", "mingru", "lru"])
 def test_every_kernel_is_drawn_and_units_vary_as_their_inputs_do(memory):
     spec = PolicySpec(
         observation_space=Box((4,)),

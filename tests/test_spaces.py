@@ -80,6 +80,7 @@ CASES = {
     "lstm": (masked(4), Discrete(4), {"memory": "lstm"}),
     "lstm-normalized": (VECTOR, BOUNDED, {"memory": "lstm", "normalize_obs": True}),
     "mingru": (MANY, MultiDiscrete((2, 4)), {"memory": "mingru"}),
+    "lru": (MANY, MultiDiscrete((2, 4)), {"memory": "lru"}),
     "gru-own-module": (VECTOR, Discrete(3), {"memory": "gru", "network": Doubled()}),
 }
 

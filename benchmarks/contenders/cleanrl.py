@@ -43,11 +43,10 @@ def build(workload: dict[str, Any]) -> Any:
 
     def run(seed: int) -> dict[str, float | None]:
         with tempfile.TemporaryDirectory() as folder:
-            result = subprocess.run(
-                [*command, f"--seed={seed}"], cwd=folder, check=True, capture_output=True, text=True
-            )
-        rate = float(re.findall(r"SPS: (\d+)", result.stdout)[-1])
-        returns = re.findall(r"episodic_return=\[?([-\d.e]+)", result.stdout)[-_EPISODES:]
+            seeded = [*command, f"--seed={seed}"]
+            output = subprocess.check_output(seeded, cwd=folder, text=True)
+        rate = float(re.findall(r"SPS: (\d+)", output)[-1])
+        returns = re.findall(r"episodic_return=\[?([-+\d.e]+)", output)[-_EPISODES:]
         return {
             "seconds": workload["total_timesteps"] / rate,
             "return": statistics.mean(map(float, returns)) if returns else None,

@@ -8,7 +8,7 @@ import numpy as np
 from ppo_jax.envs import spaces
 from ppo_jax.errors import ConfigError
 
-_UNBOUNDED = 1e30  # EnvPool describes a number without a bound by the limits of its type in C++
+_UNBOUNDED = 1e30  # EnvPool gives numbers without bounds the limits of their type in C++
 
 
 def action_space(space: Any) -> spaces.Leaf:
@@ -22,7 +22,7 @@ def action_space(space: Any) -> spaces.Leaf:
     if isinstance(space, theirs.MultiBinary) and len(space.shape) == 1:
         return spaces.MultiDiscrete((2,) * space.shape[0])
     if isinstance(space, theirs.Box) and np.issubdtype(space.dtype, np.floating):
-        if not _is_bounded(space):
+        if not (np.abs([space.low, space.high]) < _UNBOUNDED).all():
             return spaces.Box(tuple(space.shape))
         low, high = (tuple(map(float, x.ravel())) for x in (space.low, space.high))
         return spaces.Box(tuple(space.shape), low=low, high=high)
@@ -35,7 +35,7 @@ def action_space(space: Any) -> spaces.Leaf:
 def action_converter(space: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function that turns actions of a policy into those of a space of Gymnasium."""
     start = getattr(space, "start", 0)
-    bounds = (space.low, space.high) if hasattr(space, "low") and _is_bounded(space) else None
+    bounds = (space.low, space.high) if hasattr(space, "low") else None
 
     def convert(actions: np.ndarray) -> np.ndarray:
         if bounds is not None:
@@ -43,10 +43,6 @@ def action_converter(space: Any) -> Callable[[np.ndarray], np.ndarray]:
         return (actions + start).astype(space.dtype)
 
     return convert
-
-
-def _is_bounded(space: Any) -> bool:
-    return bool((np.abs([space.low, space.high]) < _UNBOUNDED).all())
 
 
 def observation_space(space: Any) -> spaces.Space:

@@ -35,7 +35,7 @@ class HostEnvs(Protocol):
         """Waits for the step that `send` started."""
 
     def close(self) -> None:
-        """Ends the processes of the environments."""
+        """Ends the processes or threads of the environments."""
 
 
 class HostSource(NamedTuple):
@@ -49,6 +49,8 @@ class HostSource(NamedTuple):
     """A step runs on as many cores as there are."""
     make_evaluation_envs: Callable[[int], HostEnvs] | None = None
     """Makes environments for evaluations, where these differ from those of the training."""
+    time_limit: str = "max_episode_steps"
+    """The argument, one of `Config.env_kwargs`, that bounds an episode."""
 
 
 class HostError(ConfigError):

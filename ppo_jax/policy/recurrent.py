@@ -1,8 +1,10 @@
 """Recurrent layers over whole sequences, whose state is cleared where episodes start.
 
-A recurrent state is what a layer carries from step to step, `[N, size]`; an LSTM carries a pair.
+A recurrent state is what a layer carries from step to step, `[N, size]`. An LSTM and a linear
+recurrent unit carry a tuple whose last entry is the output.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +39,18 @@ class _Weights(NamedTuple):
     """None for a minGRU, whose gates depend on the input alone."""
 
 
+class _LruWeights(NamedTuple):
+    """Weights of a linear recurrent unit with M complex units, whose parts are placed side by side.
+
+    Orvieto et al. 2023 (arXiv:2303.06349), section 3.
+    """
+
+    decay: jax.Array  # [2, M], parts of λ, with |λ| < 1
+    of_input: Affine  # B, `[F, 2M]`
+    of_state: Affine  # C, `[2M, 2·size]`: the output and its gate
+    skip: Affine  # D, `[F, 2·size]`
+
+
 class _Cell(NamedTuple):
     """A gated cell, and its parameters, which have the names and shapes of flax's cell."""
 
@@ -56,7 +70,7 @@ _CELLS = {
 
 
 class RecurrentLayer(nn.Module):
-    """A GRU, an LSTM or a minGRU, by name."""
+    """A GRU, an LSTM, a minGRU or a linear recurrent unit, by name."""
 
     kind: str
     size: int
@@ -70,13 +84,16 @@ class RecurrentLayer(nn.Module):
           start: `[T, N]`, the input is the first of an episode: the state is cleared before it.
 
         Returns:
-          `[T, N, size]`; the last step continues the sequence, and `output_of` gives the outputs.
+          States, `[T, N, size]` or tuples; the last step continues the sequence, and `output_of`
+          gives the outputs `[T, N, size]`.
         """
         return run([self], [state], [x], start)[0]
 
     @nn.compact
-    def weights(self, num_inputs: int) -> _Weights:
-        """Returns the weights for inputs of a size, a part for each gate."""
+    def weights(self, num_inputs: int) -> Any:
+        """Returns the weights for inputs of a size; a gated cell has a part for each gate."""
+        if self.kind == "lru":
+            return _Lru(self.size, name="LRU_0")(num_inputs)
         if self.kind == "mingru":
             gates = [
                 _Gate(self.size, num_inputs, orthogonal(), name=f"Dense_{i}")() for i in (0, 1)
@@ -102,6 +119,45 @@ class _GatedCell(nn.Module):
 
         of_input = make("i", num_inputs, nn.initializers.lecun_normal(), self.cell.with_input_bias)
         return _Weights(of_input, make("h", self.size, orthogonal(), self.cell.with_state_bias))
+
+
+class _Lru(nn.Module):
+    """Weights of a linear recurrent unit.
+
+    λ = exp(−exp(ν) + i exp(θ)) starts uniform on the ring of radii 0.9 to 0.999, with phases up to
+    π / 10: slow units, as for the long sequences of Orvieto et al. 2023, table 8.
+    """
+
+    size: int
+
+    @nn.compact
+    def __call__(self, num_inputs: int) -> _LruWeights:
+        def log_rate(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            radius = jax.random.uniform(key, shape, minval=_RADII[0] ** 2, maxval=_RADII[1] ** 2)
+            return jnp.log(-0.5 * jnp.log(radius))
+
+        def log_phase(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            # A phase of exactly 0 has no logarithm.
+            return jnp.log(jax.random.uniform(key, shape, minval=1e-4, maxval=_LARGEST_PHASE))
+
+        rate = jnp.exp(self.param("nu", log_rate, (self.size,)))
+        phase = jnp.exp(self.param("theta", log_phase, (self.size,)))
+        radius = jnp.exp(-rate)
+        decay = jnp.stack([radius * jnp.cos(phase), radius * jnp.sin(phase)])
+        # γ of the paper, here a function of λ: all units have states of the same size.
+        scale = jnp.tile(jnp.sqrt(1.0 - radius**2), 2).reshape(1, -1)
+        normal = nn.initializers.lecun_normal()
+        kernel, _ = _Gate(2 * self.size, num_inputs, normal, has_bias=False, name="B")()
+        of_state = _Gate(2 * self.size, 2 * self.size, normal, has_bias=False, name="C")()
+        skip = _Gate(2 * self.size, num_inputs, orthogonal(), name="D")()
+        no_bias = jnp.zeros(2 * self.size)
+        return _LruWeights(
+            decay, Affine([kernel * scale], [no_bias]), _affine([of_state]), _affine([skip])
+        )
+
+
+_RADII = (0.9, 0.999)
+_LARGEST_PHASE = 0.1 * math.pi
 
 
 class _Gate(nn.Module):
@@ -143,6 +199,9 @@ def run(
       inputs: of each layer, `[T, N, F]`; F may differ.
       start: `[T, N]`.
     """
+    if layers[0].kind == "lru":
+        each = zip(layers, states, inputs, strict=True)
+        return [_lru(layer.weights(x.shape[-1]), state, x, start) for layer, state, x in each]
     steps: Callable[..., Any] = partial(_steps, kind=layers[0].kind, size=layers[0].size)
     weights = [layer.weights(x.shape[-1]) for layer, x in zip(layers, inputs, strict=True)]
 
@@ -210,7 +269,46 @@ def _min_gru(gates: Gates, state: jax.Array, start: jax.Array) -> jax.Array:
     return linear_recurrence(keep, update_gate * candidate, state)
 
 
+def _lru(weights: _LruWeights, state: tuple, x: jax.Array, start: jax.Array) -> tuple:
+    """Computes h_t = λ h_{t−1} + B x_t, and a gated output of C h_t + D x_t.
+
+    Args:
+      weights: of the unit.
+      state: h, its real and imaginary parts side by side, `[N, 2M]`, and the last output.
+      x: inputs, `[T, N, F]`.
+      start: `[T, N]`.
+
+    Returns:
+      States and outputs, `[T, N, 2M]` and `[T, N, size]`.
+    """
+    (inputs,) = products(x, weights.of_input)
+    keeps = jnp.where(start[..., None], 0.0, 1.0)
+    decay = weights.decay.reshape(2, 1, 1, -1)
+    if len(start) == 1:
+        # In real numbers: formats of exported policies have no complex ones.
+        (real, imaginary), (a, b) = jnp.split(keeps * state[0][None], 2, axis=-1), decay
+        hidden = inputs + jnp.concatenate([a * real - b * imaginary, a * imaginary + b * real], -1)
+    else:
+        decays = keeps * jax.lax.complex(*decay)
+        hidden = _parts_of(linear_recurrence(decays, _complex_of(inputs), _complex_of(state[0])))
+    (of_state,), (skipped,) = products(hidden, weights.of_state), products(x, weights.skip)
+    output, gate = jnp.split(of_state + skipped, 2, axis=-1)
+    # A gated linear unit: Dauphin et al. 2017 (arXiv:1612.08083), section 2.
+    return hidden, output * nn.sigmoid(gate)
+
+
+def _complex_of(parts: jax.Array) -> jax.Array:
+    """Returns complex numbers whose parts are placed side by side."""
+    return jax.lax.complex(*jnp.split(parts, 2, axis=-1))
+
+
+def _parts_of(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x.real, x.imag], axis=-1)
+
+
 def initial_state(kind: str, size: int, batch_shape: tuple[int, ...]) -> Any:
-    """Returns the recurrent state at the start of an episode, `[*batch_shape, size]`."""
+    """Returns the recurrent state at the start of an episode, zeros `[*batch_shape, *]`."""
     zeros = jnp.zeros((*batch_shape, size), jnp.float32)
+    if kind == "lru":
+        return jnp.zeros((*batch_shape, 2 * size), jnp.float32), zeros
     return (zeros, zeros) if kind == "lstm" else zeros

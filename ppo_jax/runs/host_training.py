@@ -189,7 +189,7 @@ def _compile_acting(
         host_rollout.placed(policy),
         jax.tree.map(zeros, before.obs),
         host_rollout.placed(jax.tree.map(zeros, before.recurrent_state)),
-        start=zeros(before.episode_return) == 0,
+        start=np.ones(before.episode_return.shape[0] // num_groups, bool),
         key=host_rollout.placed(jax.random.key(0)),
         index=np.uint32(0),
     )

@@ -61,12 +61,12 @@ def act(
 
 
 def placed(tree: Any) -> Any:
-    """Returns arrays on the first device of this process.
+    """Returns arrays on the default device, to which they are committed.
 
     Arguments of `act` that come from NumPy, from a new array and from a compiled update would make
     three programs of it.
     """
-    return jax.device_put(tree, jax.devices()[0])
+    return jax.device_put(tree, next(iter(jnp.zeros(()).devices())))
 
 
 def seed_of(key: jax.Array) -> int:

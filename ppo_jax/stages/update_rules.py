@@ -306,7 +306,7 @@ def _gradient(
     """Returns the gradient of the mean loss, and metrics, accumulated over chunks of samples.
 
     A masked minibatch is not split into chunks, because these would need weights: not all samples
-    count. A minibatch of sequences is not split either.
+    count. Sequences and whole rollouts `[T, N]` are not split either.
 
     Args:
       loss_fn: the loss.
@@ -318,7 +318,7 @@ def _gradient(
     """
     gradient = jax.grad(loss_fn, has_aux=True)
     size = minibatch.log_prob.size
-    is_whole = minibatch.mask is not None or minibatch.recurrent_state is not None
+    is_whole = minibatch.mask is not None or minibatch.log_prob.ndim > 1
     if chunk_size is None or size <= chunk_size or is_whole:
         return gradient(params, minibatch, hparams)
     num_chunks = size // largest_divisor(size, at_most=chunk_size)

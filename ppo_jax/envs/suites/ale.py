@@ -16,8 +16,11 @@ from ppo_jax.envs.host import (
     refuse_arguments,
     with_rows,
 )
-from ppo_jax.errors import ConfigError, unknown_name
+from ppo_jax.errors import ConfigError, require_positive_integers, unknown_name
 
+_SIZES = ("img_height", "img_width", "stack_num")
+# Games that ale-py cannot start: it ends the process.
+_UNSUPPORTED = ("combat", "joust", "maze_craze", "warlords")
 _WHOLE_GAMES = {"reward_clipping": False, "episodic_life": False, "life_loss_info": False}
 
 
@@ -26,7 +29,7 @@ def make(task: str, **kwargs: Any) -> Environment:
 
     By default the preprocessing is that of Mnih et al. 2015 (doi:10.1038/nature14236): an action is
     repeated for four frames, an observation `[84, 84, 4]` stacks four frames in shades of grey, and
-    rewards are clipped to [-1, 1]. Evaluations play whole games for their own rewards.
+    rewards are clipped to [-1, 1]. Evaluations play whole games with unclipped rewards.
 
     Args:
       task: a game, such as "MsPacman".
@@ -41,6 +44,8 @@ def make(task: str, **kwargs: Any) -> Environment:
     roms = _roms()
     if task not in roms:
         raise unknown_name("game of ale", task, roms, listed_by="ppo-jax envs --suite ale")
+    # ale-py checks these in a thread, whose error would end the process or be waited for forever.
+    require_positive_integers({name: kwargs.get(name) for name in _SIZES})
 
     def make_envs(num_envs: int, **changes: bool) -> Any:
         # In this mode a step returns the new episode, and the true successor in its infos.
@@ -51,7 +56,8 @@ def make(task: str, **kwargs: Any) -> Environment:
         example = make_envs(1)
     except gymnasium.error.Error as error:
         raise ConfigError(
-            f"env_kwargs must be what AtariVectorEnv takes; got {kwargs}: {first_line(error)}."
+            f"env_kwargs must be what AtariVectorEnv takes; got {kwargs}: {first_line(error)}. "
+            "Change or leave out env_kwargs."
         ) from error
     frames = np.empty(example.observation_space.shape, np.uint8)
     num_frames = kwargs.get("max_num_frames_per_episode", 108_000)
@@ -62,6 +68,7 @@ def make(task: str, **kwargs: Any) -> Environment:
             steps_in_background=True,
             uses_all_cores=True,
             make_evaluation_envs=lambda num_envs: _AtariEnvs(make_envs(num_envs, **_WHOLE_GAMES)),
+            time_limit="max_num_frames_per_episode",
         ),
         observation_space=spaces.Box(_as_channels(frames).shape[1:], "uint8"),
         action_space=gymnasium_spaces.action_space(example.single_action_space),
@@ -78,7 +85,8 @@ def _roms() -> dict[str, str]:
     """Returns the names of ROMs by those of games: "ms_pacman" is that of "MsPacman"."""
     from ale_py import roms
 
-    return {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    names = [rom for rom in roms.get_all_rom_ids() if rom not in _UNSUPPORTED]
+    return {rom.title().replace("_", ""): rom for rom in names}
 
 
 class _AtariEnvs:
@@ -92,7 +100,7 @@ class _AtariEnvs:
         """Starts an episode in each environment; their seeds are consecutive."""
         with explained("failed in a reset"):
             frames, infos = self._envs.reset(seed=consecutive_seeds(seed, self._envs.num_envs))
-        self._frame_number = infos["episode_frame_number"]
+        self._first_frame = _first_frame_of(infos)
         return _as_channels(frames)
 
     def send(self, actions: np.ndarray) -> None:
@@ -105,10 +113,10 @@ class _AtariEnvs:
         with explained("failed in a step"):
             frames, reward, terminated, truncated, infos = self._envs.recv()
         obs = final_obs = _as_channels(frames)
-        # An episode that ends with a life ends no game, whose frames are counted on. The next
-        # observation is its true successor, and ale-py 0.12.1 leaves `final_obs` as it was.
-        before, self._frame_number = self._frame_number, infos["episode_frame_number"]
-        reset = np.flatnonzero(truncated | (terminated & (self._frame_number < before)))
+        # With `life_loss_info` an episode that ends with a life ends no game. The next observation
+        # is its true successor, and ale-py 0.12.1 writes no `final_obs`.
+        before, self._first_frame = self._first_frame, _first_frame_of(infos)
+        reset = np.flatnonzero((terminated | truncated) & (self._first_frame != before))
         if reset.size:
             final_obs = with_rows(obs, reset, _as_channels(infos["final_obs"][reset]))
         return HostStep(obs, reward.astype(np.float32), terminated, truncated, final_obs)
@@ -116,6 +124,11 @@ class _AtariEnvs:
     def close(self) -> None:
         """Ends the threads, which belong to an object in C++."""
         self._envs.ale = None
+
+
+def _first_frame_of(infos: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns the number of the first frame of each game, `[N]`, which every reset changes."""
+    return infos["frame_number"] - infos["episode_frame_number"]
 
 
 def _as_channels(frames: np.ndarray) -> np.ndarray:

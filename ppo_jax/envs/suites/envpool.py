@@ -15,22 +15,35 @@ from ppo_jax.envs.host import (
     HostStep,
     consecutive_seeds,
     explained,
+    first_line,
     make_host_environment,
     refuse_arguments,
     with_rows,
 )
 from ppo_jax.errors import ConfigError, unknown_name
 
-# What a training of an Atari game may set, and an evaluation must not.
-_WHOLE_GAMES = {"reward_clip": False, "episodic_life": False, "zero_discount_on_life_loss": False}
-_NO_LIMIT = 2**31 - 1  # in EnvPool
+# Arguments that the training sets, and others that would have no effect.
+_REFUSED = (
+    "num_envs",
+    "batch_size",
+    "seed",
+    "env_seed",
+    "max_num_players",
+    "gym_reset_return_info",
+    "render_mode",
+    "render_env_id",
+    "zero_discount_on_life_loss",
+)
+# Options of Atari games that evaluations turn off.
+_WHOLE_GAMES = {"reward_clip": False, "episodic_life": False}
+_NO_LIMIT = 2**31 - 1  # EnvPool's max_episode_steps of tasks without one
 
 
 def make(task: str, **kwargs: Any) -> Environment:
     """Builds an environment of EnvPool.
 
-    Images with their channels first, as those of Atari games, get them last. Evaluations of Atari
-    games play whole games for their own rewards.
+    Images are transposed to channels-last where EnvPool has channels first. Evaluations of Atari
+    games play whole games with unclipped rewards.
 
     Args:
       task: the name that `envpool.make` takes, such as "Pong-v5".
@@ -39,20 +52,21 @@ def make(task: str, **kwargs: Any) -> Environment:
     """
     import envpool
 
-    refuse_arguments(kwargs, ("num_envs", "batch_size", "seed", "env_seed"))
+    refuse_arguments(kwargs, _REFUSED)
     if task not in tasks():
         raise unknown_name(
             "task of envpool", task, tasks(), listed_by="ppo-jax envs --suite envpool"
         )
-    spec = envpool.make_spec(task, **kwargs)
-    with _quietly():
-        observation_space = gymnasium_spaces.observation_space(spec.observation_space)
-        action_space = gymnasium_spaces.action_space(spec.action_space)
+    with _quietly(), _as_config_errors(kwargs):
+        spec = envpool.make_spec(task, **kwargs)
+        spaces_of = spec.observation_space, spec.action_space
+    observation_space = gymnasium_spaces.observation_space(spaces_of[0])
+    action_space = gymnasium_spaces.action_space(spaces_of[1])
     config = spec.config
     if config.max_num_players > 1:
         raise ConfigError(
             f"an environment of envpool must have one player; {task} has up to "
-            f"{config.max_num_players}. Set max_num_players to 1 in env_kwargs."
+            f"{config.max_num_players}. Choose another task."
         )
     whole = {name: value for name, value in _WHOLE_GAMES.items() if hasattr(config, name)}
 
@@ -82,7 +96,10 @@ def tasks() -> tuple[str, ...]:
 
 
 class _EnvPoolEnvs:
-    """Environments of EnvPool, whose threads step them in the background."""
+    """Environments of EnvPool, whose threads step them in the background.
+
+    A reset makes them again, because EnvPool takes seeds only then: half a second for Atari games.
+    """
 
     def __init__(self, task: str, kwargs: dict[str, Any], num_envs: int) -> None:
         self._task, self._kwargs, self._num_envs = task, kwargs, num_envs
@@ -92,7 +109,7 @@ class _EnvPoolEnvs:
         """Starts an episode in each environment; their seeds are consecutive."""
         import envpool
 
-        # Seeds are those of environments that are made.
+        self._envs = None  # before there are twice as many threads
         seeds = consecutive_seeds(seed, self._num_envs).tolist()
         with explained("failed in a reset"), _quietly():
             self._envs = envpool.make_gymnasium(
@@ -106,20 +123,22 @@ class _EnvPoolEnvs:
     def send(self, actions: np.ndarray) -> None:
         """Starts a step."""
         with explained("failed in a step"):
-            self._envs.send(self._converted(actions))
+            self._actions = self._converted(actions)
+            self._envs.send(self._actions)
 
     def recv(self) -> HostStep:
         """Waits for the step, and for the resets of episodes that it ended.
 
-        EnvPool would reset an environment in its next step, which would ignore its action, and be
-        no sample.
+        EnvPool resets an environment in the step after its last one, which ignores the action. That
+        step is taken here, so that every step that is returned is a sample. A call of `reset` would
+        start a new game where a life was lost.
         """
         with explained("failed in a step"):
             obs, reward, terminated, truncated, _ = self._envs.recv()
             obs = final_obs = self._cast(obs)
             ended = np.flatnonzero(terminated | truncated)
             if ended.size:
-                first, _ = self._envs.reset(ended.astype(np.int32))
+                first, *_ = self._envs.step(self._actions[ended], ended.astype(np.int32))
                 obs = with_rows(obs, ended, self._cast(first))
         return HostStep(obs, reward.astype(np.float32), terminated, truncated, final_obs)
 
@@ -129,6 +148,18 @@ class _EnvPoolEnvs:
 
     def _cast(self, obs: Any) -> Any:
         return _with_channels_last(self._space, gymnasium_spaces.cast(self._space, obs))
+
+
+@contextlib.contextmanager
+def _as_config_errors(kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turns every error, as EnvPool's assertions and those of C++, into a `ConfigError`."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"env_kwargs must be what EnvPool takes; got {kwargs}: {first_line(error)}. Change or "
+            "leave out env_kwargs."
+        ) from error
 
 
 @contextlib.contextmanager
