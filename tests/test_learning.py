@@ -67,6 +67,22 @@ EASIER = dict.fromkeys(("reinforce", "reinforce_to_go", "reinforce_baseline"), 1
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("memory", "is_long_enough"), [("lru", True), ("mingru", False)])
+def test_a_linear_recurrent_unit_remembers_a_hundred_steps(memory, is_long_enough):
+    config, hparams = presets.preset(
+        "MemoryChain-bsuite",
+        env_params={"memory_length": 100},
+        memory=memory,
+        num_steps=128,
+        total_timesteps=1_000_000,
+    )
+    trainer = make_trainer(config)
+    run = optimized_jit(jax.vmap(lambda key: trainer.run(key, hparams)[1]["episode/return"]))
+    returns = run(jax.random.split(jax.random.key(0), 4))[:, -20:].mean(axis=1)
+    assert (returns > 0.9).all() if is_long_enough else (returns < 0.5).all(), returns
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "algorithm"),
     [(env, algorithm) for env in BARS for algorithm in presets.algorithms(env)],
