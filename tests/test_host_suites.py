@@ -182,6 +182,9 @@ def test_spaces_are_those_of_the_environments(name, tmp_path, monkeypatch):
     for leaf, x in zip(envs.spaces.leaves(observation_space), jax.tree.leaves(obs), strict=True):
         assert x.shape == (2, *envs.spaces.shape_of(leaf))
         assert x.dtype == envs.spaces.dtype_of(leaf)
+    if name == "envpool:D1Basic-v1":
+        convert = envs.gymnasium_spaces.action_converter(made._envs.action_space)
+        np.testing.assert_array_equal(convert(np.full((2, 3), -7.0)), np.full((2, 3), -7.0))
     made.close()
 
 

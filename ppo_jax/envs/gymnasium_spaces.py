@@ -8,7 +8,9 @@ import numpy as np
 from ppo_jax.envs import spaces
 from ppo_jax.errors import ConfigError
 
-_UNBOUNDED = 1e30  # EnvPool gives numbers without bounds the limits of their type in C++
+# EnvPool gives numbers without bounds the limits of their type in C++, of which the lower one is the
+# smallest positive number.
+_UNBOUNDED, _SMALLEST = 1e30, 1e-30
 
 
 def action_space(space: Any) -> spaces.Leaf:
@@ -35,7 +37,10 @@ def action_space(space: Any) -> spaces.Leaf:
 def action_converter(space: Any) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function that turns actions of a policy into those of a space of Gymnasium."""
     start = getattr(space, "start", 0)
-    bounds = (space.low, space.high) if hasattr(space, "low") else None
+    bounds = None
+    if hasattr(space, "low"):
+        is_limit = (space.low > 0) & (space.low < _SMALLEST)
+        bounds = np.where(is_limit, -np.inf, space.low), space.high
 
     def convert(actions: np.ndarray) -> np.ndarray:
         if bounds is not None:

@@ -76,11 +76,11 @@ def first_line(error: Exception) -> str:
 
 
 def refuse_arguments(kwargs: dict[str, Any], names: Sequence[str]) -> None:
-    """Raises a `ConfigError` for arguments of an environment that ppo_jax sets itself."""
+    """Raises a `ConfigError` for arguments that the training sets, or that have no effect in it."""
     if given := [name for name in names if name in kwargs]:
         raise ConfigError(
-            f"env_kwargs must not have {' or '.join(given)}, which the training sets. Leave it "
-            "out; num_envs and the seed are settings of the training."
+            f"env_kwargs must not have {' or '.join(given)}, which the training sets or does not "
+            "use. Leave it out."
         )
 
 
