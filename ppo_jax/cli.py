@@ -20,7 +20,7 @@ from ppo_jax.commands.environments import EnvsCommand
 from ppo_jax.commands.pictures import PlotCommand, RenderCommand
 from ppo_jax.commands.policies import EvalCommand, ExportCommand
 from ppo_jax.commands.profiling import ProfileCommand
-from ppo_jax.commands.sweeping import ReportCommand, SweepCommand
+from ppo_jax.commands.sweeping import MergeCommand, ReportCommand, SweepCommand
 from ppo_jax.commands.training import ResumeCommand, TrainCommand
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, unknown_name
@@ -118,6 +118,7 @@ def _commands(argv: list[str]) -> Any:
         Annotated[ExportCommand, subcommand("export")],
         Annotated[ProfileCommand, subcommand("profile")],
         Annotated[SweepCommand, subcommand("sweep", default=sweep)],
+        Annotated[MergeCommand, subcommand("merge")],
         Annotated[ReportCommand, subcommand("report")],
         Annotated[EnvsCommand, subcommand("envs")],
     ]

@@ -24,6 +24,8 @@ from ppo_jax.population.proposals import make_proposals
 from ppo_jax.population.search_space import Choice, LogUniform, Uniform, parse, rows
 from ppo_jax.runs import compiled_population, device_memory
 from ppo_jax.runs import report as reports
+from ppo_jax.runs.lock import owned
+from ppo_jax.runs.sweep_merge import merge
 from ppo_jax.runs.sweep_plots import write_plots
 from ppo_jax.runs.sweep_store import SweepStore
 
@@ -200,6 +202,95 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     for changes, what in (({"seeds": 3}, "seeds"), ({"eval_episodes": 9}, "eval_episodes")):
         with pytest.raises(ConfigError, match=rf"holds another \({what} differ\)"):
             again(**changes)
+
+
+SPACE = {"learning_rate": RATES, "num_steps": [16, 32]}
+
+
+def shares_of(count, folder, indices=None):
+    for i in indices or range(1, count + 1):
+        run_dir = folder / f"share{i}"
+        result = sweep(CONFIG, SPACE, seeds=2, shard=(i, count), run_dir=run_dir)
+        assert result.is_complete
+        yield run_dir
+
+
+def test_shares_of_a_sweep_are_merged_into_what_one_machine_has(tmp_path, capsys):
+    whole = sweep(CONFIG, SPACE, seeds=2, run_dir=tmp_path / "whole")
+    shares = list(shares_of(3, tmp_path))
+    assert [len(pd.read_parquet(path / "members.parquet")) for path in shares] == [4, 4, 4]
+    merged = tmp_path / "merged"
+    # In any order, and in two steps.
+    assert main(["merge", str(shares[2]), str(shares[0]), "-o", str(merged)]) == 1
+    assert "4 members are missing" in capsys.readouterr().out
+    assert main(["merge", *map(str, shares), "-o", str(merged)]) == 0
+    for name in ("members", "curves"):
+        found, expected = (
+            pd.read_parquet(path / f"{name}.parquet") for path in (merged, tmp_path / "whole")
+        )
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    evaluation = json.loads((merged / "best" / "evaluation.json").read_text())
+    assert evaluation == json.loads((tmp_path / "whole" / "best" / "evaluation.json").read_text())
+    assert ppo_jax.load(merged / "best").spec == whole.best_policy.spec
+    # The sweep without a share has nothing left to do there.
+    again = sweep(CONFIG, SPACE, seeds=2, run_dir=merged)
+    assert again.is_complete
+    assert again.run_seconds == 0.0
+
+
+def test_members_that_a_lost_machine_did_not_train_are_trained_after_the_merge(tmp_path):
+    (share,) = shares_of(3, tmp_path, indices=[2])
+    found = merge([share], tmp_path / "merged")
+    assert found == (4, 8)
+    result = sweep(CONFIG, SPACE, seeds=2, run_dir=tmp_path / "merged")
+    assert result.is_complete
+    assert len(result.members) == 12
+
+
+def test_shares_that_do_not_belong_together_are_refused(tmp_path):
+    first, second = shares_of(3, tmp_path, indices=[1, 2])
+    other = tmp_path / "other"
+    sweep(CONFIG, SPACE, seeds=[5, 6], shard=(1, 3), run_dir=other)
+    of_four = tmp_path / "four"
+    sweep(CONFIG, SPACE, seeds=2, shard=(1, 4), run_dir=of_four)
+    whole = tmp_path / "whole"
+    sweep(CONFIG, {"gamma": [0.9]}, seeds=2, run_dir=whole)
+    for shares, message in (
+        ([first, other], "shares must be of one sweep; .* differ in seeds"),
+        ([first, of_four], "shares must be of one sweep; .* differ in shares"),
+        ([first, first], "a share must be given once; .* are both share 1 of 3"),
+        ([first, whole], "merge needs shares of a sweep; .* is a whole one"),
+        ([first, tmp_path / "nowhere"], "there must be a sweep in .*nowhere; found none"),
+        ([], "merge needs the directories of shares"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            merge(shares, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ConfigError, match="another .*differ"):
+        merge([first], whole)
+    with pytest.raises(ConfigError, match="hold the same sweep"):
+        sweep(CONFIG, SPACE, seeds=2, shard=(2, 3), run_dir=first)
+    with pytest.raises(ConfigError, match="one process at a time"), owned(second):
+        merge([first, second], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shard": (0, 3)}, "the number of a share must be a positive integer; got 0"),
+        ({"shard": (4, 3)}, "i from 1 to n.*got 4/3 and 6 members"),
+        ({"shard": (1, 7)}, "n at most the number of members; got 1/7"),
+    ],
+)
+def test_a_share_that_does_not_exist_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(CONFIG, {"learning_rate": RATES}, seeds=2, **arguments)
+
+
+@pytest.mark.parametrize("text", ["3", "3/", "a/b", "-1/2", "1/2/3"])
+def test_a_share_is_two_numbers(text, capsys):
+    assert main(["sweep", "--gamma", "0.9,0.99", "--shard", text]) == 2
+    assert "--shard must be i/n" in capsys.readouterr().err
 
 
 def test_a_sweep_killed_as_it_began_can_begin_again(tmp_path):

@@ -48,6 +48,9 @@ class SweepCommand:
     """Sampler of the draws; tpe, which needs optuna, draws in batches that follow the results."""
     batch: int | None = None
     """Number of configurations in a batch of tpe."""
+    shard: str | None = None
+    """Train a share of the members, such as 3/16 on the third of 16 machines; `ppo-jax merge` joins
+    the directories."""
     run_dir: Path | None = None
     """Directory of the results; runs/ENV_sweep_TIME by default."""
     chunk: int | None = None
@@ -131,6 +134,9 @@ class SweepCommand:
             return 128 + (result.signal or signal.SIGINT)
         if result.unwritten:  # a report needs all tables
             return 1
+        if self.shard is not None:
+            print(f"share {self.shard}: {run_dir}; ppo-jax merge joins all shares")
+            return 0
         _print_report(run_dir)
         return 0
 
@@ -146,6 +152,7 @@ class SweepCommand:
                 num_draws=self.draws,
                 sampler=self.sampler,
                 batch=self.batch,
+                shard=_parse_shard(self.shard),
                 chunk=self.chunk,
                 **common,
             )
@@ -159,7 +166,7 @@ class SweepCommand:
     def _require_fitting_options(self) -> None:
         """Checks that options of a search come with one, and those of a sweep without."""
         of_search = ("members", "rounds", "factor", "replaced", "seed")
-        of_sweep = ("seeds", "draws", "batch", "chunk")
+        of_sweep = ("seeds", "draws", "batch", "chunk", "shard")
         for name in of_search if self.search is None else of_sweep:
             if getattr(self, name) is not None:
                 rule = "needs" if self.search is None else "does not go with"
@@ -170,6 +177,41 @@ class SweepCommand:
             raise ConfigError(
                 f"--sampler does not go with --search; got {self.sampler}. Leave it out."
             )
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Returns the numbers of a share, as of "3/16"."""
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise ConfigError(f"--shard must be i/n, such as 3/16; got {text}.")
+    return int(index), int(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeCommand:
+    """Join the shares of a sweep that were trained with --shard, in any order."""
+
+    shares: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of the shares."""
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """Directory of the sweep, which is new or holds the same sweep."""
+
+    def run(self) -> int:
+        """Runs the command; returns its exit status."""
+        from ppo_jax.runs.sweep_merge import merge
+
+        merged = merge(self.shares, self.output)
+        print(f"merged {merged.num_members} members of {len(self.shares)} shares: {self.output}")
+        if merged.num_missing:
+            print(
+                f"{merged.num_missing} members are missing; the command of the sweep without "
+                f"--shard and with --run-dir {self.output} trains them"
+            )
+            return 1
+        _print_report(self.output)
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)

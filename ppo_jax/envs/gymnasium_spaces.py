@@ -8,7 +8,7 @@ import numpy as np
 from ppo_jax.envs import spaces
 from ppo_jax.errors import ConfigError
 
-# EnvPool gives numbers without bounds the limits of their type in C++, of which the lower one is the
+# EnvPool gives numbers without bounds the limits of their type in C++. The lower one is the
 # smallest positive number.
 _UNBOUNDED, _SMALLEST = 1e30, 1e-30
 

@@ -38,6 +38,33 @@ class Group(NamedTuple):
         return self.config, self.traced
 
 
+def share_of(plan: Sequence[Group], index: int, count: int) -> list[Group]:
+    """Returns the share of a plan that one of several workers trains.
+
+    Shares are consecutive members in the order of the plan, so that a worker compiles few programs.
+    Their sizes differ by at most one. They depend on nothing but the plan.
+
+    Args:
+      plan: all groups.
+      index: of the share, from 1 to `count`.
+      count: number of shares.
+
+    >>> rows = [{"gamma": 0.9}, {"gamma": 0.99}, {"num_steps": 64}]
+    >>> plan = make_plan(Config(), HParams(), rows, seeds=(0, 1))
+    >>> [[m.number for g in share_of(plan, i, 4) for m in g.members] for i in (1, 2, 3, 4)]
+    [[0], [1, 2], [3], [4, 5]]
+    """
+    total = sum(len(group.members) for group in plan)
+    first, end = ((index - 1) * total // count, index * total // count)
+    shares = []
+    for group in plan:
+        members = group.members[max(first, 0) : max(end, 0)]
+        first, end = first - len(group.members), end - len(group.members)
+        if members:
+            shares.append(group._replace(members=members))
+    return shares
+
+
 def make_plan(
     config: Config,
     hparams: HParams,

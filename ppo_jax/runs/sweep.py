@@ -12,7 +12,7 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
-from ppo_jax.population.plan import make_plan
+from ppo_jax.population.plan import make_plan, share_of
 from ppo_jax.population.proposals import Proposals, make_proposals
 from ppo_jax.population.search_space import Row, Sampler, Space
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
@@ -58,6 +58,7 @@ def sweep(
     num_draws: int | None = None,
     sampler: Sampler = "random",
     batch: int | None = None,
+    shard: tuple[int, int] | None = None,
     run_dir: str | Path | None = None,
     chunk: int | None = None,
     checkpoint_every: float = 60.0,
@@ -84,6 +85,8 @@ def sweep(
       sampler: "random", "sobol", or "tpe", which needs optuna and draws each batch near the best
         results so far.
       batch: configurations that "tpe" proposes before it sees new results.
+      shard: `(i, n)` trains the i-th of n shares of the members, 1 ≤ i ≤ n, such as on one of n
+        machines; `merge` joins their directories. None trains all.
       run_dir: directory for finished members; one with the same sweep is continued. None keeps
         nothing.
       chunk: members that are trained together; by default as many as fit, at most 1024.
@@ -116,12 +119,15 @@ def sweep(
     proposals = make_proposals(space, num_draws=num_draws, sampler=sampler, batch=batch)
     _planned(config, hparams, proposals.extremes, seeds)  # errors come before anything is written
     asked, first = proposals.ask(), 0
-    plan = _planned(config, hparams, asked, seeds)
+    _require_shard(shard, sampler, proposals.total * len(seeds))
+    plan = _planned(config, hparams, asked, seeds, shard=shard)
+    num_members = proposals.total * len(seeds) if shard is None else _num_members(plan)
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
     description = {
         **_description(config, hparams, proposals, seeds),
         "eval_episodes": eval_episodes,
         "num_rows": num_rows,
+        **({} if shard is None else {"shard": shard}),
     }
     say = say or _silent
     with (
@@ -134,8 +140,9 @@ def sweep(
             num_rows=num_rows,
             num_episodes=eval_episodes,
             chunk=chunk,
-            # An adaptive sampler must see bit-identical scores when a sweep resumes.
-            same_bits=bool(proposals.extremes),
+            # An adaptive sampler must see bit-identical scores when a sweep resumes, and shares
+            # have the numbers of the whole sweep.
+            same_bits=bool(proposals.extremes) or shard is not None,
             say=say,
             bar=bar,
             is_stopped=lambda: interrupt.requested,
@@ -150,7 +157,8 @@ def sweep(
             runner.run(plan, store)
             if interrupt.requested:
                 break
-            proposals.tell(store.scores(range(first, first + len(asked))))
+            if shard is None:  # a share has no score of every configuration
+                proposals.tell(store.scores(range(first, first + len(asked))))
             first += len(asked)
             asked = proposals.ask()
             plan = _planned(config, hparams, asked, seeds, first=first)
@@ -162,7 +170,7 @@ def sweep(
         store.path,
         runner.compile_seconds,
         runner.run_seconds,
-        is_complete=len(members) == proposals.total * len(seeds),
+        is_complete=len(members) == num_members,
         best_policy=store.best_policy,
         unwritten=tuple(store.unwritten.values()),
         signal=interrupt.signal,
@@ -176,15 +184,49 @@ def _planned(
     seeds: Sequence[int],
     *,
     first: int = 0,
+    shard: tuple[int, int] | None = None,
 ) -> list[PlannedGroup]:
-    """Returns groups of members with their trainers, or the error of a configuration."""
+    """Returns groups of members with their trainers, or raises the error of a configuration.
+
+    Args:
+      config: settings that the space does not vary.
+      hparams: hyperparameters that the space does not vary.
+      configurations: rows of the space.
+      seeds: of every configuration.
+      first: number of the first configuration.
+      shard: the share of the members; None for all.
+    """
     plan = make_plan(config, hparams, configurations, seeds, first=first)
     if any(group.config.num_devices > 1 for group in plan):
         raise ConfigError(
             "num_devices must be 1 in a sweep: its devices share members, not environments. "
             "Leave num_devices out."
         )
+    if shard is not None:
+        plan = share_of(plan, *shard)
     return [(group, make_group_trainer(group)) for group in plan]
+
+
+def _num_members(plan: Sequence[PlannedGroup]) -> int:
+    return sum(len(group.members) for group, _ in plan)
+
+
+def _require_shard(shard: tuple[int, int] | None, sampler: Sampler, num_members: int) -> None:
+    """Checks a share of a sweep."""
+    if shard is None:
+        return
+    index, count = shard
+    require_positive_integers({"the number of a share": index, "the number of shares": count})
+    if index > count or count > num_members:
+        raise ConfigError(
+            "shard must be i/n with i from 1 to n, and n at most the number of members; got "
+            f"{index}/{count} and {num_members} members. Choose other numbers."
+        )
+    if sampler == "tpe":
+        raise ConfigError(
+            "shard needs configurations that are known beforehand; sampler tpe draws them from "
+            "the results of all. Use random or sobol, or leave shard out."
+        )
 
 
 def _description(

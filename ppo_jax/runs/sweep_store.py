@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -92,6 +93,20 @@ class SweepStore:
                     store.unwritten[CHECKPOINTS] = error
 
     @staticmethod
+    def describe(path: Path) -> dict[str, Any]:
+        """Returns the description of the sweep in a directory.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        if not (path / _SWEEP).is_file():
+            raise ConfigError(f"there must be a sweep in {path}; found none. Name its directory.")
+        try:
+            return json.loads((path / _SWEEP).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path / _SWEEP} cannot be read: {error}.") from error
+
+    @staticmethod
     def _is_usable(path: Path) -> bool:
         """Returns whether a path is a sweep, an empty directory, or left by a killed process."""
         if not path.is_dir():
@@ -152,6 +167,21 @@ class SweepStore:
         members = pd.concat([members for members, _ in self.parts])
         returns = members.groupby("configuration")["eval/return"]
         return [float(iqm(returns.get_group(number))) for number in configurations]
+
+    def adopt(self, other: "SweepStore") -> None:
+        """Adds the members of another store that this one does not have, and a better policy."""
+        known = self.finished()
+        for tables in other.parts:
+            new = [table[~table["member"].isin(known)] for table in tables]
+            if len(new[0]):
+                self.add((new[0], new[1]))
+        if other.best_score > self.best_score and self.path is not None:
+            assert other.path is not None, "it was read from there"
+            unfinished = files.unfinished(self.path / _BEST)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(other.path / _BEST, unfinished)
+            files.replace_directory(unfinished, self.path / _BEST)
+            self.best_policy, self.best_score = other.best_policy, other.best_score
 
     def add(self, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
         """Keeps the tables of a chunk."""
