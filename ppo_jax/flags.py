@@ -7,11 +7,11 @@ that it imports decide what an option does when it is left out.
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from ppo_jax import envs
+from ppo_jax import envs, presets
 from ppo_jax.config import ALGORITHM_SETTINGS, Config, Network
 from ppo_jax.defaults import ALGORITHM_DEFAULTS, OPTIMIZERS, SCHEDULE_HPARAMS, used_hparams
 from ppo_jax.errors import require_known
@@ -32,13 +32,20 @@ class ConfigFlags(Config):
     action_distribution: ActionDistribution | None = None
     """Distribution of continuous actions. None: gaussian, clipped by the environment."""
 
+    start: ClassVar[Config] = Config()
+    """The settings of the preset and of a `--config` file."""
+
     def __post_init__(self) -> None:
         """Checks nothing: `config` does, outside the parser, which would hide the message."""
 
     @property
     def config(self) -> Config:
-        """The settings as a checked `Config`."""
-        return Config(**vars(self))
+        """The settings as a checked `Config`; arguments are added to those of the preset."""
+        settings = dict(vars(self))
+        for name in presets.ADDED:
+            if settings[name] is not None:
+                settings[name] = {**dict(getattr(self.start, name)), **dict(settings[name])}
+        return Config(**settings)
 
 
 def algorithms() -> Mapping[str, Any]:
@@ -78,7 +85,9 @@ def config_flags(config: Config, hparams: HParams) -> Any:
     for name in (*ALGORITHM_SETTINGS, *metavars):
         shown = tyro.conf.arg(metavar=metavars.get(name), help_behavior_hint=hints.get(name))
         fields.append((name, Annotated[types[name], shown], getattr(config, name)))
-    return _subclass(ConfigFlags, fields)(**vars(config))
+    made = _subclass(ConfigFlags, fields)
+    made.start = config
+    return made(**vars(config))
 
 
 def hparams_flags(config: Config, hparams: HParams) -> Any:

@@ -270,7 +270,8 @@ _ON_HOST: dict[str, dict[str, _Preset]] = {
 }
 """Presets of environments on the host, or of all those of a suite."""
 
-_ADDED = {"env_kwargs", "env_params"}
+ADDED = {"env_kwargs", "env_params"}
+"""Settings that are added to those of a preset, by name."""
 
 
 def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
@@ -290,7 +291,7 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     16
     """
     tuned = _tuned(env).get(algorithm, _Preset({}, {}))
-    for name in _ADDED & tuned.config.keys() & changes.keys():
+    for name in ADDED & tuned.config.keys() & changes.keys():
         if changes[name] is not None:
             changes[name] = {**tuned.config[name], **dict(changes[name])}
     config = Config(env=env, algorithm=algorithm).replace(**{**tuned.config, **changes})

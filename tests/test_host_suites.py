@@ -4,6 +4,7 @@
 """
 
 import gc
+import json
 import os
 
 import jax
@@ -218,6 +219,18 @@ def test_presets_are_made_and_keep_what_they_are_given(name):
     env = make_env(config)
     assert env.observation_space == Box((84, 84, 4), "uint8")
     assert hparams.clip_eps == 0.1
+
+
+@pytest.mark.parametrize("name", each(["ale:Pong"]))
+def test_arguments_of_the_command_are_added_to_those_of_the_preset(name, tmp_path):
+    folder = tmp_path / "run"
+    command = ["train", name, "--env-kwargs", "max_num_frames_per_episode", "40"]
+    small = ["--num-steps", "8", "--total-timesteps", "128", "--eval-episodes", "1"]
+    network = ["--network", "mlp", "--hidden-sizes", "8"]
+    assert cli.main([*command, *small, *network, "--run-dir", str(folder), "--quiet"]) == 0
+    config = json.loads((folder / "config.json").read_text())["config"]
+    expected = {"life_loss_info": True, "max_num_frames_per_episode": 40}
+    assert dict(config["env_kwargs"]) == expected
 
 
 @pytest.mark.parametrize("name", each(["ale:Pong"]))
