@@ -19,7 +19,7 @@ import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.cli import main
 from ppo_jax.population.member import make_member
-from ppo_jax.population.plan import make_plan
+from ppo_jax.population.plan import make_plan, share_of
 from ppo_jax.population.proposals import make_proposals
 from ppo_jax.population.search_space import Choice, LogUniform, Uniform, parse, rows
 from ppo_jax.runs import compiled_population, device_memory
@@ -210,13 +210,13 @@ SPACE = {"learning_rate": RATES, "num_steps": [16, 32]}
 def shares_of(count, folder, indices=None):
     for i in indices or range(1, count + 1):
         run_dir = folder / f"share{i}"
-        result = sweep(CONFIG, SPACE, seeds=2, shard=(i, count), run_dir=run_dir)
+        result = sweep(CONFIG, SPACE, seeds=2, chunk=4, shard=(i, count), run_dir=run_dir)
         assert result.is_complete
         yield run_dir
 
 
 def test_shares_of_a_sweep_are_merged_into_what_one_machine_has(tmp_path, capsys):
-    whole = sweep(CONFIG, SPACE, seeds=2, run_dir=tmp_path / "whole")
+    whole = sweep(CONFIG, SPACE, seeds=2, chunk=4, run_dir=tmp_path / "whole")
     shares = list(shares_of(3, tmp_path))
     assert [len(pd.read_parquet(path / "members.parquet")) for path in shares] == [4, 4, 4]
     merged = tmp_path / "merged"
@@ -236,6 +236,11 @@ def test_shares_of_a_sweep_are_merged_into_what_one_machine_has(tmp_path, capsys
     again = sweep(CONFIG, SPACE, seeds=2, run_dir=merged)
     assert again.is_complete
     assert again.run_seconds == 0.0
+
+
+def test_chunks_of_a_share_are_as_large_as_those_of_the_whole_sweep():
+    plan = make_plan(CONFIG, HParams(), rows(SPACE), seeds=(0, 1))
+    assert [(len(g.members), g.size) for g in share_of(plan, 2, 3)] == [(2, 6), (2, 6)]
 
 
 def test_members_that_a_lost_machine_did_not_train_are_trained_after_the_merge(tmp_path):

@@ -31,6 +31,8 @@ class Group(NamedTuple):
     traced: tuple[tuple[str, ...], ...]
     """Names of the hyperparameters that are set, and of the environment's parameters that vary."""
     members: tuple[Member, ...]
+    size: int
+    """Number of members of the group in the whole sweep, of which a share has some."""
 
     @property
     def program(self) -> tuple[Config, tuple[tuple[str, ...], ...]]:
@@ -113,4 +115,4 @@ def make_plan(
         for number, seed in enumerate(seeds, start=configuration * len(seeds)):
             member = Member(number, configuration, seed, row, row_hparams, env_params)
             groups.setdefault(program, []).append(member)
-    return [Group(*program, tuple(members)) for program, members in groups.items()]
+    return [Group(*program, tuple(found), len(found)) for program, found in groups.items()]

@@ -73,8 +73,8 @@ def sweep(
     Members that differ in traced values only (hyperparameters, environment parameters, seeds) are
     one vmapped population. It is compiled once, and runs in chunks that fit the device's memory.
     Several devices divide a chunk's members among them. On one platform, the numbers of a member
-    are bit-identical for any chunk with at least two members per device, whatever its neighbours
-    are; otherwise they agree to rounding. A member whose parameters become NaN is frozen.
+    are bit-identical in chunks of one size, whatever its neighbours are. Chunks of other sizes are
+    other programs, whose numbers agree to rounding. A member whose parameters become NaN is frozen.
 
     Args:
       config: settings that the space does not vary.
@@ -140,9 +140,8 @@ def sweep(
             num_rows=num_rows,
             num_episodes=eval_episodes,
             chunk=chunk,
-            # An adaptive sampler must see bit-identical scores when a sweep resumes, and shares
-            # have the numbers of the whole sweep.
-            same_bits=bool(proposals.extremes) or shard is not None,
+            # An adaptive sampler must see bit-identical scores when a sweep resumes.
+            same_bits=bool(proposals.extremes),
             say=say,
             bar=bar,
             is_stopped=lambda: interrupt.requested,

@@ -52,8 +52,7 @@ class SweepRunner:
         self._on_rows = on_rows
         self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
         self._say, self._bar, self._is_stopped = say, bar, is_stopped
-        # A single member a device is compiled without batched kernels and rounds differently; from
-        # two members a device on, all chunks give the same bits.
+        # A single member a device is compiled without batched kernels and rounds differently.
         self._smallest_chunk = 2 * jax.device_count() if same_bits else 1
         self._populations: dict[Any, CompiledPopulation] = {}
         self._chunk_sizes: dict[Any, int] = {}
@@ -87,8 +86,11 @@ class SweepRunner:
         # sampler share it.
         if program not in self._populations:
             self._populations[program] = self._make_population(group, trainer)
+            # Chunks of one size are one program, and give the same bits. A chunk that is asked for
+            # is as large in a share of the sweep as in all of it.
+            size = len(group.members) if self._chunk is None else group.size
             self._chunk_sizes[program] = min(
-                self._chunk or _LARGEST_CHUNK, max(len(group.members), self._smallest_chunk)
+                self._chunk or _LARGEST_CHUNK, max(size, self._smallest_chunk)
             )
         batch_size = group.config.batch_size
 
