@@ -133,12 +133,15 @@ class _Lru(nn.Module):
     @nn.compact
     def __call__(self, num_inputs: int) -> _LruWeights:
         def log_rate(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            radius = jax.random.uniform(key, shape, minval=_RADII[0] ** 2, maxval=_RADII[1] ** 2)
-            return jnp.log(-0.5 * jnp.log(radius))
+            squares = jax.random.uniform(
+                key, shape, jnp.float32, minval=_RADII[0] ** 2, maxval=_RADII[1] ** 2
+            )
+            return jnp.log(-0.5 * jnp.log(squares))
 
         def log_phase(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             # A phase of exactly 0 has no logarithm.
-            return jnp.log(jax.random.uniform(key, shape, minval=1e-4, maxval=_LARGEST_PHASE))
+            phases = jax.random.uniform(key, shape, jnp.float32, minval=1e-4, maxval=_LARGEST_PHASE)
+            return jnp.log(phases)
 
         rate = jnp.exp(self.param("nu", log_rate, (self.size,)))
         phase = jnp.exp(self.param("theta", log_phase, (self.size,)))
@@ -150,7 +153,7 @@ class _Lru(nn.Module):
         kernel, _ = _Gate(2 * self.size, num_inputs, normal, has_bias=False, name="B")()
         of_state = _Gate(2 * self.size, 2 * self.size, normal, has_bias=False, name="C")()
         skip = _Gate(2 * self.size, num_inputs, orthogonal(), name="D")()
-        no_bias = jnp.zeros(2 * self.size)
+        no_bias = jnp.zeros(2 * self.size, jnp.float32)
         return _LruWeights(
             decay, Affine([kernel * scale], [no_bias]), _affine([of_state]), _affine([skip])
         )
