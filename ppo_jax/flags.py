@@ -41,11 +41,7 @@ class ConfigFlags(Config):
     @property
     def config(self) -> Config:
         """The settings as a checked `Config`; arguments are added to those of the preset."""
-        settings = dict(vars(self))
-        for name in presets.ADDED:
-            if settings[name] is not None:
-                settings[name] = {**dict(getattr(self.start, name)), **dict(settings[name])}
-        return Config(**settings)
+        return Config(**presets.with_arguments(vars(self.start), vars(self)))
 
 
 def algorithms() -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 `python benchmarks/presets.py` and `python benchmarks/algorithms.py` measure the returns they reach.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ppo_jax.config import Config
@@ -270,8 +271,7 @@ _ON_HOST: dict[str, dict[str, _Preset]] = {
 }
 """Presets of environments on the host, or of all those of a suite."""
 
-ADDED = {"env_kwargs", "env_params"}
-"""Settings that are added to those of a preset, by name."""
+_ARGUMENTS = ("env_kwargs", "env_params")
 
 
 def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
@@ -291,11 +291,23 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     16
     """
     tuned = _tuned(env).get(algorithm, _Preset({}, {}))
-    for name in ADDED & tuned.config.keys() & changes.keys():
-        if changes[name] is not None:
-            changes[name] = {**tuned.config[name], **dict(changes[name])}
-    config = Config(env=env, algorithm=algorithm).replace(**{**tuned.config, **changes})
+    settings = {**tuned.config, **with_arguments(tuned.config, changes)}
+    config = Config(env=env, algorithm=algorithm).replace(**settings)
     return config, HParams(**tuned.hparams)
+
+
+def with_arguments(start: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns changes to settings whose arguments of the environment are added to those before.
+
+    >>> with_arguments({"env_params": {"gravity": 9.8}}, {"env_params": {"length": 1.0}})
+    {'env_params': {'gravity': 9.8, 'length': 1.0}}
+    """
+    result = dict(changes)
+    for name in _ARGUMENTS:
+        # Anything else is refused where it is checked, by `Config`.
+        if isinstance(changes.get(name), (Mapping, tuple)):
+            result[name] = {**dict(start.get(name, ())), **dict(changes[name])}
+    return result
 
 
 def names() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -243,10 +244,27 @@ def test_chunks_of_a_share_are_as_large_as_those_of_the_whole_sweep():
     assert [(len(g.members), g.size) for g in share_of(plan, 2, 3)] == [(2, 6), (2, 6)]
 
 
+@pytest.mark.filterwarnings("default:best in")  # which the command shows as a line
+def test_a_merge_that_cannot_write_says_so_and_is_repeated(tmp_path, monkeypatch, capsys):
+    (share,) = shares_of(3, tmp_path, indices=[2])
+    command = ["merge", str(share), "-o", str(tmp_path / "merged")]
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    assert main(command) == 1
+    assert "error: best in" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 1  # members are missing
+    assert "8 members are missing" in capsys.readouterr().out
+    assert ppo_jax.load(tmp_path / "merged" / "best")
+
+
 def test_members_that_a_lost_machine_did_not_train_are_trained_after_the_merge(tmp_path):
     (share,) = shares_of(3, tmp_path, indices=[2])
     found = merge([share], tmp_path / "merged")
-    assert found == (4, 8)
+    assert found == (4, 8, ())
     result = sweep(CONFIG, SPACE, seeds=2, run_dir=tmp_path / "merged")
     assert result.is_complete
     assert len(result.members) == 12

@@ -202,8 +202,14 @@ class MergeCommand:
         """Runs the command; returns its exit status."""
         from ppo_jax.runs.sweep_merge import merge
 
-        merged = merge(self.shares, self.output)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning  # type: ignore[assignment]
+            merged = merge(self.shares, self.output)
         print(f"merged {merged.num_members} members of {len(self.shares)} shares: {self.output}")
+        for problem in merged.unwritten:
+            say(f"ppo-jax: error: {problem}")
+        if merged.unwritten:  # a report needs all tables
+            return 1
         if merged.num_missing:
             print(
                 f"{merged.num_missing} members are missing; the command of the sweep without "

@@ -10,11 +10,13 @@ from ppo_jax.runs.sweep_store import SweepStore
 
 
 class Merged(NamedTuple):
-    """The numbers of members of a sweep that was merged."""
+    """What a merge has found and written."""
 
     num_members: int
     num_missing: int
     """Members that no share has finished."""
+    unwritten: tuple[str, ...] = ()
+    """Files that could not be written, with the reasons; the same merge writes them again."""
 
 
 def merge(shares: Sequence[str | Path], run_dir: str | Path) -> Merged:
@@ -49,7 +51,7 @@ def merge(shares: Sequence[str | Path], run_dir: str | Path) -> Merged:
             merged.adopt(share)
         members, _ = merged.collect()
     total = len(whole["configurations"]) * len(whole["seeds"])
-    return Merged(len(members), total - len(members))
+    return Merged(len(members), total - len(members), tuple(merged.unwritten.values()))
 
 
 def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> dict[str, Any]:

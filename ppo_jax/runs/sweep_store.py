@@ -102,9 +102,12 @@ class SweepStore:
         if not (path / _SWEEP).is_file():
             raise ConfigError(f"there must be a sweep in {path}; found none. Name its directory.")
         try:
-            return json.loads((path / _SWEEP).read_text())
+            description = json.loads((path / _SWEEP).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path / _SWEEP} cannot be read: {error}.") from error
+        if not isinstance(description, dict):
+            raise ConfigError(f"{path / _SWEEP} must hold a mapping; it is damaged.")
+        return description
 
     @staticmethod
     def _is_usable(path: Path) -> bool:
@@ -123,7 +126,7 @@ class SweepStore:
 
         wanted = json.loads(json.dumps(description))
         if (path / _SWEEP).is_file():
-            found = json.loads((path / _SWEEP).read_text())
+            found = cls.describe(path)
             if found != wanted:
                 changed = [name for name in wanted if found.get(name) != wanted[name]]
                 raise ConfigError(
@@ -175,13 +178,17 @@ class SweepStore:
             new = [table[~table["member"].isin(known)] for table in tables]
             if len(new[0]):
                 self.add((new[0], new[1]))
-        if other.best_score > self.best_score and self.path is not None:
-            assert other.path is not None, "it was read from there"
-            unfinished = files.unfinished(self.path / _BEST)
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(other.path / _BEST, unfinished)
-            files.replace_directory(unfinished, self.path / _BEST)
+        if other.best_score > self.best_score:
             self.best_policy, self.best_score = other.best_policy, other.best_score
+            self._attempt(_BEST, lambda: self._copy_best(other))
+
+    def _copy_best(self, other: "SweepStore") -> None:
+        assert self.path is not None, "it is on disk"
+        assert other.path is not None, "it is on disk"
+        unfinished = files.unfinished(self.path / _BEST)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(other.path / _BEST, unfinished)
+        files.replace_directory(unfinished, self.path / _BEST)
 
     def add(self, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
         """Keeps the tables of a chunk."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -59,9 +59,10 @@ def make(task: str, **kwargs: Any) -> Environment:
         )
     with _quietly(), _as_config_errors(kwargs):
         spec = envpool.make_spec(task, **kwargs)
-        spaces_of = spec.observation_space, spec.action_space
-    observation_space = gymnasium_spaces.observation_space(spaces_of[0])
-    action_space = gymnasium_spaces.action_space(spaces_of[1])
+        their_observations, their_actions = spec.observation_space, spec.action_space
+    observation_space = gymnasium_spaces.observation_space(their_observations)
+    action_space = gymnasium_spaces.action_space(their_actions)
+    convert = gymnasium_spaces.action_converter(their_actions)
     config = spec.config
     if config.max_num_players > 1:
         raise ConfigError(
@@ -71,7 +72,8 @@ def make(task: str, **kwargs: Any) -> Environment:
     whole = {name: value for name, value in _WHOLE_GAMES.items() if hasattr(config, name)}
 
     def make_envs(num_envs: int, **changes: bool) -> _EnvPoolEnvs:
-        return _EnvPoolEnvs(task, {**kwargs, **changes}, num_envs)
+        arguments = {**kwargs, **changes, "num_envs": num_envs}
+        return _EnvPoolEnvs(task, arguments, observation_space, convert)
 
     limit = config.max_episode_steps
     return make_host_environment(
@@ -101,8 +103,23 @@ class _EnvPoolEnvs:
     A reset makes them again, because EnvPool takes seeds only then: half a second for Atari games.
     """
 
-    def __init__(self, task: str, kwargs: dict[str, Any], num_envs: int) -> None:
-        self._task, self._kwargs, self._num_envs = task, kwargs, num_envs
+    def __init__(
+        self,
+        task: str,
+        arguments: dict[str, Any],
+        space: spaces.Space,
+        convert: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Prepares environments, which the first reset makes.
+
+        Args:
+          task: the name that `envpool.make` takes.
+          arguments: of `envpool.make`, without seeds.
+          space: of observations, with images as EnvPool has them.
+          convert: turns actions of a policy into those of EnvPool.
+        """
+        self._task, self._arguments = task, arguments
+        self._space, self._converted = space, convert
         self._envs: Any = None
 
     def reset(self, seed: int) -> Any:
@@ -110,14 +127,10 @@ class _EnvPoolEnvs:
         import envpool
 
         self._envs = None  # before there are twice as many threads
-        seeds = consecutive_seeds(seed, self._num_envs).tolist()
+        seeds = consecutive_seeds(seed, self._arguments["num_envs"]).tolist()
         with explained("failed in a reset"), _quietly():
-            self._envs = envpool.make_gymnasium(
-                self._task, num_envs=self._num_envs, seed=seeds, **self._kwargs
-            )
+            self._envs = envpool.make_gymnasium(self._task, seed=seeds, **self._arguments)
             obs, _ = self._envs.reset()
-            self._space = gymnasium_spaces.observation_space(self._envs.observation_space)
-            self._converted = gymnasium_spaces.action_converter(self._envs.action_space)
         return self._cast(obs)
 
     def send(self, actions: np.ndarray) -> None:
