@@ -20,7 +20,7 @@ import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.cli import main
 from ppo_jax.population.member import make_member
-from ppo_jax.population.plan import make_plan, share_of
+from ppo_jax.population.plan import make_plan, shard_of
 from ppo_jax.population.proposals import make_proposals
 from ppo_jax.population.search_space import Choice, LogUniform, Uniform, parse, rows
 from ppo_jax.runs import compiled_population, device_memory
@@ -208,9 +208,9 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 SPACE = {"learning_rate": RATES, "num_steps": [16, 32]}
 
 
-def shares_of(count, folder, indices=None):
+def shards_of(count, folder, indices=None):
     for i in indices or range(1, count + 1):
-        run_dir = folder / f"share{i}"
+        run_dir = folder / f"shard{i}"
         result = sweep(CONFIG, SPACE, seeds=2, chunk=4, shard=(i, count), run_dir=run_dir)
         assert result.is_complete
         yield run_dir
@@ -218,13 +218,13 @@ def shares_of(count, folder, indices=None):
 
 def test_shares_of_a_sweep_are_merged_into_what_one_machine_has(tmp_path, capsys):
     whole = sweep(CONFIG, SPACE, seeds=2, chunk=4, run_dir=tmp_path / "whole")
-    shares = list(shares_of(3, tmp_path))
-    assert [len(pd.read_parquet(path / "members.parquet")) for path in shares] == [4, 4, 4]
+    shards = list(shards_of(3, tmp_path))
+    assert [len(pd.read_parquet(path / "members.parquet")) for path in shards] == [4, 4, 4]
     merged = tmp_path / "merged"
     # In any order, and in two steps.
-    assert main(["merge", str(shares[2]), str(shares[0]), "-o", str(merged)]) == 1
+    assert main(["merge", str(shards[2]), str(shards[0]), "-o", str(merged)]) == 1
     assert "4 members are missing" in capsys.readouterr().out
-    assert main(["merge", *map(str, shares), "-o", str(merged)]) == 0
+    assert main(["merge", *map(str, shards), "-o", str(merged)]) == 0
     for name in ("members", "curves"):
         found, expected = (
             pd.read_parquet(path / f"{name}.parquet") for path in (merged, tmp_path / "whole")
@@ -233,7 +233,7 @@ def test_shares_of_a_sweep_are_merged_into_what_one_machine_has(tmp_path, capsys
     evaluation = json.loads((merged / "best" / "evaluation.json").read_text())
     assert evaluation == json.loads((tmp_path / "whole" / "best" / "evaluation.json").read_text())
     assert ppo_jax.load(merged / "best").spec == whole.best_policy.spec
-    # The sweep without a share has nothing left to do there.
+    # The sweep without a shard has nothing left to do there.
     again = sweep(CONFIG, SPACE, seeds=2, run_dir=merged)
     assert again.is_complete
     assert again.run_seconds == 0.0
@@ -241,13 +241,13 @@ def test_shares_of_a_sweep_are_merged_into_what_one_machine_has(tmp_path, capsys
 
 def test_chunks_of_a_share_are_as_large_as_those_of_the_whole_sweep():
     plan = make_plan(CONFIG, HParams(), rows(SPACE), seeds=(0, 1))
-    assert [(len(g.members), g.size) for g in share_of(plan, 2, 3)] == [(2, 6), (2, 6)]
+    assert [(len(g.members), g.size) for g in shard_of(plan, 2, 3)] == [(2, 6), (2, 6)]
 
 
 @pytest.mark.filterwarnings("default:best in")  # which the command shows as a line
 def test_a_merge_that_cannot_write_says_so_and_is_repeated(tmp_path, monkeypatch, capsys):
-    (share,) = shares_of(3, tmp_path, indices=[2])
-    command = ["merge", str(share), "-o", str(tmp_path / "merged")]
+    (shard,) = shards_of(3, tmp_path, indices=[2])
+    command = ["merge", str(shard), "-o", str(tmp_path / "merged")]
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
@@ -262,8 +262,8 @@ def test_a_merge_that_cannot_write_says_so_and_is_repeated(tmp_path, monkeypatch
 
 
 def test_members_that_a_lost_machine_did_not_train_are_trained_after_the_merge(tmp_path):
-    (share,) = shares_of(3, tmp_path, indices=[2])
-    found = merge([share], tmp_path / "merged")
+    (shard,) = shards_of(3, tmp_path, indices=[2])
+    found = merge([shard], tmp_path / "merged")
     assert found == (4, 8, ())
     result = sweep(CONFIG, SPACE, seeds=2, run_dir=tmp_path / "merged")
     assert result.is_complete
@@ -271,23 +271,23 @@ def test_members_that_a_lost_machine_did_not_train_are_trained_after_the_merge(t
 
 
 def test_shares_that_do_not_belong_together_are_refused(tmp_path):
-    first, second = shares_of(3, tmp_path, indices=[1, 2])
+    first, second = shards_of(3, tmp_path, indices=[1, 2])
     other = tmp_path / "other"
     sweep(CONFIG, SPACE, seeds=[5, 6], shard=(1, 3), run_dir=other)
     of_four = tmp_path / "four"
     sweep(CONFIG, SPACE, seeds=2, shard=(1, 4), run_dir=of_four)
     whole = tmp_path / "whole"
     sweep(CONFIG, {"gamma": [0.9]}, seeds=2, run_dir=whole)
-    for shares, message in (
-        ([first, other], "shares must be of one sweep; .* differ in seeds"),
-        ([first, of_four], "shares must be of one sweep; .* differ in shares"),
-        ([first, first], "a share must be given once; .* are both share 1 of 3"),
-        ([first, whole], "merge needs shares of a sweep; .* is a whole one"),
+    for shards, message in (
+        ([first, other], "shards must be of one sweep; .* differ in seeds"),
+        ([first, of_four], "shards must be of one sweep; .* differ in shards"),
+        ([first, first], "a shard must be given once; .* are both shard 1 of 3"),
+        ([first, whole], "merge needs shards of a sweep; .* is a whole one"),
         ([first, tmp_path / "nowhere"], "there must be a sweep in .*nowhere; found none"),
-        ([], "merge needs the directories of shares"),
+        ([], "merge needs the directories of shards"),
     ):
         with pytest.raises(ConfigError, match=message):
-            merge(shares, tmp_path / "merged")
+            merge(shards, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ConfigError, match="another .*differ"):
         merge([first], whole)
@@ -300,7 +300,7 @@ def test_shares_that_do_not_belong_together_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shard": (0, 3)}, "the number of a share must be a positive integer; got 0"),
+        ({"shard": (0, 3)}, "the number of a shard must be a positive integer; got 0"),
         ({"shard": (4, 3)}, "i from 1 to n.*got 4/3 and 6 members"),
         ({"shard": (1, 7)}, "n at most the number of members; got 1/7"),
     ],

@@ -49,7 +49,7 @@ class SweepCommand:
     batch: int | None = None
     """Number of configurations in a batch of tpe."""
     shard: str | None = None
-    """Train a share of the members, such as 3/16 on the third of 16 machines; `ppo-jax merge` joins
+    """Train a shard of the members, such as 3/16 on the third of 16 machines; `ppo-jax merge` joins
     the directories."""
     run_dir: Path | None = None
     """Directory of the results; runs/ENV_sweep_TIME by default."""
@@ -135,7 +135,7 @@ class SweepCommand:
         if result.unwritten:  # a report needs all tables
             return 1
         if self.shard is not None:
-            print(f"share {self.shard}: {run_dir}; ppo-jax merge joins all shares")
+            print(f"shard {self.shard}: {run_dir}; ppo-jax merge joins all shards")
             return 0
         _print_report(run_dir)
         return 0
@@ -180,7 +180,7 @@ class SweepCommand:
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Returns the numbers of a share, as of "3/16"."""
+    """Returns the numbers of a shard, as of "3/16"."""
     if text is None:
         return None
     index, slash, count = text.partition("/")
@@ -191,10 +191,10 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 
 @dataclasses.dataclass(frozen=True)
 class MergeCommand:
-    """Join the shares of a sweep that were trained with --shard, in any order."""
+    """Join the shards of a sweep that were trained with --shard, in any order."""
 
-    shares: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of the shares."""
+    shards: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of the shards."""
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Directory of the sweep, which is new or holds the same sweep."""
 
@@ -204,8 +204,8 @@ class MergeCommand:
 
         with warnings.catch_warnings():
             warnings.showwarning = show_warning  # type: ignore[assignment]
-            merged = merge(self.shares, self.output)
-        print(f"merged {merged.num_members} members of {len(self.shares)} shares: {self.output}")
+            merged = merge(self.shards, self.output)
+        print(f"merged {merged.num_members} members of {len(self.shards)} shards: {self.output}")
         for problem in merged.unwritten:
             say(f"ppo-jax: error: {problem}")
         if merged.unwritten:  # a report needs all tables

@@ -32,7 +32,7 @@ class Group(NamedTuple):
     """Names of the hyperparameters that are set, and of the environment's parameters that vary."""
     members: tuple[Member, ...]
     size: int
-    """Number of members of the group in the whole sweep, of which a share has some."""
+    """Number of members of the group in the whole sweep, of which a shard has some."""
 
     @property
     def program(self) -> tuple[Config, tuple[tuple[str, ...], ...]]:
@@ -40,31 +40,31 @@ class Group(NamedTuple):
         return self.config, self.traced
 
 
-def share_of(plan: Sequence[Group], index: int, count: int) -> list[Group]:
-    """Returns the share of a plan that one of several workers trains.
+def shard_of(plan: Sequence[Group], index: int, count: int) -> list[Group]:
+    """Returns the shard of a plan that one of several workers trains.
 
-    Shares are consecutive members in the order of the plan, so that a worker compiles few programs.
+    Shards are consecutive members in the order of the plan, so that a worker compiles few programs.
     Their sizes differ by at most one. They depend on nothing but the plan.
 
     Args:
       plan: all groups.
-      index: of the share, from 1 to `count`.
-      count: number of shares.
+      index: of the shard, from 1 to `count`.
+      count: number of shards.
 
     >>> rows = [{"gamma": 0.9}, {"gamma": 0.99}, {"num_steps": 64}]
     >>> plan = make_plan(Config(), HParams(), rows, seeds=(0, 1))
-    >>> [[m.number for g in share_of(plan, i, 4) for m in g.members] for i in (1, 2, 3, 4)]
+    >>> [[m.number for g in shard_of(plan, i, 4) for m in g.members] for i in (1, 2, 3, 4)]
     [[0], [1, 2], [3], [4, 5]]
     """
     total = sum(len(group.members) for group in plan)
     first, end = ((index - 1) * total // count, index * total // count)
-    shares = []
+    shards = []
     for group in plan:
         members = group.members[max(first, 0) : max(end, 0)]
         first, end = first - len(group.members), end - len(group.members)
         if members:
-            shares.append(group._replace(members=members))
-    return shares
+            shards.append(group._replace(members=members))
+    return shards
 
 
 def make_plan(

@@ -12,7 +12,7 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
-from ppo_jax.population.plan import make_plan, share_of
+from ppo_jax.population.plan import make_plan, shard_of
 from ppo_jax.population.proposals import Proposals, make_proposals
 from ppo_jax.population.search_space import Row, Sampler, Space
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
@@ -85,7 +85,7 @@ def sweep(
       sampler: "random", "sobol", or "tpe", which needs optuna and draws each batch near the best
         results so far.
       batch: configurations that "tpe" proposes before it sees new results.
-      shard: `(i, n)` trains the i-th of n shares of the members, 1 ≤ i ≤ n, such as on one of n
+      shard: `(i, n)` trains the i-th of n shards of the members, 1 ≤ i ≤ n, such as on one of n
         machines; `merge` joins their directories. None trains all.
       run_dir: directory for finished members; one with the same sweep is continued. None keeps
         nothing.
@@ -156,7 +156,7 @@ def sweep(
             runner.run(plan, store)
             if interrupt.requested:
                 break
-            if shard is None:  # a share has no score of every configuration
+            if shard is None:  # a shard has no score of every configuration
                 proposals.tell(store.scores(range(first, first + len(asked))))
             first += len(asked)
             asked = proposals.ask()
@@ -193,7 +193,7 @@ def _planned(
       configurations: rows of the space.
       seeds: of every configuration.
       first: number of the first configuration.
-      shard: the share of the members; None for all.
+      shard: the shard of the members; None for all.
     """
     plan = make_plan(config, hparams, configurations, seeds, first=first)
     if any(group.config.num_devices > 1 for group in plan):
@@ -202,7 +202,7 @@ def _planned(
             "Leave num_devices out."
         )
     if shard is not None:
-        plan = share_of(plan, *shard)
+        plan = shard_of(plan, *shard)
     return [(group, make_group_trainer(group)) for group in plan]
 
 
@@ -211,11 +211,11 @@ def _num_members(plan: Sequence[PlannedGroup]) -> int:
 
 
 def _require_shard(shard: tuple[int, int] | None, sampler: Sampler, num_members: int) -> None:
-    """Checks a share of a sweep."""
+    """Checks a shard of a sweep."""
     if shard is None:
         return
     index, count = shard
-    require_positive_integers({"the number of a share": index, "the number of shares": count})
+    require_positive_integers({"the number of a shard": index, "the number of shards": count})
     if index > count or count > num_members:
         raise ConfigError(
             "shard must be i/n with i from 1 to n, and n at most the number of members; got "

@@ -1,4 +1,4 @@
-"""Shares of a sweep, which several machines trained, become one sweep."""
+"""Shards of a sweep, which several machines trained, become one sweep."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,45 +10,45 @@ from ppo_jax.runs.sweep_store import SweepStore
 
 
 class Merged(NamedTuple):
-    """What a merge has found and written."""
+    """The result of a merge."""
 
     num_members: int
     num_missing: int
-    """Members that no share has finished."""
+    """Members that no shard has finished."""
     unwritten: tuple[str, ...] = ()
     """Files that could not be written, with the reasons; the same merge writes them again."""
 
 
-def merge(shares: Sequence[str | Path], run_dir: str | Path) -> Merged:
-    """Joins the directories of shares of a sweep into the directory of the sweep.
+def merge(shards: Sequence[str | Path], run_dir: str | Path) -> Merged:
+    """Joins the directories of shards of a sweep into the directory of the sweep.
 
-    The shares are those of `sweep(…, shard=(i, n))`. They stay as they are. Members that are
-    missing, because a share is missing or was interrupted, can be trained from the new directory:
-    the same call of `sweep` without `shard` continues it. A directory into which some shares were
+    The shards are those of `sweep(…, shard=(i, n))`. They stay as they are. Members that are
+    missing, because a shard is missing or was interrupted, can be trained from the new directory:
+    the same call of `sweep` without `shard` continues it. A directory into which some shards were
     merged before takes the others.
 
     Args:
-      shares: directories, in any order.
+      shards: directories, in any order.
       run_dir: directory of the sweep, which is new, or holds the same sweep.
 
     Raises:
-      ConfigError: a directory holds something else, shares are of different sweeps, or a share is
+      ConfigError: a directory holds something else, shards are of different sweeps, or a shard is
         given twice or in use.
     """
-    paths = [Path(path) for path in shares]
+    paths = [Path(path) for path in shards]
     if not paths:
-        raise ConfigError("merge needs the directories of shares; got none. Name them.")
+        raise ConfigError("merge needs the directories of shards; got none. Name them.")
     descriptions = [SweepStore.describe(path) for path in paths]
     whole = _common(paths, descriptions)
     with ExitStack() as stack:
-        # The shares first: one that is in use ends this before anything is written.
+        # The shards first: one that is in use ends this before anything is written.
         found = [
             stack.enter_context(SweepStore.opened(path, description))
             for path, description in zip(paths, descriptions, strict=True)
         ]
         merged = stack.enter_context(SweepStore.opened(run_dir, whole))
-        for share in found:
-            merged.adopt(share)
+        for shard in found:
+            merged.adopt(shard)
         members, _ = merged.collect()
     total = len(whole["configurations"]) * len(whole["seeds"])
     return Merged(len(members), total - len(members), tuple(merged.unwritten.values()))
@@ -64,19 +64,19 @@ def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> di
     for path, description, whole in zip(paths, descriptions, wholes, strict=True):
         if "shard" not in description:
             raise ConfigError(
-                f"merge needs shares of a sweep; {path} is a whole one. Leave it out."
+                f"merge needs shards of a sweep; {path} is a whole one. Leave it out."
             )
         shard = tuple(description["shard"])
         count = descriptions[0]["shard"][1]
         if whole != wholes[0] or shard[1] != count:
-            changed = [name for name in whole if whole[name] != wholes[0].get(name)] or ["shares"]
+            changed = [name for name in whole if whole[name] != wholes[0].get(name)] or ["shards"]
             raise ConfigError(
-                f"shares must be of one sweep; {path} and {paths[0]} differ in "
+                f"shards must be of one sweep; {path} and {paths[0]} differ in "
                 f"{', '.join(changed)}. Name those of one sweep."
             )
         if shard in seen:
             raise ConfigError(
-                f"a share must be given once; {seen[shard]} and {path} are both share "
+                f"a shard must be given once; {seen[shard]} and {path} are both shard "
                 f"{shard[0]} of {count}. Leave one out."
             )
         seen[shard] = path

@@ -87,7 +87,7 @@ class SweepRunner:
         if program not in self._populations:
             self._populations[program] = self._make_population(group, trainer)
             # Chunks of one size are one program, and give the same bits. A chunk that is asked for
-            # is as large in a share of the sweep as in all of it.
+            # is as large in a shard of the sweep as in all of it.
             size = len(group.members) if self._chunk is None else group.size
             self._chunk_sizes[program] = min(
                 self._chunk or _LARGEST_CHUNK, max(size, self._smallest_chunk)
