@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import machine
 from ppo_jax import Config, make_train
-from ppo_jax.devices import devices_for, member_sharding
+from ppo_jax.devices import member_sharding, population_mesh
 
 SIZES = (1, 4, 16, 64, 256, 1024)
 CONFIG = Config(env="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=20 * 512)
@@ -30,7 +30,7 @@ CONFIG = Config(env="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=20
 def compiled(size: int) -> Any:
     """Compiles a population of that size."""
     keys = jax.vmap(jax.random.key)(jnp.arange(size))
-    by_member = member_sharding(devices_for(size))
+    by_member = member_sharding(population_mesh(size))
     train = jax.vmap(make_train(CONFIG))
     return jax.jit(train, in_shardings=by_member, out_shardings=by_member).lower(keys).compile()
 

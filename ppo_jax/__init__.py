@@ -17,6 +17,7 @@ from ppo_jax.lazy import submodules_of
 if TYPE_CHECKING:
     from ppo_jax.algorithms import register_algorithm
     from ppo_jax.config import Config
+    from ppo_jax.devices import make_mesh
     from ppo_jax.envs import make_env
     from ppo_jax.errors import ConfigError
     from ppo_jax.evaluation import Evaluation, evaluate
@@ -51,6 +52,7 @@ _MODULES = {
     "load": "runs.trained",
     "load_state": "runs.checkpoint",
     "make_env": "envs",
+    "make_mesh": "devices",
     "make_train": "trainer",
     "make_trainer": "trainer",
     "preset": "presets",
@@ -77,6 +79,7 @@ __all__ = [
     "load",
     "load_state",
     "make_env",
+    "make_mesh",
     "make_train",
     "make_trainer",
     "preset",

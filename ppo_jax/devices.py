@@ -1,5 +1,6 @@
 """Meshes of devices: for the environments of one training, and for the members of a population."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ppo_jax.errors import ConfigError
+from ppo_jax.errors import ConfigError, require_positive_integers
 from ppo_jax.types import Shard, TrainState
 
 ENV_AXIS = "env"
@@ -25,31 +26,59 @@ STATE_SPECS = TrainState(
 """Placement of a training's state: environments are divided, everything else is replicated."""
 
 
-def make_env_mesh(num_devices: int, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-    """Returns the mesh of the devices that share environments.
+def make_mesh(
+    *, env: int = 1, member: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns a mesh with the axes `member` and `env`.
+
+    Devices that share the environments of one training are neighbours in `devices`, because they
+    communicate for every minibatch.
 
     Args:
-      num_devices: number of devices.
-      devices: devices to take them from; None for those of this process.
-
-    Returns:
-      The mesh, or None for one device, so that no backend is started.
+      env: devices that share the environments of one training.
+      member: groups of such devices, which share the members of a population.
+      devices: devices to take them from; None for all devices. Devices of a topology serve to
+        compile ahead of time.
 
     Raises:
-      ConfigError: there are fewer devices.
+      ConfigError: a number is not positive, or there are fewer devices.
     """
-    if num_devices == 1:
-        return None
+    require_positive_integers({"the mesh axis env": env, "the mesh axis member": member})
     if devices is None:
         # This starts the backend, after which the number of devices of a CPU is fixed.
         devices = jax.devices()
-    if len(devices) < num_devices:
+    needed = env * member
+    if len(devices) < needed:
+        asked = f"num_devices={env}" if member == 1 else f"env={env} times member={member}"
         raise ConfigError(
-            f"num_devices must be at most the devices there are; got {num_devices} and "
-            f"{len(devices)}. Lower num_devices. On a CPU, call "
-            f"jax.config.update('jax_num_cpu_devices', {num_devices}) before anything is computed."
+            f"a mesh must have at most as many devices as there are; got {asked} and "
+            f"{len(devices)}. Use fewer. On a CPU, call "
+            f"jax.config.update('jax_num_cpu_devices', {needed}) before anything is computed."
         )
-    return Mesh(np.array(devices[:num_devices]), (ENV_AXIS,))
+    return Mesh(np.array(devices[:needed]).reshape(member, env), (MEMBER_AXIS, ENV_AXIS))
+
+
+def population_mesh(num_members: int, *, env: int = 1, member: int | None = None) -> Mesh:
+    """Returns the mesh of a population.
+
+    Args:
+      num_members: members that are trained together.
+      env: devices that share the environments of each member.
+      member: groups of such devices. None for as many as there are and divide the members, because
+        others would train copies.
+
+    Raises:
+      ConfigError: there are fewer devices, or `member` does not divide the members.
+    """
+    if member is None:
+        member = math.gcd(num_members, max(1, jax.device_count() // env))
+    mesh = make_mesh(env=env, member=member)
+    if num_members % member:
+        raise ConfigError(
+            "the mesh axis member must divide the seeds or members that are trained together; got "
+            f"member={member} and {num_members}. Use {math.gcd(num_members, member)}."
+        )
+    return mesh
 
 
 def make_shard(mesh: Mesh | None, num_envs: int) -> Shard:
@@ -57,8 +86,8 @@ def make_shard(mesh: Mesh | None, num_envs: int) -> Shard:
     if mesh is None:
         return Shard(num_envs)
     # A device of a CPU is one core: 256 samples fit its cache; see docs/performance.md.
-    is_cpu = mesh.devices[0].platform == "cpu"
-    return Shard(num_envs // mesh.size, ENV_AXIS, chunk_size=256 if is_cpu else None)
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Shard(num_envs // mesh.shape[ENV_AXIS], ENV_AXIS, chunk_size=256 if is_cpu else None)
 
 
 def place(state: TrainState, mesh: Mesh | None) -> TrainState:
@@ -72,41 +101,51 @@ def place(state: TrainState, mesh: Mesh | None) -> TrainState:
     return jax.tree.map(place_part, STATE_SPECS, state)
 
 
-def devices_for(num_members: int) -> list[jax.Device]:
-    """Returns as many devices of this process as divide the members; others would train copies."""
-    return jax.devices()[: math.gcd(num_members, jax.device_count())]
-
-
-def member_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
-    """Returns the sharding of arrays whose first axis is that of members, `[S, ...]`.
-
-    Members are trained independently: their devices exchange nothing.
-    """
-    mesh = Mesh(np.array(devices), (MEMBER_AXIS,))
+def member_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays whose first axis is that of members, `[S, ...]`."""
     return NamedSharding(mesh, PartitionSpec(MEMBER_AXIS))
 
 
-def over_members(devices: Sequence[jax.Device]) -> Callable[..., Callable[..., Any]]:
-    """Returns a `jax.vmap` that divides members among devices.
+def state_shardings(mesh: Mesh) -> TrainState:
+    """Returns the placement of the states of a population, with the leading axis of members."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, PartitionSpec(MEMBER_AXIS, *spec)), STATE_SPECS
+    )
+
+
+MemberMap = Callable[..., Callable[..., Any]]
+"""`(function, in_axes) -> function`; an axis is 0 for an argument of each member, and None for one
+that all share."""
+
+
+def over_members(mesh: Mesh) -> MemberMap:
+    """Returns a `jax.vmap` that divides members among devices, which exchange nothing.
 
     Each device runs its own loops. Under `vmap` alone, an evaluation would exchange among all
     devices, at every step, whether the last episode has ended.
-
-    Returns:
-      `(function, in_axes) -> function`; an axis is 0 for an argument of each member, and None for
-      one that all share.
     """
-    sharding = member_sharding(devices)
+    split = PartitionSpec(MEMBER_AXIS)
 
     def member_map(
         function: Callable[..., Any], in_axes: Sequence[int | None]
     ) -> Callable[..., Any]:
         return jax.shard_map(
             jax.vmap(function, in_axes=tuple(in_axes)),
-            mesh=sharding.mesh,
-            in_specs=tuple(PartitionSpec() if axis is None else sharding.spec for axis in in_axes),
-            out_specs=sharding.spec,
+            mesh=mesh,
+            in_specs=tuple(PartitionSpec() if axis is None else split for axis in in_axes),
+            out_specs=split,
             check_vma=False,
         )
 
     return member_map
+
+
+def trainings_over_members(mesh: Mesh) -> MemberMap:
+    """Returns `over_members` for functions that call the step of a trainer.
+
+    Where devices share environments, the step divides itself among them (`jax.shard_map`), and
+    `spmd_axis_name` divides its members as well.
+    """
+    if mesh.shape[ENV_AXIS] == 1:
+        return over_members(mesh)
+    return functools.partial(jax.vmap, spmd_axis_name=MEMBER_AXIS)

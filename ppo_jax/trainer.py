@@ -1,6 +1,6 @@
 """The trainer: the stages composed into `init`, `step` and `run`, all of them pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ppo_jax.config import Config
 from ppo_jax.defaults import GAINS
-from ppo_jax.devices import STATE_SPECS, make_env_mesh, make_shard, place
+from ppo_jax.devices import ENV_AXIS, STATE_SPECS, make_mesh, make_shard, place
 from ppo_jax.envs.environment import Environment
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
@@ -65,20 +65,20 @@ class Stages(NamedTuple):
 
     resolved: Resolved
     mesh: Mesh | None
-    """The devices that share the environments; None for one."""
+    """The devices, on whose axis `env` the environments are divided; None for one device."""
     shard: Shard
     """The share of each device."""
     losses: Losses
     rule: UpdateRule
 
 
-def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) -> Trainer:
+def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     """Builds the training that `config` describes; nothing is traced yet.
 
     Args:
       config: the training.
-      devices: where the `num_devices` that share the environments are taken from; None for those of
-        this process. Devices of a topology serve to compile ahead of time.
+      mesh: as `make_mesh` returns it, with `config.num_devices` on its axis `env`; None for the
+        first devices. `jax.vmap(..., spmd_axis_name="member")` divides members on its other axis.
 
     Raises:
       ConfigError: unknown environment, algorithm or optimiser, or an unsupported space.
@@ -89,7 +89,7 @@ def make_trainer(config: Config, devices: Sequence[jax.Device] | None = None) ->
     >>> int(state.updates_done)
     1
     """
-    stages = make_stages(config, devices)
+    stages = make_stages(config, mesh)
 
     def init(key: jax.Array, hparams: HParams | None = None, env_params: Any = None) -> TrainState:
         return _init(stages, key, hparams, env_params)
@@ -120,11 +120,11 @@ def make_train(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
     return make_trainer(config).run
 
 
-def make_stages(config: Config, devices: Sequence[jax.Device] | None = None) -> Stages:
+def make_stages(config: Config, mesh: Mesh | None = None) -> Stages:
     """Returns the functions that an update consists of; arguments are those of `make_trainer`."""
     resolved = resolve(config)
     config, algorithm = resolved.config, resolved.algorithm
-    mesh = make_env_mesh(config.num_devices, devices)
+    mesh = _mesh_of(config, mesh)
     shard = make_shard(mesh, config.num_envs)
     losses = Losses(
         config,
@@ -140,6 +140,18 @@ def make_stages(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     if resolved.schedule.adapt is not None:
         rule = adaptive_learning_rate(rule, resolved.schedule, losses)
     return Stages(resolved, mesh, shard, losses, rule)
+
+
+def _mesh_of(config: Config, mesh: Mesh | None) -> Mesh | None:
+    """Returns the mesh that divides environments; None for one device, which needs no backend."""
+    if mesh is not None and mesh.shape[ENV_AXIS] != config.num_devices:
+        raise ConfigError(
+            "num_devices must be the size of the mesh axis env; got "
+            f"{config.num_devices} and {mesh.shape[ENV_AXIS]}. Make both the same."
+        )
+    if config.num_devices == 1:
+        return None
+    return make_mesh(env=config.num_devices) if mesh is None else mesh
 
 
 def _check_shared_parts(config: Config, rule: UpdateRule) -> None:

@@ -4,6 +4,7 @@ Devices are made before anything is computed, which a test session has long done
 """
 
 import functools
+import re
 import tempfile
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import hlo
 from ppo_jax import Config, ConfigError, HParams, envs, evaluate, make_trainer, resume, sweep, train
-from ppo_jax.devices import over_members
+from ppo_jax.devices import make_mesh, over_members, population_mesh
 from ppo_jax.population.pbt import make_pbt
+from ppo_jax.runs import device_memory
+from ppo_jax.runs.training import compile_training
 from tests.test_agents import make_team
 from tests.test_resume import check_resume, rows_of, stop_after
 
@@ -34,7 +38,7 @@ def config(algorithm, num_devices, **changes):
 def on_one_device(function, *, mesh, in_specs, out_specs, check_vma):
     """Replaces `jax.shard_map` by `vmap` over the shards: the same mathematics on one device."""
     del in_specs, check_vma
-    num_shards = mesh.size
+    num_shards = mesh.shape["env"]
 
     def is_split(spec):
         return bool(len(spec))
@@ -138,8 +142,6 @@ def check_a_sweep_s_members_are_divided():
         curve = result.curves[result.curves["member"] == 2 * number + 1]
         entropy = metrics["train/entropy"].reshape(4, -1).mean(axis=1)
         np.testing.assert_allclose(curve["train/entropy"], entropy, rtol=1e-3)
-    with pytest.raises(ConfigError, match="num_devices must be 1 in a sweep"):
-        sweep(described.replace(num_devices=2), {})
 
 
 def check_a_search_s_members_are_divided():
@@ -148,7 +150,7 @@ def check_a_search_s_members_are_divided():
     rates = HParams(learning_rate=jnp.geomspace(1e-3, 1e-1, 8))
     keys = jax.random.split(jax.random.key(0), 8)
     found = []
-    for member_map in (jax.vmap, over_members(jax.devices())):
+    for member_map in (jax.vmap, over_members(make_mesh(member=8))):
         search = make_pbt(
             trainer, ["learning_rate"], num_rounds=3, updates_per_round=1, member_map=member_map
         )
@@ -170,6 +172,88 @@ def check_the_seeds_of_a_training_are_divided():
     states, _ = jax.jit(jax.vmap(make_trainer(described).run))(keys)
     for x, y in zip(numbers(result.state.learner), numbers(states.learner), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+def both_axes(num_members):
+    """Returns a training on eight devices, and its members trained alone on four of them."""
+    described = config("ppo", 4, num_minibatches=2, normalize_obs=True, normalize_reward=True)
+    alone = jax.jit(make_trainer(described).run)
+    return described, [alone(jax.random.key(seed)) for seed in range(num_members)]
+
+
+def check_seeds_and_environments_are_divided():
+    described, expected = both_axes(4)
+    result = train(described, num_seeds=4, eval_episodes=2, progress=False)
+    for leaf in (result.state.rollout.obs, result.state.learner.params):
+        assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(leaf))
+    # Two members and two environments a device; parameters are those of two members.
+    assert result.state.rollout.obs.addressable_shards[0].data.shape[:2] == (2, 2)
+    kernel = jax.tree.leaves(result.state.learner.params)[0]
+    assert kernel.addressable_shards[0].data.shape[0] == 2
+    for i, (state, metrics) in enumerate(expected):
+        ours = jax.tree.map(lambda x, i=i: x[i], (result.state.learner, result.state.statistics))
+        for x, y in zip(numbers(ours), numbers((state.learner, state.statistics)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+        curve = result.metrics[result.metrics["seed"] == i]
+        np.testing.assert_allclose(curve["train/entropy"], metrics["train/entropy"], rtol=1e-4)
+        np.testing.assert_allclose(curve["episode/return"], metrics["episode/return"], rtol=1e-4)
+    fewer = train(described, num_seeds=4, member_devices=1, eval_episodes=2, progress=False)
+    assert len(fewer.state.updates_done.sharding.device_set) == 4
+    np.testing.assert_allclose(
+        fewer.metrics["train/entropy"], result.metrics["train/entropy"], rtol=1e-4
+    )
+
+
+def check_members_and_their_environments_are_divided():
+    described, expected = both_axes(2)
+    result = sweep(
+        described,
+        {"learning_rate": [2.5e-4, 1e-3]},
+        seeds=2,
+        eval_episodes=2,
+        num_rows=4,
+        progress=False,
+    )
+    assert result.is_complete
+    for seed, (_, metrics) in enumerate(expected):
+        curve = result.curves[result.curves["member"] == seed]
+        np.testing.assert_allclose(curve["train/entropy"], metrics["train/entropy"], rtol=1e-4)
+    others = result.curves[result.curves["member"] == 2]["train/entropy"]
+    assert not np.allclose(others, expected[0][1]["train/entropy"], rtol=1e-4)
+
+
+def check_devices_communicate_once_a_minibatch():
+    described = config("ppo", 4, num_minibatches=2, normalize_obs=True, normalize_reward=True)
+    mesh = population_mesh(4, env=4)
+    trainer = make_trainer(described, mesh)
+    keys = jax.random.split(jax.random.key(0), 4)
+    texts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_memory, "num_bytes", lambda x: texts.append(x.as_text()) or 0)
+        compile_training(trainer, described, keys, trainer.hparams, mesh=mesh)
+    program = hlo.parse(texts[1])
+    # The loop over the updates of a piece has no fixed number of rounds, and counts as one.
+    found = hlo.work(program, program.entry, hlo.Device(1.0, 1.0, 1.0), ["minibatches", "rollout"])
+    assert found["rollout"].collectives == 0
+    assert found["minibatches"].collectives == 4 * 2  # epochs and minibatches
+    # Means and variances of advantages in each epoch; statistics of observations, rewards,
+    # episodes and values.
+    assert found["other"].collectives == 4 * 2 + 7
+    groups = set(re.findall(r"replica_groups=(\{\{.*?\}\})", texts[1]))
+    assert groups == {"{{0,1,2,3},{4,5,6,7}}"}  # members exchange nothing
+
+
+def check_meshes_that_do_not_fit_are_errors():
+    for arguments, message in (
+        ({"num_seeds": 4, "member_devices": 4}, "env=4 times member=4 and 8. Use fewer"),
+        ({"num_seeds": 3, "member_devices": 2}, "got member=2 and 3. Use 1"),
+        ({"member_devices": 2}, "divides seeds; got 2 and no num_seeds"),
+        ({"num_seeds": 2, "member_devices": 0}, "member must be a positive integer; got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(config("ppo", 4), progress=False, **arguments)
+    with pytest.raises(ConfigError, match="mesh axis env; got 4 and 2"):
+        make_trainer(config("ppo", 4), make_mesh(env=2))
 
 
 def check_runs_over_devices_resume_exactly(folder):
@@ -217,7 +301,7 @@ def check_agents_and_pools_are_divided():
 
 
 def check_one_device_too_many_is_an_error():
-    with pytest.raises(ConfigError, match="at most the devices there are; got 16 and 8"):
+    with pytest.raises(ConfigError, match="as many devices as there are; got num_devices=16 and 8"):
         make_trainer(config("ppo", 16, num_envs=16))
 
 
@@ -239,6 +323,10 @@ if __name__ == "__main__":
     check_steps_are_one_program_and_environments_stay_where_they_are()
     check_devices_see_different_data()
     check_the_seeds_of_a_training_are_divided()
+    check_seeds_and_environments_are_divided()
+    check_members_and_their_environments_are_divided()
+    check_devices_communicate_once_a_minibatch()
+    check_meshes_that_do_not_fit_are_errors()
     check_agents_and_pools_are_divided()
     check_one_device_too_many_is_an_error()
     with tempfile.TemporaryDirectory() as folder:

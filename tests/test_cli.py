@@ -47,6 +47,29 @@ def test_train_then_eval_then_resume(tmp_path, capsys):
     assert "over 2 greedy episodes" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --mesh env=2,env=2", "such as env=4,member=2; got env=2,env=2"),
+        ("train --mesh env:2", "such as env=4,member=2; got env:2"),
+        (
+            "train --mesh member=2",
+            r"\(the mesh axis member\) divides seeds; got 2 and no num_seeds",
+        ),
+        ("train --mesh env=2 --num-devices 4", "same setting; got 4 and 2. Leave one out"),
+        ("train --mesh env=3", "num_envs must be divisible by num_devices; got 8 and 3"),
+        ("sweep --mesh env=0", "num_devices must be a positive integer; got 0"),
+        ("sweep --search pbt --mesh env=2", "--mesh does not go with --search; got env=2"),
+        ("sweep --search pbt --learning-rate 1e-4,1e-3 --num-devices 2", "must be 1 in a search"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_named(words, message, tmp_path, capsys):
+    command, *options = words.split()
+    assert main([command, "CartPole-v1", *options, "--run-dir", str(tmp_path / "run")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["resume", "sweep"])
 def test_deterministic_operations_are_asked_for(command, tmp_path, monkeypatch, capsys):
     directory = RunDirectory.create(tmp_path / "run", overwrite=False)

@@ -46,6 +46,7 @@ def outputs(codes, folder, *flags):
         "docs/policies.md",
         "docs/results.md",
         "docs/sweeps.md",
+        "docs/machines.md",
     ],
 )
 def test_examples_of_a_page(page, tmp_path):

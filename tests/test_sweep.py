@@ -695,7 +695,12 @@ def test_a_sweep_shows_progress_within_a_chunk_and_stops_there(monkeypatch):
     trainer = make_trainer(group.config)
     member = make_member(trainer, max_skipped_updates=10, num_updates=6, num_rows=3, num_episodes=2)
     population = compiled_population.CompiledPopulation(
-        member, trainer.env, num_updates=6, may_shrink=True, say=lambda line: None
+        member,
+        trainer.env,
+        mesh=ppo_jax.make_mesh(),
+        num_updates=6,
+        may_shrink=True,
+        say=lambda line: None,
     )
     pieces = []
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from benchmarks import machine
 from ppo_jax import Config, HParams, make_trainer
 from ppo_jax.algorithms import ALGORITHMS
-from ppo_jax.devices import member_sharding, over_members
+from ppo_jax.devices import make_mesh, member_sharding, over_members
 from tests.test_spaces import CASES, config_of
 
 TOPOLOGY = "v5e:2x2"
@@ -54,8 +53,8 @@ def check_one_device(devices):
 
 def check_shared_environments(devices):
     """Compiles a training whose environments are divided among the devices."""
-    mesh = Mesh(np.array(devices), ("any",))
-    trainer = make_trainer(cartpole(num_devices=len(devices)), devices)
+    mesh = make_mesh(env=len(devices), devices=devices)
+    trainer = make_trainer(cartpole(num_devices=len(devices)), mesh)
     program, figures = compile_for(trainer.run, (KEY,), NamedSharding(mesh, PartitionSpec()))
     assert "all-reduce" in program.as_text()
     yield {"training": "ppo, environments divided", "devices": len(devices), **figures}
@@ -66,8 +65,9 @@ def check_sweep(devices, num_members=16):
     trainer = make_trainer(cartpole())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_members))
     rates = HParams(learning_rate=jax.ShapeDtypeStruct((num_members,), jnp.float32))
-    run = over_members(devices)(trainer.run, in_axes=(0, 0))
-    program, figures = compile_for(run, (keys, rates), member_sharding(devices))
+    mesh = make_mesh(member=len(devices), devices=devices)
+    run = over_members(mesh)(trainer.run, in_axes=(0, 0))
+    program, figures = compile_for(run, (keys, rates), member_sharding(mesh))
     text = program.as_text()
     assert not any(f"all-{what}" in text for what in ("reduce", "gather", "to-all"))
     yield {"training": f"ppo, {num_members} members", "devices": len(devices), **figures}

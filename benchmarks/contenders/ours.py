@@ -7,7 +7,7 @@ import jax
 from jax_timing import compile_and_time
 from serving import serve
 
-from ppo_jax import Config, HParams, evaluate, make_trainer
+from ppo_jax import Config, HParams, evaluate, make_mesh, make_trainer
 
 
 def build(workload: dict[str, Any]) -> Any:
@@ -31,7 +31,9 @@ def build(workload: dict[str, Any]) -> Any:
             "actor_gain": 1.0,
         }
     )
-    trainer = make_trainer(config, workload.get("devices"))
+    devices = workload.get("devices")
+    mesh = None if devices is None else make_mesh(env=config.num_devices, devices=devices)
+    trainer = make_trainer(config, mesh)
 
     def returns_of(result: Any) -> jax.Array:
         state, _ = result

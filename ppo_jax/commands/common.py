@@ -8,9 +8,10 @@ import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -38,14 +39,46 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare_devices(config: Config, seeds: int | None) -> None:
+class MeshOption(NamedTuple):
+    """Devices on the two axes of a mesh; None where the option does not say."""
+
+    env: int | None
+    member: int | None
+
+
+def parse_mesh(text: str | None) -> MeshOption:
+    """Returns the sizes of the axes in the option --mesh, such as env=4,member=2."""
+    sizes: dict[str, int] = {}
+    for part in names(text or ""):
+        name, _, size = part.partition("=")
+        if name not in MeshOption._fields or name in sizes or not size.isdecimal():
+            raise ConfigError(
+                f"--mesh must give the axes env and member, such as env=4,member=2; got {text}."
+            )
+        sizes[name] = int(size)
+    return MeshOption(sizes.get("env"), sizes.get("member"))
+
+
+def with_mesh(config: Config, mesh: MeshOption) -> Config:
+    """Returns the config with the devices that the option --mesh gives the axis env."""
+    if mesh.env is None:
+        return config
+    if config.num_devices not in (1, mesh.env):
+        raise ConfigError(
+            "--num-devices and the axis env of --mesh are the same setting; got "
+            f"{config.num_devices} and {mesh.env}. Leave one out."
+        )
+    return config.replace(num_devices=mesh.env)
+
+
+def prepare_devices(config: Config, seeds: int | None, member_devices: int | None = None) -> None:
     """Prepares JAX for a training: its cache of programs, and the cores of a CPU as devices."""
     enable_compilation_cache()
-    if config.num_devices > 1:
-        make_cpu_devices(config.num_devices)
-    # Seeds need no communication, so that each core trains some of them.
-    elif seeds is not None:
-        make_cpu_devices(math.gcd(seeds, num_cores()))
+    if member_devices is None:
+        # Seeds need no communication, so that each core trains some of them.
+        member_devices = math.gcd(seeds or 1, max(1, num_cores() // config.num_devices))
+    if seeds is not None or config.num_devices > 1:
+        make_cpu_devices(config.num_devices * member_devices)
 
 
 def use_deterministic_operations() -> None:

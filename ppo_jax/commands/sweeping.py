@@ -15,10 +15,12 @@ from ppo_jax.commands.common import (
     names,
     new_run_dir,
     num_cores,
+    parse_mesh,
     print_table,
     say,
     show_warning,
     use_deterministic_operations,
+    with_mesh,
 )
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
@@ -55,6 +57,9 @@ class SweepCommand:
     """Directory of the results; runs/ENV_sweep_TIME by default."""
     chunk: int | None = None
     """Number of members that train together; by default as many as fit."""
+    mesh: str | None = None
+    """Devices that share the environments of a member, and groups of such devices that share the
+    members: env=4,member=2 takes eight. As many groups as there are devices by default."""
     quiet: bool = False
     """Show no progress."""
     checkpoint_every: float = 60.0
@@ -102,13 +107,16 @@ class SweepCommand:
             config, hparams = presets.preset(self.env, algorithm, **settings)
             hparams = flags.hparams_type(algorithm)(**hparams.given())
         hparams = hparams.replace(**values)
+        mesh = parse_mesh(self.mesh)
+        config = with_mesh(config, mesh)
         # The remaining names with a single value are parameters of the environment.
         varied |= {name: [value] for name, value in fixed.items()}
         run_dir = self.run_dir or new_run_dir(self.env, self.search or "sweep")
         if self.deterministic:
             use_deterministic_operations()
         enable_compilation_cache()
-        make_cpu_devices(num_cores())
+        member_devices = mesh.member or max(1, num_cores() // config.num_devices)
+        make_cpu_devices(config.num_devices * member_devices)
         common: dict[str, Any] = {
             "hparams": hparams,
             "run_dir": run_dir,
@@ -122,7 +130,7 @@ class SweepCommand:
 
         with warnings.catch_warnings(), exit_at_second_signal():
             warnings.showwarning = show_warning  # type: ignore[assignment]
-            result = self._train(config, varied, common)
+            result = self._train(config, varied, mesh.member, common)
         print(
             f"trained {len(result.members)} members in {result.run_seconds:.1f} s, compiled in "
             f"{result.compile_seconds:.1f} s"
@@ -140,8 +148,21 @@ class SweepCommand:
         _print_report(run_dir)
         return 0
 
-    def _train(self, config: Config, space: dict[str, Any], common: dict[str, Any]) -> Any:
-        """Runs the sweep or the search."""
+    def _train(
+        self,
+        config: Config,
+        space: dict[str, Any],
+        member_devices: int | None,
+        common: dict[str, Any],
+    ) -> Any:
+        """Runs the sweep or the search.
+
+        Args:
+          config: settings that the space does not vary.
+          space: what is varied.
+          member_devices: groups of devices that share the members; None for as many as there are.
+          common: arguments that a sweep and a search share.
+        """
         if self.search is None:
             from ppo_jax.runs.sweep import sweep
 
@@ -154,6 +175,7 @@ class SweepCommand:
                 batch=self.batch,
                 shard=_parse_shard(self.shard),
                 chunk=self.chunk,
+                member_devices=member_devices,
                 **common,
             )
         from ppo_jax.runs.search import search
@@ -166,7 +188,7 @@ class SweepCommand:
     def _require_fitting_options(self) -> None:
         """Checks that options of a search come with one, and those of a sweep without."""
         of_search = ("members", "rounds", "factor", "replaced", "seed")
-        of_sweep = ("seeds", "draws", "batch", "chunk", "shard")
+        of_sweep = ("seeds", "draws", "batch", "chunk", "shard", "mesh")
         for name in of_search if self.search is None else of_sweep:
             if getattr(self, name) is not None:
                 rule = "needs" if self.search is None else "does not go with"

@@ -13,11 +13,13 @@ from ppo_jax import envs, flags, presets
 from ppo_jax.commands.common import (
     names,
     new_run_dir,
+    parse_mesh,
     prepare_devices,
     print_evaluation,
     say,
     show_warning,
     use_deterministic_operations,
+    with_mesh,
 )
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
@@ -58,6 +60,9 @@ class TrainCommand:
     mlflow, trackio."""
     stop_at_return: float | None = None
     """Stop once the mean return of an evaluation reaches this; needs --eval-every."""
+    mesh: str | None = None
+    """Devices that share the environments of a training, and groups of such devices that share
+    the seeds: env=4,member=2 takes eight. As many groups as there are devices by default."""
     debug_nans: bool = False
     """Stop at the first update with a NaN, and name the operation that made it. Slower."""
     dry_run: bool = False
@@ -77,19 +82,20 @@ class TrainCommand:
                 "--resume continues the run in a directory; got no --run-dir. Name it, so that "
                 "the next start finds the same directory."
             )
-        config = self.config.config
+        mesh = parse_mesh(self.mesh)
+        config = with_mesh(self.config.config, mesh)
         hparams = flags.hparams_type(config.algorithm)(**vars(self.hparams))
         envs.check_name(config.env)
         if self.deterministic:
             use_deterministic_operations()
         if self.dry_run:
             _say_rounded(config)
-            return self._print_dry_run(config, hparams)
+            return self._print_dry_run(config, hparams, mesh.member)
         run_dir = self.run_dir or new_run_dir(config.env, f"{config.algorithm}_seed{self.seed}")
         if not (self.resume and RunDirectory.holds_run(run_dir)):
             RunDirectory.check(run_dir, overwrite=self.overwrite)
         _say_rounded(config)
-        prepare_devices(config, self.seeds)
+        prepare_devices(config, self.seeds, mesh.member)
 
         from ppo_jax.runs.run import train
 
@@ -99,6 +105,7 @@ class TrainCommand:
                 hparams,
                 seed=self.seed,
                 num_seeds=self.seeds,
+                member_devices=mesh.member,
                 run_dir=run_dir,
                 overwrite=self.overwrite,
                 resume=self.resume,
@@ -114,12 +121,12 @@ class TrainCommand:
             config,
         )
 
-    def _print_dry_run(self, config: Config, hparams: Any) -> int:
+    def _print_dry_run(self, config: Config, hparams: Any, member_devices: int | None) -> int:
         """Prints what the training would do and take."""
-        prepare_devices(config, self.seeds)
+        prepare_devices(config, self.seeds, member_devices)
         from ppo_jax.runs.run import dry_run
 
-        found = dry_run(config, hparams, num_seeds=self.seeds)
+        found = dry_run(config, hparams, num_seeds=self.seeds, member_devices=member_devices)
         seeds = f", for each of {self.seeds} seeds" if self.seeds is not None else ""
         available = "" if found.limit is None else f" of {found.limit / 2**20:,.0f} MiB"
         print(f"steps    {found.timesteps:,} in {found.num_updates:,} updates{seeds}")
@@ -143,6 +150,8 @@ class ResumeCommand:
     the new total."""
     num_devices: int | None = None
     """Devices that share the environments from now on."""
+    mesh: str | None = None
+    """Devices of both axes from now on, as in `train`."""
     checkpoint_every: float | None = None
     """Seconds between two checkpoints."""
     eval_episodes: int | None = None
@@ -164,13 +173,15 @@ class ResumeCommand:
         """Runs the command; returns its exit status."""
         directory = RunDirectory.open(self.run_dir)
         config, seeds = directory.read_config()[0], directory.read_seeds()
-        if self.num_devices is not None:
-            config = config.replace(num_devices=self.num_devices)
+        mesh = parse_mesh(self.mesh)
+        if self.num_devices is not None or mesh.env is not None:
+            num_devices = 1 if self.num_devices is None else self.num_devices
+            config = with_mesh(config.replace(num_devices=num_devices), mesh)
         if self.total_timesteps is not None:
             _say_rounded(config.replace(total_timesteps=self.total_timesteps))
         if self.deterministic:
             use_deterministic_operations()
-        prepare_devices(config, None if isinstance(seeds, int) else len(seeds))
+        prepare_devices(config, None if isinstance(seeds, int) else len(seeds), mesh.member)
 
         from ppo_jax.runs.run import resume
 
@@ -178,7 +189,8 @@ class ResumeCommand:
             lambda: resume(
                 self.run_dir,
                 total_timesteps=self.total_timesteps,
-                num_devices=self.num_devices,
+                num_devices=config.num_devices,
+                member_devices=mesh.member,
                 checkpoint_every=self.checkpoint_every,
                 eval_episodes=self.eval_episodes,
                 eval_every=self.eval_every,

@@ -8,8 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ppo_jax.devices import over_members
+from ppo_jax.devices import (
+    MEMBER_AXIS,
+    member_sharding,
+    over_members,
+    state_shardings,
+    trainings_over_members,
+)
 from ppo_jax.envs import override_params
 from ppo_jax.envs.environment import Environment
 from ppo_jax.hparams import HParams
@@ -65,6 +72,7 @@ class CompiledPopulation:
         member: MemberProgram,
         env: Environment,
         *,
+        mesh: Mesh,
         num_updates: int,
         may_shrink: bool,
         say: Callable[[str], None],
@@ -74,6 +82,7 @@ class CompiledPopulation:
         Args:
           member: the training of one member.
           env: has the default parameters that members change.
+          mesh: the devices. Its axis `member` divides the members.
           num_updates: updates of a member.
           may_shrink: reduce a chunk that does not fit by the compiler's own count. Running out of
             memory leads to a smaller chunk in any case.
@@ -84,13 +93,15 @@ class CompiledPopulation:
         self._num_updates = num_updates
         self._may_shrink = may_shrink
         self._say = say
-        self._devices = jax.devices()
-        member_map = over_members(self._devices)
-        self._start = jax.jit(member_map(member.start, in_axes=(0, 0, 0)))
-        self._advance = jax.jit(
-            member_map(member.advance, in_axes=(0, 0, None, None)), donate_argnums=0
-        )
-        self._finish = jax.jit(member_map(member.finish, in_axes=(0, 0)))
+        self._mesh = mesh
+        member_map = trainings_over_members(mesh)
+        by_member: Any = member_sharding(mesh)
+        placed = MemberState(state_shardings(mesh), guard=by_member, curves=by_member)
+        start = member_map(member.start, in_axes=(0, 0, 0))
+        self._start = jax.jit(start, out_shardings=placed)
+        advance = member_map(member.advance, in_axes=(0, 0, None, None))
+        self._advance = jax.jit(advance, donate_argnums=0, out_shardings=placed)
+        self._finish = jax.jit(over_members(mesh)(member.finish, in_axes=(0, 0)))
         self._compiled: dict[int, _Programs] = {}
 
     def chunks(
@@ -121,7 +132,7 @@ class CompiledPopulation:
                 )
             except jax.errors.JaxRuntimeError as error:
                 # The compiler's count is an estimate, and other processes use the device as well.
-                if not device_memory.is_exhausted(error) or size <= len(self._devices):
+                if not device_memory.is_exhausted(error) or size <= self._mesh.shape[MEMBER_AXIS]:
                     raise
                 size = self._smaller(size, size // 2)
                 continue
@@ -184,10 +195,10 @@ class CompiledPopulation:
         """Compiles a program for `size` members, or for fewer that fit; returns their number."""
         while True:
             num_bytes = self._compile(members, size)
-            limit = device_memory.limit(self._devices[0])
+            limit = device_memory.limit(self._mesh.devices.flat[0])
             if limit is None or num_bytes <= limit:
                 return size
-            if not self._may_shrink or size <= len(self._devices):
+            if not self._may_shrink or size <= self._mesh.shape[MEMBER_AXIS]:
                 return size
             size = self._smaller(size, int(size * limit / num_bytes))
 
@@ -210,14 +221,14 @@ class CompiledPopulation:
 
     def _smaller(self, size: int, target: int) -> int:
         """Returns a size of at most `target` that is below `size` where that is possible."""
-        count = len(self._devices)
+        count = self._mesh.shape[MEMBER_AXIS]
         smaller = max(1, min(target, size - 1) // count) * count
         self._say(f"that does not fit; going on with {smaller} members at once")
         return smaller
 
     def _rounded_up(self, size: int) -> int:
         """Returns the size with a whole number of members for each device."""
-        count = len(self._devices)
+        count = self._mesh.shape[MEMBER_AXIS]
         return max(1, math.ceil(size / count)) * count
 
     def _arguments(self, members: Sequence[Member], size: int) -> tuple[jax.Array, HParams, Any]:

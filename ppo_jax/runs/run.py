@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jax.sharding import Mesh
 
 from ppo_jax.config import Config
+from ppo_jax.devices import make_mesh, population_mesh
 from ppo_jax.envs.host import HostError
 from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
 from ppo_jax.evaluation import Evaluation
@@ -114,6 +116,7 @@ def train(
     *,
     seed: int = 0,
     num_seeds: int | None = None,
+    member_devices: int | None = None,
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -144,8 +147,10 @@ def train(
       config: describes the training.
       hparams: hyperparameters, scalars; None for the algorithm's defaults.
       seed: training starts from `jax.random.key(seed)`.
-      num_seeds: train this many consecutive seeds together, under `vmap`, divided among as many
-        devices as divide them.
+      num_seeds: train this many consecutive seeds together, under `vmap`, divided among devices.
+      member_devices: devices among which the seeds are divided. If the environments are divided as
+        well (`num_devices`), each seed has `num_devices`, so that the product is the number of
+        devices. None for as many as there are and divide the seeds.
       run_dir: directory for `config.json`, `metrics.jsonl`, `policy`, `evaluation.json` and
         `checkpoints`; None writes nothing.
       overwrite: replace a run that is there already.
@@ -191,12 +196,14 @@ def train(
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
     sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
     hparams = complete_hparams(hparams, config)
-    trainer = make_trainer(config)
+    mesh = _mesh_of(config, num_seeds, member_devices)
+    trainer = make_trainer(config, mesh)
     # `num_seeds=1` keeps an axis of seeds; None has none.
     seeds = tuple(range(seed, seed + (num_seeds or 1)))
     # Everything that was asked for, checked; files come after it.
     plan = _Plan(
         trainer,
+        mesh,
         config,
         hparams,
         seeds=seeds,
@@ -236,7 +243,11 @@ class DryRun(NamedTuple):
 
 
 def dry_run(
-    config: Config, hparams: HParams | None = None, *, num_seeds: int | None = None
+    config: Config,
+    hparams: HParams | None = None,
+    *,
+    num_seeds: int | None = None,
+    member_devices: int | None = None,
 ) -> DryRun:
     """Compiles a training without running it.
 
@@ -244,6 +255,7 @@ def dry_run(
       config: describes the training.
       hparams: hyperparameters, scalars; None for the algorithm's defaults.
       num_seeds: seeds that would be trained together; None for one without an axis of seeds.
+      member_devices: see `train`.
 
     Raises:
       ConfigError: as `train` does.
@@ -253,7 +265,9 @@ def dry_run(
         jax.random.key(0) if num_seeds is None else jax.random.split(jax.random.key(0), num_seeds)
     )
     started = time.perf_counter()
-    training = _compile(make_trainer(config), config, keys, complete_hparams(hparams, config))
+    mesh = _mesh_of(config, num_seeds, member_devices)
+    trainer = make_trainer(config, mesh)
+    training = _compile(trainer, config, keys, complete_hparams(hparams, config), mesh)
     return DryRun(
         config.num_updates,
         config.num_updates * config.batch_size,
@@ -268,6 +282,7 @@ def resume(
     *,
     total_timesteps: int | None = None,
     num_devices: int | None = None,
+    member_devices: int | None = None,
     checkpoint_every: float | None = None,
     eval_episodes: int | None = None,
     eval_every: int | None = None,
@@ -286,6 +301,7 @@ def resume(
         that of the new total.
       num_devices: devices that share the environments from now on, with a warning if their number
         changes; None keeps it.
+      member_devices: see `train`.
       checkpoint_every: see `train`; None, here and below, is the value of the run.
       eval_episodes: see `train`.
       eval_every: see `train`.
@@ -320,6 +336,7 @@ def resume(
         hparams,
         seed=seed,
         num_seeds=num_seeds,
+        member_devices=member_devices,
         run_dir=run_dir,
         resume=True,
         on_rows=on_rows,
@@ -332,6 +349,7 @@ class _Plan(NamedTuple):
     """A training and how it is run, checked."""
 
     trainer: Trainer
+    mesh: Mesh | None
     config: Config
     hparams: HParams
     seeds: tuple[int, ...]
@@ -384,7 +402,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
         )
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
-        training = _compile(plan.trainer, config, keys, plan.hparams)
+        training = _compile(plan.trainer, config, keys, plan.hparams, plan.mesh)
         evaluate = make_evaluate(plan.trainer.env, keys, plan.eval_episodes)
         periodic = PeriodicEvaluation(evaluate, plan.seeds, config.batch_size, plan.eval_every)
         with (
@@ -443,10 +461,25 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
     )
 
 
-def _compile(trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams) -> Training:
-    """Compiles a training for the kind of its environment."""
-    compile_it = compile_training if trainer.env.host is None else compile_host_training
-    return compile_it(trainer, config, keys, hparams)
+def _mesh_of(config: Config, num_seeds: int | None, member_devices: int | None) -> Mesh | None:
+    """Returns the devices of a training; None for the first one."""
+    if num_seeds is None:
+        if member_devices is not None:
+            raise ConfigError(
+                "member_devices (the mesh axis member) divides seeds; got "
+                f"{member_devices} and no num_seeds. Give num_seeds (--seeds), or leave it out."
+            )
+        return make_mesh(env=config.num_devices) if config.num_devices > 1 else None
+    return population_mesh(num_seeds, env=config.num_devices, member=member_devices)
+
+
+def _compile(
+    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams, mesh: Mesh | None
+) -> Training:
+    """Compiles a training for the kind of its environment; arguments as of `compile_training`."""
+    if trainer.env.host is not None:
+        return compile_host_training(trainer, config, keys, hparams)
+    return compile_training(trainer, config, keys, hparams, mesh=mesh)
 
 
 def _info(

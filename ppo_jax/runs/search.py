@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.config import Config
-from ppo_jax.devices import devices_for, member_sharding, over_members
+from ppo_jax.devices import member_sharding, over_members, population_mesh
 from ppo_jax.errors import ConfigError, require_known, require_positive_integers, require_seed
 from ppo_jax.evaluation import evaluate, evaluation_key
 from ppo_jax.hparams import HParams
@@ -234,7 +234,7 @@ class _Plan(NamedTuple):
     updates_per_round: int
     round_timesteps: int
     """Environment steps of all members in a round."""
-    devices: Sequence[jax.Device]
+    mesh: Mesh
 
 
 def _make_plan(
@@ -249,13 +249,18 @@ def _make_plan(
     seed: int,
 ) -> _Plan:
     """Returns the plan of a search, or the error of its method."""
+    if config.num_devices > 1:
+        raise ConfigError(
+            "num_devices must be 1 in a search, whose devices share its members; got "
+            f"{config.num_devices}. Leave it out, or use a sweep without a search."
+        )
     trainer = make_trainer(config)
-    devices = devices_for(num_members)
+    mesh = population_mesh(num_members)
     updates_per_round = config.num_updates // num_rounds
     common = {
         "num_rounds": num_rounds,
         "updates_per_round": updates_per_round,
-        "member_map": over_members(devices),
+        "member_map": over_members(mesh),
         **options,
     }
     if method == "halving":
@@ -275,7 +280,7 @@ def _make_plan(
         num_rounds=num_rounds,
         updates_per_round=updates_per_round,
         round_timesteps=updates_per_round * config.batch_size * num_members,
-        devices=devices,
+        mesh=mesh,
     )
 
 
@@ -338,7 +343,7 @@ class _Programs(NamedTuple):
 
 def _compile(plan: _Plan) -> _Programs:
     """Compiles a search for its devices, and checks that it fits their memory."""
-    split: Any = member_sharding(plan.devices)
+    split: Any = member_sharding(plan.mesh)
     whole: Any = NamedSharding(split.mesh, PartitionSpec())
     # Decisions need the scores of all members, so what they remember is on every device.
     placed = SearchState(
@@ -438,7 +443,7 @@ def _evaluate(plan: _Plan, states: TrainState, num_episodes: int) -> tuple[np.nd
         key = evaluation_key(key)
         return evaluate(policy, trainer.env, env_params, key, num_episodes).returns, policy
 
-    evaluate_all = jax.jit(over_members(plan.devices)(one, in_axes=(0, 0)))
+    evaluate_all = jax.jit(over_members(plan.mesh)(one, in_axes=(0, 0)))
     returns, policies = evaluate_all(states, plan.keys)
     return np.asarray(returns), policies
 

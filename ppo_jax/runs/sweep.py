@@ -1,5 +1,6 @@
 """Sweeps: every configuration of a space, trained with every seed in few compilations."""
 
+import functools
 import itertools
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.sink import RunInfo
 from ppo_jax.runs.sinks import make_sinks
-from ppo_jax.runs.sweep_runner import PlannedGroup, SweepRunner, make_group_trainer
+from ppo_jax.runs.sweep_runner import PlannedGroup, SweepRunner, plan_group
 from ppo_jax.runs.sweep_store import SweepStore
 from ppo_jax.runs.sweep_tables import to_cell
 
@@ -61,6 +62,7 @@ def sweep(
     shard: tuple[int, int] | None = None,
     run_dir: str | Path | None = None,
     chunk: int | None = None,
+    member_devices: int | None = None,
     checkpoint_every: float = 60.0,
     eval_episodes: int = 64,
     num_rows: int = 50,
@@ -72,7 +74,8 @@ def sweep(
 
     Members that differ in traced values only (hyperparameters, environment parameters, seeds) are
     one vmapped population. It is compiled once, and runs in chunks that fit the device's memory.
-    Several devices divide a chunk's members among them. On one platform, the numbers of a member
+    Several devices divide a chunk's members among them, and with `num_devices` the environments of
+    each member as well. On one platform, the numbers of a member
     are bit-identical in chunks of one size, whatever its neighbours are. Chunks of other sizes are
     other programs, whose numbers agree to rounding. A member whose parameters become NaN is frozen.
 
@@ -90,6 +93,8 @@ def sweep(
       run_dir: directory for finished members; one with the same sweep is continued. None keeps
         nothing.
       chunk: members that are trained together; by default as many as fit, at most 1024.
+      member_devices: devices among which members are divided, each with `num_devices` for its
+        environments; None for all devices.
       checkpoint_every: seconds between two checkpoints of the members that are training, in
         `run_dir`; 0 for none.
       eval_episodes: episodes of each member's final greedy evaluation.
@@ -117,10 +122,13 @@ def sweep(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
     proposals = make_proposals(space, num_draws=num_draws, sampler=sampler, batch=batch)
-    _planned(config, hparams, proposals.extremes, seeds)  # errors come before anything is written
+    planned = functools.partial(
+        _planned, config, hparams, seeds=seeds, member_devices=member_devices
+    )
+    planned(proposals.extremes)  # errors come before anything is written
     asked, first = proposals.ask(), 0
     _require_shard(shard, sampler, proposals.total * len(seeds))
-    plan = _planned(config, hparams, asked, seeds, shard=shard)
+    plan = planned(asked, shard=shard)
     num_members = proposals.total * len(seeds) if shard is None else _num_members(plan)
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
     description = {
@@ -160,7 +168,7 @@ def sweep(
                 proposals.tell(store.scores(range(first, first + len(asked))))
             first += len(asked)
             asked = proposals.ask()
-            plan = _planned(config, hparams, asked, seeds, first=first)
+            plan = planned(asked, first=first)
         members, curves = store.collect()
     return Sweep(
         members,
@@ -180,8 +188,9 @@ def _planned(
     config: Config,
     hparams: HParams,
     configurations: Sequence[Row],
-    seeds: Sequence[int],
     *,
+    seeds: Sequence[int],
+    member_devices: int | None,
     first: int = 0,
     shard: tuple[int, int] | None = None,
 ) -> list[PlannedGroup]:
@@ -192,22 +201,18 @@ def _planned(
       hparams: hyperparameters that the space does not vary.
       configurations: rows of the space.
       seeds: of every configuration.
+      member_devices: see `sweep`.
       first: number of the first configuration.
       shard: the shard of the members; None for all.
     """
     plan = make_plan(config, hparams, configurations, seeds, first=first)
-    if any(group.config.num_devices > 1 for group in plan):
-        raise ConfigError(
-            "num_devices must be 1 in a sweep: its devices share members, not environments. "
-            "Leave num_devices out."
-        )
     if shard is not None:
         plan = shard_of(plan, *shard)
-    return [(group, make_group_trainer(group)) for group in plan]
+    return [plan_group(group, member_devices) for group in plan]
 
 
 def _num_members(plan: Sequence[PlannedGroup]) -> int:
-    return sum(len(group.members) for group, _ in plan)
+    return sum(len(planned.group.members) for planned in plan)
 
 
 def _require_shard(shard: tuple[int, int] | None, sampler: Sampler, num_members: int) -> None:

@@ -1,10 +1,12 @@
 """The loop of a sweep: plans of groups become compiled populations, and chunks become tables."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
+from ppo_jax.devices import MEMBER_AXIS, make_mesh
 from ppo_jax.envs import override_params
 from ppo_jax.population.member import make_member
 from ppo_jax.population.plan import Group, Member
@@ -18,7 +20,13 @@ from ppo_jax.trainer import Trainer, make_trainer
 
 _LARGEST_CHUNK = 1024
 
-PlannedGroup = tuple[Group, Trainer]
+
+class PlannedGroup(NamedTuple):
+    """A group of members with the trainer and the devices that train them."""
+
+    group: Group
+    trainer: Trainer
+    mesh: Mesh
 
 
 class SweepRunner:
@@ -52,8 +60,7 @@ class SweepRunner:
         self._on_rows = on_rows
         self._num_rows, self._num_episodes, self._chunk = num_rows, num_episodes, chunk
         self._say, self._bar, self._is_stopped = say, bar, is_stopped
-        # A single member a device is compiled without batched kernels and rounds differently.
-        self._smallest_chunk = 2 * jax.device_count() if same_bits else 1
+        self._same_bits = same_bits
         self._populations: dict[Any, CompiledPopulation] = {}
         self._chunk_sizes: dict[Any, int] = {}
         self.run_seconds = 0.0
@@ -67,31 +74,35 @@ class SweepRunner:
         """Trains the members that the store does not have, until the runner is stopped."""
         finished = store.finished()
         todo = [
-            (group, trainer, [m for m in group.members if m.number not in finished])
-            for group, trainer in plan
+            (planned, [m for m in planned.group.members if m.number not in finished])
+            for planned in plan
         ]
         # Announced beforehand, because compiling is most of the time of a small sweep.
-        new = {group.program for group, _, waiting in todo if waiting} - set(self._populations)
-        self._bar.start(sum(_member_timesteps(group) * len(waiting) for group, _, waiting in todo))
+        new = {planned.group.program for planned, waiting in todo if waiting}
+        new -= set(self._populations)
+        self._bar.start(
+            sum(_member_timesteps(planned.group) * len(waiting) for planned, waiting in todo)
+        )
         self._say(_announcement(todo, num_compilations=len(new)))
-        for group, trainer, waiting in todo:
+        for planned, waiting in todo:
             if waiting and not self._is_stopped():
-                self._run_group(group, trainer, waiting, store)
+                self._run_group(planned, waiting, store)
 
     def _run_group(
-        self, group: Group, trainer: Trainer, waiting: Sequence[Member], store: SweepStore
+        self, planned: PlannedGroup, waiting: Sequence[Member], store: SweepStore
     ) -> None:
+        group = planned.group
         program = group.program
         # A group's program depends on its structure, not on its values: batches of an adaptive
         # sampler share it.
         if program not in self._populations:
-            self._populations[program] = self._make_population(group, trainer)
+            self._populations[program] = self._make_population(planned)
             # Chunks of one size are one program, and give the same bits. A chunk that is asked for
             # is as large in a shard of the sweep as in all of it.
             size = len(group.members) if self._chunk is None else group.size
-            self._chunk_sizes[program] = min(
-                self._chunk or _LARGEST_CHUNK, max(size, self._smallest_chunk)
-            )
+            # A single member a device is compiled without batched kernels and rounds differently.
+            smallest = 2 * planned.mesh.shape[MEMBER_AXIS] if self._same_bits else 1
+            self._chunk_sizes[program] = min(self._chunk or _LARGEST_CHUNK, max(size, smallest))
         batch_size = group.config.batch_size
 
         def on_piece(num_members: int, piece: PieceDone) -> None:
@@ -117,37 +128,49 @@ class SweepRunner:
             self._on_rows(member_rows(tables, chunk.seconds))
             self.run_seconds += chunk.seconds
 
-    def _make_population(self, group: Group, trainer: Trainer) -> CompiledPopulation:
-        num_updates = group.config.num_updates
+    def _make_population(self, planned: PlannedGroup) -> CompiledPopulation:
+        config = planned.group.config
+        num_updates = config.num_updates
         member = make_member(
-            trainer,
-            max_skipped_updates=group.config.max_skipped_updates,
+            planned.trainer,
+            max_skipped_updates=config.max_skipped_updates,
             num_updates=num_updates,
             num_rows=min(self._num_rows, num_updates),
             num_episodes=self._num_episodes,
         )
         return CompiledPopulation(
             member,
-            trainer.env,
+            planned.trainer.env,
+            mesh=planned.mesh,
             num_updates=num_updates,
             may_shrink=self._chunk is None,
             say=self._say,
         )
 
 
-def make_group_trainer(group: Group) -> Trainer:
-    """Returns the trainer of a group, checked for the longest episodes of its members.
+def plan_group(group: Group, member_devices: int | None) -> PlannedGroup:
+    """Returns a group with its trainer, checked for the longest episodes of its members.
 
     Some algorithms need whole episodes in a rollout.
+
+    Args:
+      group: the members.
+      member_devices: see `sweep`.
+
+    Raises:
+      ConfigError: a setting breaks a rule, or there are too few devices.
     """
     config, name = group.config, "max_steps_in_episode"
     limits = [m.env_params[name] for m in group.members if name in m.env_params]
     if limits:
         config = config.replace(env_params={**dict(config.env_params), name: max(limits)})
-    trainer = make_trainer(config)
+    if member_devices is None:
+        member_devices = max(1, jax.device_count() // config.num_devices)
+    mesh = make_mesh(env=config.num_devices, member=member_devices)
+    trainer = make_trainer(config, mesh)
     for member in group.members:  # a misspelt parameter is an error before anything is written
         override_params(trainer.env.name, trainer.env.params, member.env_params)
-    return trainer
+    return PlannedGroup(group, trainer, mesh)
 
 
 def _member_timesteps(group: Group) -> int:
@@ -156,11 +179,11 @@ def _member_timesteps(group: Group) -> int:
 
 
 def _announcement(
-    todo: Sequence[tuple[Group, Trainer, Sequence[Member]]], *, num_compilations: int
+    todo: Sequence[tuple[PlannedGroup, Sequence[Member]]], *, num_compilations: int
 ) -> str:
-    num_members = sum(len(group.members) for group, _, _ in todo)
-    num_done = num_members - sum(len(waiting) for _, _, waiting in todo)
-    steps = sum(_member_timesteps(group) * len(waiting) for group, _, waiting in todo)
+    num_members = sum(len(planned.group.members) for planned, _ in todo)
+    num_done = num_members - sum(len(waiting) for _, waiting in todo)
+    steps = sum(_member_timesteps(planned.group) * len(waiting) for planned, waiting in todo)
     return (
         f"{num_members} members in {len(todo)} group{'s' * (len(todo) > 1)}"
         f"{f', {num_done} of them done already' if num_done else ''}: "

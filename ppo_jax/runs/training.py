@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ppo_jax.config import Config
-from ppo_jax.devices import devices_for, member_sharding
+from ppo_jax.devices import MEMBER_AXIS, member_sharding, state_shardings
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
@@ -45,16 +46,16 @@ class Training(NamedTuple):
 
 
 def compile_training(
-    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams
+    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams, *, mesh: Mesh | None
 ) -> Training:
     """Compiles a training. Nothing is allocated before its memory is known to fit.
 
     Args:
       trainer: of the config.
       config: describes the training.
-      keys: one random key, or the keys of several seeds, which are divided among as many devices
-        as divide them.
+      keys: one random key, or the keys of several seeds.
       hparams: complete.
+      mesh: of the trainer, whose axis `member` divides the seeds; None for one device.
 
     Raises:
       ConfigError: the training does not fit the memory of its devices.
@@ -62,13 +63,14 @@ def compile_training(
     hparams = jax.tree.map(jnp.float32, hparams)
     capacity = min(config.num_updates, LARGEST_PIECE)
     init, step = trainer.init, guarded_step(trainer, config.max_skipped_updates, config.num_updates)
-    sharding = None  # of a single seed: the trainer places its state
+    placed: Any = None  # of a single seed: the trainer places its state
     if keys.ndim:
+        assert mesh is not None, "seeds have one"
         # Hyperparameters are shared: seeds of a run differ in their keys alone.
-        init = jax.vmap(init, in_axes=(0, None))
-        step = jax.vmap(step, in_axes=(0, 0, None, None))
-        if config.num_devices == 1:
-            sharding = member_sharding(devices_for(len(keys)))
+        axis = MEMBER_AXIS if config.num_devices > 1 else None
+        init = jax.vmap(init, in_axes=(0, None), spmd_axis_name=axis)
+        step = jax.vmap(step, in_axes=(0, 0, None, None), spmd_axis_name=axis)
+        placed = member_sharding(mesh) if axis is None else state_shardings(mesh)
 
     def advance(
         state: TrainState, guard: Guard, hparams: HParams, first: jax.Array, count: jax.Array
@@ -85,11 +87,11 @@ def compile_training(
         return jax.lax.fori_loop(0, count, one_update, (state, guard, rows))
 
     # The hyperparameters are arguments of both programs, so that they round alike.
-    start = jax.jit(init, out_shardings=sharding).lower(keys, hparams).compile()
-    placed = jax.jit(advance, donate_argnums=0, out_shardings=(sharding, None, None))
+    start = jax.jit(init, out_shardings=placed).lower(keys, hparams).compile()
+    pieces = jax.jit(advance, donate_argnums=0, out_shardings=(placed, None, None))
     state_shapes = output_shapes(start)
     guard = jax.eval_shape(lambda: initial_guard(keys.shape))
-    lowered = placed.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
+    lowered = pieces.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
     program = lowered.compile()
     num_bytes = max(map(device_memory.num_bytes, (start, program)))
     require_memory(num_bytes, config, keys.size, num_agents=trainer.env.num_agents)
