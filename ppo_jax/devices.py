@@ -71,6 +71,7 @@ def population_mesh(num_members: int, *, env: int = 1, member: int | None = None
       ConfigError: there are fewer devices, or `member` does not divide the members.
     """
     if member is None:
+        # Without a common divisor the seeds are trained on `env` devices, one group of them.
         member = math.gcd(num_members, max(1, jax.device_count() // env))
     mesh = make_mesh(env=env, member=member)
     if num_members % member:

@@ -68,7 +68,7 @@ def make_diagnosis(config: Config) -> Diagnosis:
         return collected, *_losses_and_gradients(losses, policy.params, batch, hparams)
 
     def diagnose(state: TrainState, hparams: HParams) -> str | None:
-        state = jax.device_put(state, jax.devices()[0])
+        state = jax.device_put(state, jax.local_devices()[0])
         collected, metrics, gradients = repeat(state, jax.tree.map(jnp.float32, hparams))
         batch = collected.batch
         return (
@@ -141,7 +141,7 @@ def make_operation_finder(config: Config) -> Diagnosis:
     checked = jax.jit(checkify.checkify(trainer.step, errors=checkify.nan_checks))
 
     def find(state: TrainState, hparams: HParams) -> str | None:
-        state = jax.device_put(state, jax.devices()[0])
+        state = jax.device_put(state, jax.local_devices()[0])
         error, _ = checked(state, jax.tree.map(jnp.float32, hparams))
         exception = error.get_exception()
         if exception is None:

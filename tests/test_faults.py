@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, HParams, make_trainer
-from ppo_jax.commands.training import _run_training
+from ppo_jax.commands.training import ProcessOptions, _run_training
 from ppo_jax.population.member import Guard
 from ppo_jax.runs import checkpoint, failure, files
 from ppo_jax.runs.checkpoint_writer import CheckpointWriter
@@ -143,7 +143,7 @@ def test_a_stopped_run_is_continued_unless_all_its_seeds_failed(num_failures, st
         signal=signal.SIGTERM,
         is_stopped=False,
     )
-    assert _run_training(lambda: result, CONFIG) == status
+    assert _run_training(lambda: result, CONFIG, ProcessOptions()) == status
     assert ("stopped after 32 steps of each seed" in capsys.readouterr().out) == (status == 143)
 
 

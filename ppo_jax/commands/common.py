@@ -39,6 +39,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def parse_fraction(option: str, text: str | None) -> tuple[int, int] | None:
+    """Returns the numbers in an option such as --shard 3/16."""
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise ConfigError(f"--{option} must be i/n, such as 3/16; got {text}.")
+    return int(index), int(count)
+
+
 class MeshOption(NamedTuple):
     """Devices on the two axes of a mesh; None where the option does not say."""
 

@@ -15,6 +15,7 @@ from ppo_jax.commands.common import (
     names,
     new_run_dir,
     num_cores,
+    parse_fraction,
     parse_mesh,
     print_table,
     say,
@@ -173,7 +174,7 @@ class SweepCommand:
                 num_draws=self.draws,
                 sampler=self.sampler,
                 batch=self.batch,
-                shard=_parse_shard(self.shard),
+                shard=parse_fraction("shard", self.shard),
                 chunk=self.chunk,
                 member_devices=member_devices,
                 **common,
@@ -199,16 +200,6 @@ class SweepCommand:
             raise ConfigError(
                 f"--sampler does not go with --search; got {self.sampler}. Leave it out."
             )
-
-
-def _parse_shard(text: str | None) -> tuple[int, int] | None:
-    """Returns the numbers of a shard, as of "3/16"."""
-    if text is None:
-        return None
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal()):
-        raise ConfigError(f"--shard must be i/n, such as 3/16; got {text}.")
-    return int(index), int(count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The commands `train` and `resume`."""
 
+import contextlib
 import dataclasses
 import signal
 import warnings
@@ -11,8 +12,11 @@ import tyro
 
 from ppo_jax import envs, flags, presets
 from ppo_jax.commands.common import (
+    enable_compilation_cache,
+    make_cpu_devices,
     names,
     new_run_dir,
+    parse_fraction,
     parse_mesh,
     prepare_devices,
     print_evaluation,
@@ -24,6 +28,59 @@ from ppo_jax.commands.common import (
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
 from ppo_jax.runs.directory import CHECKPOINTS, RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """Options of a training that several processes share."""
+
+    distributed: bool = False
+    """Train together with other processes, which are started by the same command. JAX finds them in
+    SLURM, Open MPI, Kubernetes and TPU pods."""
+    coordinator: str | None = None
+    """With --distributed: host:port of the first process, where JAX does not find it."""
+    process: str | None = None
+    """With --distributed: number of this process, such as 3/4, where JAX does not find it."""
+    connect_timeout: float | None = None
+    """With --distributed: seconds to wait for the other processes; 300 by default."""
+
+    def prepare(self, config: Config, seeds: int | None, member_devices: int | None) -> None:
+        """Prepares the devices, and connects this process with the others if there are others."""
+        for name in ("coordinator", "process", "connect_timeout"):
+            value = getattr(self, name)
+            if value is not None and not self.distributed:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} needs --distributed; got {value}. Add it.")
+        if not self.distributed:
+            prepare_devices(config, seeds, member_devices)
+            return
+        from ppo_jax.runs import processes
+
+        enable_compilation_cache()
+        process = parse_fraction("process", self.process)
+        if process is not None and process[1] > 0:
+            # Each process has its share of the mesh; devices other than CPUs are what they are.
+            make_cpu_devices(max(1, config.num_devices * (member_devices or 1) // process[1]))
+        timeout = self.connect_timeout
+        timeout = processes.CONNECT_TIMEOUT if timeout is None else timeout
+        processes.connect(self.coordinator, process, timeout=timeout)
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that prints, once all are connected."""
+        if not self.distributed:
+            return True
+        from ppo_jax.runs import processes
+
+        return processes.is_first()
+
+    def ended_together(self) -> contextlib.AbstractContextManager[None]:
+        """Ends this process at once if it fails, so that no other waits for it."""
+        if not self.distributed:
+            return contextlib.nullcontext()
+        from ppo_jax.runs import processes
+
+        return processes.ended_together()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +120,7 @@ class TrainCommand:
     mesh: str | None = None
     """Devices that share the environments of a training, and groups of such devices that share
     the seeds: env=4,member=2 takes eight. As many groups as there are devices by default."""
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = ProcessOptions()
     debug_nans: bool = False
     """Stop at the first update with a NaN, and name the operation that made it. Slower."""
     dry_run: bool = False
@@ -92,10 +150,12 @@ class TrainCommand:
             _say_rounded(config)
             return self._print_dry_run(config, hparams, mesh.member)
         run_dir = self.run_dir or new_run_dir(config.env, f"{config.algorithm}_seed{self.seed}")
-        if not (self.resume and RunDirectory.holds_run(run_dir)):
+        # Of several processes, the first one checks its directory when all are connected.
+        if not self.processes.distributed and not (self.resume and RunDirectory.holds_run(run_dir)):
             RunDirectory.check(run_dir, overwrite=self.overwrite)
-        _say_rounded(config)
-        prepare_devices(config, self.seeds, mesh.member)
+        self.processes.prepare(config, self.seeds, mesh.member)
+        if self.processes.is_first:
+            _say_rounded(config)
 
         from ppo_jax.runs.run import train
 
@@ -119,6 +179,7 @@ class TrainCommand:
                 progress=not self.quiet,
             ),
             config,
+            self.processes,
         )
 
     def _print_dry_run(self, config: Config, hparams: Any, member_devices: int | None) -> int:
@@ -164,6 +225,7 @@ class ResumeCommand:
     """Trackers that get the rows besides the run's files, as in `train`."""
     stop_at_return: float | None = None
     """Stop once the mean return of an evaluation reaches this."""
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = ProcessOptions()
     deterministic: bool = False
     """On a GPU, use only operations that give the same bits in every run, as in `train`."""
     quiet: bool = False
@@ -177,11 +239,12 @@ class ResumeCommand:
         if self.num_devices is not None or mesh.env is not None:
             num_devices = 1 if self.num_devices is None else self.num_devices
             config = with_mesh(config.replace(num_devices=num_devices), mesh)
-        if self.total_timesteps is not None:
-            _say_rounded(config.replace(total_timesteps=self.total_timesteps))
         if self.deterministic:
             use_deterministic_operations()
-        prepare_devices(config, None if isinstance(seeds, int) else len(seeds), mesh.member)
+        num_seeds = None if isinstance(seeds, int) else len(seeds)
+        self.processes.prepare(config, num_seeds, mesh.member)
+        if self.total_timesteps is not None and self.processes.is_first:
+            _say_rounded(config.replace(total_timesteps=self.total_timesteps))
 
         from ppo_jax.runs.run import resume
 
@@ -200,6 +263,7 @@ class ResumeCommand:
                 progress=not self.quiet,
             ),
             config,
+            self.processes,
         )
 
 
@@ -215,16 +279,34 @@ def _say_rounded(config: Config) -> None:
         )
 
 
-def _run_training(run: Callable[[], Any], config: Config) -> int:
-    """Trains, and says what came of it; returns the exit status."""
+def _run_training(run: Callable[[], Any], config: Config, options: ProcessOptions) -> int:
+    """Trains, and says what came of it in the first process; returns the exit status."""
     from ppo_jax.runs.interrupt import exit_at_second_signal
-    from ppo_jax.runs.trained import summarize
 
-    with warnings.catch_warnings(), exit_at_second_signal():
+    with options.ended_together(), warnings.catch_warnings(), exit_at_second_signal():
         # Failures are printed below, as errors.
         warnings.filterwarnings("ignore", category=RuntimeWarning, message="seed .* failed with")
         warnings.showwarning = show_warning  # type: ignore[assignment]
+        if not options.is_first:
+            warnings.simplefilter("ignore")
         result = run()
+    if options.is_first:
+        _print_result(result, config)
+    if _is_interrupted(result):
+        return 128 + (result.signal or signal.SIGINT)
+    return 1 if result.failures or result.unwritten else 0
+
+
+def _is_interrupted(result: Any) -> bool:
+    """Returns whether a signal stopped a training, which its directory continues."""
+    # A training whose seeds have all failed is not one to continue.
+    return result.evaluation is None and len(result.failures) < len(result.seeds)
+
+
+def _print_result(result: Any, config: Config) -> None:
+    """Prints what came of a training."""
+    from ppo_jax.runs.trained import summarize
+
     total = (result.timesteps - result.timesteps_before) * len(result.seeds)
     print(
         f"trained {config.env} with {config.algorithm}: {total:,} steps in "
@@ -236,18 +318,16 @@ def _run_training(run: Callable[[], Any], config: Config) -> int:
         print(f"evaluations took {result.evaluation_seconds:.1f} s, {share:.0%} of the run")
     for problem in (*result.failures, *result.unwritten):
         say(f"ppo-jax: error: {problem}")
-    # A training whose seeds have all failed is not one to continue.
-    if result.evaluation is None and len(result.failures) < len(result.seeds):
+    if _is_interrupted(result):
         has_checkpoint = (result.run_dir / CHECKPOINTS).is_dir()
         what = f"ppo-jax resume {result.run_dir} continues the run"
         print(
             f"stopped after {result.timesteps:,} steps{' of each seed' * (len(result.seeds) > 1)}; "
             f"{what if has_checkpoint else f'the policy so far is in {result.run_dir}'}"
         )
-        return 128 + (result.signal or signal.SIGINT)
+        return
     if result.is_stopped:
         print(f"stopped after {result.timesteps:,} steps, as asked")
     if result.evaluation is not None:
         print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
     print(f"run: {result.run_dir}")
-    return 1 if result.failures or result.unwritten else 0

@@ -83,7 +83,8 @@ def load_state(path: str | Path, network: Any = None) -> SavedState:
     path = Path(path)
     arrays, record = read(path)
     config, hparams = settings_from_plain(record, path / _MANIFEST, network)
-    trainer = make_trainer(config)
+    # Shapes do not depend on the devices, of which there may be fewer here.
+    trainer = make_trainer(config.replace(num_devices=1))
     template = jax.eval_shape(trainer.init, jax.random.key(0))
     arrays = {name: x for name, x in arrays.items() if not name.startswith(f"{OF_RUN}/")}
     return SavedState(unflatten(template, arrays, record["keys"], path), config, hparams)

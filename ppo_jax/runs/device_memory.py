@@ -30,7 +30,7 @@ def limit(device: jax.Device) -> float | None:
         os, "sysconf_names", {}
     ):  # POSIX only
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return _SHARE * total / len(jax.devices())
+        return _SHARE * total / jax.local_device_count()
     return None
 
 

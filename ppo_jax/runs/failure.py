@@ -12,6 +12,7 @@ from ppo_jax.diagnosis import Diagnosis, make_diagnosis, make_operation_finder
 from ppo_jax.envs import make_env
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard
+from ppo_jax.runs import processes
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.stages.update_rules import CRITIC_SKIPPED, SKIPPED
 from ppo_jax.types import TrainState
@@ -75,7 +76,10 @@ def failure_finder(
 
     def find(state: TrainState, failed_before: Any, guard: Guard) -> list[Failure]:
         found = []
-        for i in np.flatnonzero(~failed_before & (guard.failed_at >= 0)).tolist():
+        failed = np.flatnonzero(~failed_before & (guard.failed_at >= 0)).tolist()
+        if failed:
+            state = processes.fetch(state)
+        for i in failed:
             # Updates are counted from 1 in files and messages, and from 0 on the device.
             update = int(guard.failed_at[i]) + 1
             # A training of one seed without an axis of seeds has a scalar key.

@@ -26,7 +26,7 @@ from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.population.member import initial_guard
 from ppo_jax.resolve import complete_hparams
-from ppo_jax.runs import device_memory
+from ppo_jax.runs import device_memory, processes
 from ppo_jax.runs.checkpoint import DamagedError
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.directory import BEST, OPTIONS, RunDirectory
@@ -194,10 +194,13 @@ def train(
         )
     require_seed(seed)
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
-    sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
     hparams = complete_hparams(hparams, config)
     mesh = _mesh_of(config, num_seeds, member_devices)
     trainer = make_trainer(config, mesh)
+    sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
+    # Trackers would have each row once for every process.
+    if not processes.is_first():
+        sinks = Sinks({})
     # `num_seeds=1` keeps an axis of seeds; None has none.
     seeds = tuple(range(seed, seed + (num_seeds or 1)))
     # Everything that was asked for, checked; files come after it.
@@ -217,16 +220,57 @@ def train(
         debug_nans=debug_nans,
         sinks=sinks,
     )
-    if run_dir is None:
-        return _train(plan, None, is_resumed=False, progress=progress)
-    is_resumed = resume and RunDirectory.holds_run(run_dir)
-    if is_resumed:
-        directory = RunDirectory.open(run_dir)
-        directory.require_same_run(config, hparams, plan.seeds_on_disk)
-    else:
-        directory = RunDirectory.create(run_dir, overwrite=overwrite)
-    with directory.owned():
-        return _train(plan, directory, is_resumed=is_resumed, progress=progress)
+    with processes.loss_explained():
+        _require_same_processes(plan)
+        with _opened(plan, run_dir, resume=resume, overwrite=overwrite) as (directory, is_resumed):
+            return _train(plan, directory, is_resumed=is_resumed, progress=progress)
+
+
+def _require_same_processes(plan: "_Plan") -> None:
+    """Checks that all processes train the same on all of their devices."""
+    processes.require_whole_mesh(plan.mesh)
+    settings = settings_to_plain(plan.config, plan.hparams)
+    others = {
+        "seeds": plan.seeds_on_disk,
+        "mesh": None if plan.mesh is None else dict(plan.mesh.shape),
+        "eval_every": plan.eval_every,
+        "debug_nans": plan.debug_nans,
+        # Other versions may compile other collectives, whose order has to be the same.
+        "the version of jax": jax.__version__,
+    }
+    processes.require_same({**settings["config"], **settings["hparams"], **others})
+
+
+@contextlib.contextmanager
+def _opened(
+    plan: "_Plan", run_dir: str | Path | None, *, resume: bool, overwrite: bool
+) -> Iterator[tuple[RunDirectory | None, bool]]:
+    """Opens the directory of a run in the first process, and tells all whether it is resumed.
+
+    Args:
+      plan: of the run.
+      run_dir: path of the directory; None for none.
+      resume: continue a run that is in it.
+      overwrite: replace a run that is in it.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = None
+
+        def open_it() -> bool:
+            nonlocal directory
+            if run_dir is None:
+                return False
+            is_resumed = resume and RunDirectory.holds_run(run_dir)
+            if is_resumed:
+                directory = RunDirectory.open(run_dir)
+                directory.require_same_run(plan.config, plan.hparams, plan.seeds_on_disk)
+            else:
+                directory = RunDirectory.create(run_dir, overwrite=overwrite)
+            stack.enter_context(directory.owned())
+            return is_resumed
+
+        is_resumed = processes.plain_from_first(open_it)
+        yield directory, is_resumed
 
 
 class DryRun(NamedTuple):
@@ -272,7 +316,7 @@ def dry_run(
         config.num_updates,
         config.num_updates * config.batch_size,
         training.num_bytes,
-        device_memory.limit(jax.devices()[0]),
+        device_memory.limit(jax.local_devices()[0]),
         time.perf_counter() - started,
     )
 
@@ -400,6 +444,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
             f"debug_nans repeats an update, for which it needs an environment in JAX; {config.env} "
             "is stepped on the host. Leave debug_nans out."
         )
+    progress &= processes.is_first()
     with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
         started = time.perf_counter()
         training = _compile(plan.trainer, config, keys, plan.hparams, plan.mesh)
@@ -411,11 +456,12 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
         ):
             stack.callback(training.close)
             start = _start(plan, training, directory, is_resumed=is_resumed)
+            policy = processes.fetch(plan.trainer.policy(start.state))
             if is_resumed and directory is not None:
                 _continue_best(periodic, directory, config.network)
             sinks = plan.sinks
             with (
-                _writer(plan, directory, start) as writer,
+                _writer(plan, directory, policy) as writer,
                 sinks.running(_info(plan, directory, start, is_resumed=is_resumed)),
             ):
                 compiled = time.perf_counter()
@@ -423,9 +469,10 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
                     plan, training, start, periodic, writer=writer, bar=bar, interrupt=interrupt
                 )
                 run_seconds = time.perf_counter() - compiled - periodic.seconds
-                policy = plan.trainer.policy(end.state)
+                saved = processes.fetch(end)
+                policy = plan.trainer.policy(saved.state)
                 if writer is not None:
-                    writer.finish(end, policy)
+                    writer.finish(saved, policy)
                     rows, evaluations = writer.metrics.read(), writer.evaluations.read()
                 evaluation = None
                 # After a signal, the run that continues evaluates.
@@ -504,14 +551,14 @@ def _info(
 
 @contextlib.contextmanager
 def _writer(
-    plan: _Plan, directory: RunDirectory | None, start: Snapshot
+    plan: _Plan, directory: RunDirectory | None, policy: Policy
 ) -> Iterator[RunWriter | None]:
-    """Makes the writer of a run's files; None without a directory."""
+    """Makes the writer of a run's files, among them such a policy; None without a directory."""
     if directory is None:
         yield None
         return
     # A policy that cannot be saved is an error now, and not after hours of training.
-    encode_policy(plan.trainer.policy(start.state))
+    encode_policy(policy)
     writer = RunWriter(directory, plan.config, plan.hparams, plan.checkpoint_every)
     try:
         yield writer
@@ -536,21 +583,13 @@ def _start(
     """Returns the snapshot from which a training goes on, and prepares the files for it."""
     guard = jax.tree.map(np.asarray, initial_guard((len(plan.seeds),)))
     beginning = functools.partial(Snapshot, guard=guard, log=EMPTY_LOG, updates=0, failures=())
-    if directory is None:
-        return beginning(training.start())
-    config, hparams = plan.config, plan.hparams
+    config = plan.config
     if not is_resumed:
-        with writable(directory.path):
-            directory.write_config(config, hparams, seeds=plan.seeds_on_disk, options=plan.options)
+        processes.on_first(lambda: _write_settings(plan, directory))
         return beginning(training.start())
-    start = read_newest(directory.checkpoints, training)
+    start = read_newest(None if directory is None else directory.checkpoints, training)
     if start is None:
-        # Killed before its first checkpoint. Without checkpoints, hours could be lost unnoticed.
-        if not directory.read_options().get("checkpoint_every"):
-            raise ConfigError(
-                f"a run continues from a checkpoint; {directory.path} was made with "
-                "checkpoint_every=0 and has none. Train again, with overwrite (--overwrite)."
-            )
+        processes.on_first(lambda: _require_checkpoints(directory))
         start = beginning(training.start())
     if start.updates > config.num_updates:
         raise ConfigError(
@@ -558,11 +597,34 @@ def _start(
             f"{config.total_timesteps:,}, and {start.updates * config.batch_size:,} are done. "
             "Raise it."
         )
-    with writable(directory.path):
-        directory.continue_config(config, hparams, options=plan.options, updates=start.updates)
-        directory.metrics.cut_back(start.log.updates)
-        directory.evaluations.cut_back(start.updates)
+    processes.on_first(lambda: _write_settings(plan, directory, start))
     return start
+
+
+def _require_checkpoints(directory: RunDirectory | None) -> None:
+    """Checks that a run without a checkpoint was killed before its first one."""
+    # A run that writes none could lose hours unnoticed.
+    if directory is not None and not directory.read_options().get("checkpoint_every"):
+        raise ConfigError(
+            f"a run continues from a checkpoint; {directory.path} was made with "
+            "checkpoint_every=0 and has none. Train again, with overwrite (--overwrite)."
+        )
+
+
+def _write_settings(
+    plan: _Plan, directory: RunDirectory | None, start: Snapshot | None = None
+) -> None:
+    """Writes the settings of a run that starts, or continues from a snapshot."""
+    if directory is None:
+        return
+    config, hparams, options = plan.config, plan.hparams, plan.options
+    with writable(directory.path):
+        if start is None:
+            directory.write_config(config, hparams, seeds=plan.seeds_on_disk, options=options)
+        else:
+            directory.continue_config(config, hparams, options=options, updates=start.updates)
+            directory.metrics.cut_back(start.log.updates)
+            directory.evaluations.cut_back(start.updates)
 
 
 def _run_updates(
@@ -611,15 +673,18 @@ def _run_updates(
             writer.append_metrics(new)
         return new
 
-    def goes_on() -> bool:
-        is_asked_to_stop = interrupt.requested or plan.sinks.ask_to_stop
-        has_seeds = bool((guard.failed_at < 0).any())
-        return updates < config.num_updates and not is_asked_to_stop and has_seeds
-
     def snapshot() -> Snapshot:
         return Snapshot(state, guard, log.state, updates, failures, total_seconds)
 
-    while goes_on():
+    while True:
+        is_stopped = interrupt.requested or plan.sinks.ask_to_stop
+        is_due = writer is not None and writer.is_checkpoint_due and updates > start.updates
+        count, is_stopped, is_due = _agreed(count, is_stopped=is_stopped, is_due=is_due)
+        if is_due:
+            _save(writer, snapshot())
+        has_seeds = bool((guard.failed_at < 0).any())
+        if updates >= config.num_updates or is_stopped or not has_seeds:
+            break
         # A piece ends where an evaluation is due, whatever its length would be.
         until_evaluation = periodic.updates_left(updates)
         count = min(count, config.num_updates - updates, until_evaluation or count)
@@ -640,7 +705,7 @@ def _run_updates(
         new = record(log.add(metrics, guard.failed_at))
         if count == until_evaluation:
             with _saved_on_failure(plan, writer, snapshot):
-                evaluated = periodic.after(updates, plan.trainer.policy(state))
+                evaluated = periodic.after(updates, processes.fetch(plan.trainer.policy(state)))
             evaluated = [{**row, "time/seconds": total_seconds} for row in evaluated]
             if writer is None:
                 evaluations += evaluated
@@ -648,8 +713,6 @@ def _run_updates(
                 writer.append_evaluations(evaluated, periodic.best)
             new += evaluated
         plan.sinks.on_rows(new)
-        if writer is not None and writer.is_checkpoint_due:
-            writer.save(snapshot())
         bar.advance(
             count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
         )
@@ -657,6 +720,22 @@ def _run_updates(
     # An unfinished window is a row, too; a run that goes on cuts it off again.
     plan.sinks.on_rows(record(log.unfinished(guard.failed_at)))
     return snapshot(), rows, evaluations
+
+
+def _agreed(count: int, *, is_stopped: bool, is_due: bool) -> tuple[int, bool, bool]:
+    """Returns decisions that depend on clocks, signals and files, the same in all processes."""
+    if jax.process_count() == 1:
+        return count, is_stopped, is_due
+    every = processes.agree([count, is_stopped, is_due])
+    # The length of the next piece and the time of a checkpoint are those of the first process.
+    return int(every[0, 0]), bool(every[:, 1].any()), bool(every[0, 2])
+
+
+def _save(writer: RunWriter | None, snapshot: Snapshot) -> None:
+    """Writes a checkpoint in the first process; the others send their parts of the state."""
+    snapshot = processes.fetch(snapshot)
+    if writer is not None:
+        writer.save(snapshot)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Checkpoints of a run: a snapshot between two pieces, and how it is written and read."""
 
+import json
 import operator
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from ppo_jax.errors import ConfigError
 from ppo_jax.population.member import Guard
-from ppo_jax.runs import checkpoint
+from ppo_jax.runs import checkpoint, processes
 from ppo_jax.runs.checkpoint import OF_RUN
-from ppo_jax.runs.checkpoint_writer import CheckpointWriter, find_newest
+from ppo_jax.runs.checkpoint_writer import CheckpointWriter, Found, find_newest
 from ppo_jax.runs.failure import Failure
 from ppo_jax.runs.metrics_log import LogState
 from ppo_jax.runs.training import Training
@@ -52,18 +54,46 @@ def save_snapshot(
     writer.save(snapshot.updates * batch_size, _tree(snapshot), record)
 
 
-def read_newest(folder: Path, training: Training) -> Snapshot | None:
+def read_newest(folder: Path | None, training: Training) -> Snapshot | None:
     """Reads the newest checkpoint that is whole; None if there is none.
 
+    The first process reads it, and sends it to the others.
+
     Args:
-      folder: of the checkpoints.
+      folder: of the checkpoints; None in other processes.
       training: the compiled training, which the checkpoint has to fit.
 
     Raises:
       ConfigError: all are damaged, or the newest does not fit the training.
     """
-    found = find_newest(folder)
+    if jax.process_count() == 1:
+        assert folder is not None
+        found = find_newest(folder)
+    else:
+        found = _decode(processes.from_first(lambda: _encode(folder)))
     return None if found is None else _restored(training, found.arrays, found.record, found.path)
+
+
+def _encode(folder: Path | None) -> bytes:
+    """Reads a checkpoint as bytes for other processes; empty if there is none."""
+    assert folder is not None, "the first process has the run directory"
+    found = find_newest(folder)
+    if found is None:
+        return b""
+    record = json.dumps([found.record, str(found.path)]).encode()
+    payload = safetensors.numpy.save(
+        {name: np.asarray(x, order="C") for name, x in found.arrays.items()}
+    )
+    return len(record).to_bytes(8, "little") + record + payload
+
+
+def _decode(content: bytes) -> Found | None:
+    """Returns the checkpoint that `_encode` read."""
+    if not content:
+        return None
+    end = 8 + int.from_bytes(content[:8], "little")
+    record, path = json.loads(content[8:end])
+    return Found(Path(path), safetensors.numpy.load(content[end:]), record)
 
 
 def _restored(
@@ -98,7 +128,7 @@ def _restored(
     # The host's part; `unflatten` put it on a device.
     on_host = jax.tree.map(np.array, found[OF_RUN])
     state = jax.tree.map(
-        lambda x, like: jax.device_put(x, like.sharding),
+        lambda x, like: processes.place(x, like.sharding),
         TrainState(**{name: x for name, x in found.items() if name != OF_RUN}),
         training.state_shapes,
     )

@@ -25,7 +25,7 @@ from ppo_jax.population.plan import Member
 from ppo_jax.population.rounds import Search, SearchState
 from ppo_jax.population.search_space import ENV_PARAMS, Choice, Distribution, extremes, rows
 from ppo_jax.resolve import complete_hparams
-from ppo_jax.runs import device_memory
+from ppo_jax.runs import device_memory, processes
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 from ppo_jax.runs.compiled_population import best_of
@@ -107,6 +107,7 @@ def search(
     require_seed(seed)
     require_seed(seed + num_members - 1)
     require_checkpoint_every(checkpoint_every)
+    processes.require_one("a search", "Use the devices of one machine.")
     sinks = make_sinks(log, run_dir=run_dir, is_sweep=True)
     config = _whole_rounds(config, num_rounds)
     hparams = complete_hparams(hparams, config)

@@ -16,6 +16,7 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.population.plan import make_plan, shard_of
 from ppo_jax.population.proposals import Proposals, make_proposals
 from ppo_jax.population.search_space import Row, Sampler, Space
+from ppo_jax.runs import processes
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.progress import TrainingProgress
@@ -114,6 +115,7 @@ def sweep(
         {"chunk": chunk, "eval_episodes": eval_episodes, "num_rows": num_rows}
     )
     require_checkpoint_every(checkpoint_every)
+    processes.require_one("a sweep", "Give each process a shard of it instead (--shard).")
     sinks = make_sinks(log, run_dir=run_dir, is_sweep=True)
     hparams = HParams() if hparams is None else hparams
     seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.config import Config
 from ppo_jax.devices import MEMBER_AXIS, member_sharding, state_shardings
@@ -88,7 +88,9 @@ def compile_training(
 
     # The hyperparameters are arguments of both programs, so that they round alike.
     start = jax.jit(init, out_shardings=placed).lower(keys, hparams).compile()
-    pieces = jax.jit(advance, donate_argnums=0, out_shardings=(placed, None, None))
+    # A process reads all metrics; one that has some of the seeds needs those of the others.
+    shared = NamedSharding(mesh, PartitionSpec()) if mesh and jax.process_count() > 1 else None
+    pieces = jax.jit(advance, donate_argnums=0, out_shardings=(placed, shared, shared))
     state_shapes = output_shapes(start)
     guard = jax.eval_shape(lambda: initial_guard(keys.shape))
     lowered = pieces.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
@@ -137,7 +139,7 @@ def require_memory(num_bytes: int, config: Config, num_seeds: int, *, num_agents
     Raises:
       ConfigError: it does not fit.
     """
-    limit = device_memory.limit(jax.devices()[0])
+    limit = device_memory.limit(jax.local_devices()[0])
     if limit is None or num_bytes <= limit:
         return
     # In proportion, which is a little too few: networks do not grow with the environments.

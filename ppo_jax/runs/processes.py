@@ -1,0 +1,271 @@
+"""Processes that share one training, on one machine or on many: JAX's distributed runtime.
+
+Every process runs the same program on its own devices. The first process has the run directory, the
+trackers and the output. Clocks, signals and disks differ between processes, so that every decision
+that depends on them is made together (`agree`, `from_first`). In a single process all functions
+here do nothing, or call their argument.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, Sharding
+
+from ppo_jax.errors import ConfigError
+
+CONNECT_TIMEOUT = 300.0  # seconds; the default of JAX
+_LONGER = 60.0  # seconds by which JAX, whose time limit ends the process without a sentence, waits
+_LAST_WORDS = 2.0  # seconds
+_PART = 2**26  # bytes that are sent together, so that devices need not hold a whole checkpoint
+# Words in the errors of XLA about a process that cannot be reached; Gloo connects CPUs, NCCL GPUs.
+_LOST = ("Gloo", "NCCL", "closed by peer", "reset by peer", "UNAVAILABLE", "heartbeat")
+
+
+class ProcessError(RuntimeError):
+    """Another process of the training has ended, or cannot be reached."""
+
+
+def connect(
+    coordinator: str | None = None,
+    process: tuple[int, int] | None = None,
+    *,
+    timeout: float = CONNECT_TIMEOUT,
+) -> None:
+    """Connects this process with the others; before JAX has computed anything.
+
+    The process ends with status 1 and one sentence if the others do not connect in time.
+
+    Args:
+      coordinator: address `host:port` of the first process, the same for all; None where JAX finds
+        it by itself (SLURM, Open MPI, Kubernetes, TPU pods).
+      process: `(i, n)` for the i-th of n processes, 1 ≤ i ≤ n; None where JAX finds it.
+      timeout: seconds to wait for all processes.
+
+    Raises:
+      ConfigError: an argument breaks a rule, or JAX finds no cluster.
+    """
+    # JAX would look for a cluster, and name what is missing after minutes.
+    if (coordinator is None) != (process is None):
+        raise ConfigError(
+            "a coordinator and the number of the process go together; got "
+            f"{coordinator} and {process}. Give both, or neither on a cluster that JAX knows "
+            "(SLURM, Open MPI, Kubernetes, TPU pods)."
+        )
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ConfigError(f"a coordinator must be host:port; got {coordinator}.")
+    if process is not None and not 1 <= process[0] <= process[1]:
+        raise ConfigError(
+            "the number of a process must be i/n with i from 1 to n; got "
+            f"{process[0]}/{process[1]}."
+        )
+    if not timeout > 0:
+        raise ConfigError(f"the time limit must be a positive number of seconds; got {timeout}.")
+
+    def give_up() -> None:
+        where = "" if coordinator is None else f" at {coordinator}"
+        say_and_end(
+            f"the processes of the training did not all connect{where} within {timeout:g} s. Start "
+            "all of them with the same coordinator, and check that its port can be reached."
+        )
+
+    # JAX ends the process from C++ at its own time limit, with a stack trace.
+    alarm = threading.Timer(timeout, give_up)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            None if process is None else process[1],
+            None if process is None else process[0] - 1,
+            initialization_timeout=int(timeout + _LONGER),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the processes of a training could not be connected: {error} Give the coordinator "
+            "and the number of the process, and connect before JAX has computed anything."
+        ) from error
+    finally:
+        alarm.cancel()
+
+
+def require_one(what: str, remedy: str) -> None:
+    """Raises a `ConfigError` if there are several processes."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{what} runs in a single process; got {jax.process_count()} processes. {remedy}"
+        )
+
+
+def is_first() -> bool:
+    """Returns whether this is the first process, which writes files and prints."""
+    return jax.process_index() == 0
+
+
+def require_whole_mesh(mesh: Mesh | None) -> None:
+    """Raises a `ConfigError` unless the mesh has every device of every process."""
+    size = 1 if mesh is None else mesh.size
+    if jax.process_count() > 1 and size != jax.device_count():
+        shape = {"env": 1, "member": 1} if mesh is None else mesh.shape
+        raise ConfigError(
+            "a training of several processes uses all of their devices; got a mesh of "
+            f"env={shape['env']} times member={shape['member']}, and {jax.device_count()} devices "
+            f"of {jax.process_count()} processes. Set --mesh, or num_devices and member_devices."
+        )
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """Raises a `ConfigError` in every process unless all have the same settings (JSON)."""
+    if jax.process_count() == 1:
+        return
+    own = json.dumps(settings, sort_keys=True).encode()
+    every = [json.loads(text) for text in _gather_bytes(own)]
+    for number, other in enumerate(every[1:], start=2):
+        for name in sorted(every[0].keys() | other.keys()):
+            first, second = every[0].get(name), other.get(name)
+            if first != second:
+                raise ConfigError(
+                    f"the processes of a training must have the same settings; {name} is {first} "
+                    f"in the first process and {second} in process {number}. Start all of them "
+                    "with the same command."
+                )
+
+
+def agree(values: Sequence[int]) -> np.ndarray:
+    """Returns the values of every process, `[processes, len(values)]`."""
+    return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32)))
+
+
+def from_first(make: Callable[[], bytes]) -> bytes:
+    """Calls a function in the first process, and returns its bytes in every process.
+
+    Raises:
+      ConfigError: in every process, if the function raises one.
+    """
+    if jax.process_count() == 1:
+        return make()
+    # The first byte tells an answer from an error, which must not leave the others waiting.
+    answer = b""
+    if is_first():
+        try:
+            answer = b"+" + make()
+        except ConfigError as error:
+            answer = b"-" + str(error).encode()
+    # Devices take integers of 32 bits, unless x64 is enabled.
+    sizes = multihost_utils.broadcast_one_to_all(np.array(divmod(len(answer), _PART), np.int32))
+    size = int(sizes[0]) * _PART + int(sizes[1])
+    padded = np.frombuffer(answer.ljust(size, b"\0"), np.uint8)
+    parts = [padded[start : start + _PART] for start in range(0, size, _PART)]
+    answer = b"".join(multihost_utils.broadcast_one_to_all(part).tobytes() for part in parts)
+    if answer[:1] == b"-":
+        raise ConfigError(answer[1:].decode())
+    return answer[1:]
+
+
+def plain_from_first(make: Callable[[], Any]) -> Any:
+    """Calls `from_first` for a value of JSON."""
+    return json.loads(from_first(lambda: json.dumps(make()).encode()))
+
+
+def on_first(call: Callable[[], None]) -> None:
+    """Calls a function in the first process; its `ConfigError` is raised in every process."""
+
+    def answer() -> bytes:
+        call()
+        return b""
+
+    from_first(answer)
+
+
+def fetch(tree: Any) -> Any:
+    """Returns a tree whose arrays are whole in this process; all processes call it together."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(_whole, tree)
+
+
+def _whole(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _whole(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # One array after another, so that a device holds one whole array at a time.
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
+def place(array: jax.Array, sharding: Sharding) -> jax.Array:
+    """Returns an array, which is whole in every process, on the devices of all of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = place(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _gather_bytes(own: bytes) -> list[bytes]:
+    """Returns the bytes of every process."""
+    sizes = agree([len(own)])[:, 0]
+    padded = np.frombuffer(own.ljust(sizes.max(), b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def loss_explained() -> Iterator[None]:
+    """Turns the runtime's error about another process that has ended into a `ProcessError`."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
+            raise
+        raise ProcessError(
+            f"process {jax.process_index() + 1} of {jax.process_count()} has lost another process "
+            "of the training, which ended or cannot be reached. Start all of them again; with "
+            "resume (--resume) they continue from the last checkpoint."
+        ) from error
+
+
+@contextlib.contextmanager
+def ended_together() -> Iterator[None]:
+    """Ends a program of several processes with its errors, so that no process waits for another.
+
+    An ordinary exit would wait until all processes exit.
+    """
+    try:
+        yield
+    except (ConfigError, ProcessError) as error:
+        message, status = str(error), 2 if isinstance(error, ConfigError) else 1
+    except Exception:
+        traceback.print_exc()
+        message, status = "this process has failed, and ends the training with it.", 1
+    else:
+        return
+    say_and_end(message, status, last_words=_LAST_WORDS if is_first() else 0.0)
+
+
+def say_and_end(message: str, status: int = 1, *, last_words: float = 0.0) -> None:
+    """Ends this process at once, with a sentence.
+
+    Args:
+      message: the sentence.
+      status: of the exit.
+      last_words: seconds that other processes have to say what happened, before the runtime ends
+        them with a stack trace because the first process is gone.
+    """
+    print(f"ppo-jax: error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()  # `os._exit` does not
+    time.sleep(last_words)
+    os._exit(status)
