@@ -20,7 +20,7 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
 	fit=$$(awk '/MemAvailable/ {print int($$2 / 2621440)}' /proc/meminfo 2>/dev/null); \
 	fit=$${fit:-$$cores}; fit=$$((fit < 1 ? 1 : fit)); echo $$((fit < cores ? fit : cores)))
 
-.PHONY: help install train test test-slow test-suites test-fuzz soak accelerators lint types docs package guard check lock clean
+.PHONY: help install train test test-slow test-suites test-launchers test-fuzz soak accelerators lint types docs package guard check lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ test-slow: $(DEV_STAMP)  ## run learning runs, which take minutes each
 test-suites: $(SUITES_VENV)/installed  ## install every suite of environments, and test the adapters
 	@$(SUITES_VENV)/bin/python -m pytest -q -n $(WORKERS) -m "slow or not slow" tests/test_suites.py \
 		tests/test_host_suites.py
+
+test-launchers: $(DEV_STAMP)  ## install Ray and PostgreSQL, and test what runs on several machines
+	@$(BIN)/python -m pip install -q "ray>=2.50,<3" "pgserver>=0.1.4" "psycopg2-binary>=2.9"
+	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_launchers.py tests/test_processes.py
 
 test-fuzz: $(DEV_STAMP)  ## try 1,000 inputs for every kind of file and setting
 	@FUZZ=1000 $(BIN)/python -m pytest -q tests/test_hostile.py

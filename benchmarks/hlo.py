@@ -124,6 +124,8 @@ class Work(NamedTuple):
     """Time that `Device.kernel_seconds` predicts."""
     collectives: float = 0.0
     """Kernels that exchange data with other devices. Their transfers are not part of the time."""
+    collective_bytes: float = 0.0
+    """Bytes of the results of these kernels, on one device."""
 
     def __add__(self, other: tuple) -> "Work":  # type: ignore[override]
         return Work(*(x + y for x, y in zip(self, other, strict=True)))
@@ -278,8 +280,9 @@ def work(
             num_bytes = _bytes(program, instruction, read)
             flops = _flops(program, instruction, read)
             seconds = device.kernel_seconds(num_bytes, flops)
-            collectives = float(opcode.removesuffix("-start") in _COLLECTIVES)
-            add(own, Work(1.0, num_bytes, flops, seconds, collectives))
+            is_collective = opcode.removesuffix("-start") in _COLLECTIVES
+            sent = _num_bytes(instruction.arrays) if is_collective else 0.0
+            add(own, Work(1.0, num_bytes, flops, seconds, float(is_collective), sent))
     return total
 
 

@@ -1,96 +1,258 @@
-"""Measures the cost of a member of a population by the size of the population.
+"""Measures and counts what it costs to share the environments of a training among devices.
 
-Members are divided among the devices, as `ppo-jax sweep` does; on a CPU a device is a core.
+python benchmarks/scaling.py devices --json benchmarks/results/scaling-devices-cpu.json
+python benchmarks/scaling.py processes --json benchmarks/results/scaling-processes-cpu.json
+python benchmarks/scaling.py ahead --target h100 v5e --json benchmarks/results/scaling-ahead.json
 
-python benchmarks/scaling.py --json benchmarks/results/scaling-cpu.json
+`devices` trains on 1, 2, 4 and 8 devices of one CPU, `processes` on one device in each of 1, 2 and
+4 processes. Weak scaling gives each device as many environments as one device has alone, strong
+scaling divides the same environments. Devices beyond the cores of the machine share them, so that
+only the counts and the figures up to that number mean something. `ahead` compiles for accelerators
+that are not there, with the environment of `make accelerators`, and predicts an update by the model
+that `docs/machines.md` describes.
 """
 
 import argparse
+import json
 import math
-import os
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import machine
-from ppo_jax import Config, make_train
-from ppo_jax.devices import member_sharding, population_mesh
+from benchmarks import ahead_of_time, hlo, machine
+from benchmarks.workloads import Workload
+from ppo_jax import Config, make_mesh, make_trainer
 
-SIZES = (1, 4, 16, 64, 256, 1024)
-CONFIG = Config(env="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=20 * 512)
+NUM_DEVICES = (1, 2, 4, 8)
+NUM_PROCESSES = (1, 2, 4)
+ENVS_OF_A_DEVICE = 1024
+UPDATES = 10
+# Assumptions of the model, for an all-reduce of few bytes. Seconds until it is done, within one
+# host or pod and for every doubling of the hosts; and bytes per second of one device's links.
+LINKS = {
+    "h100": (20e-6, 5e-6, 450e9, 50e9),
+    "a100": (20e-6, 5e-6, 300e9, 25e9),
+    "v5e": (5e-6, 0.0, 200e9, 200e9),
+    "v6e": (5e-6, 0.0, 400e9, 400e9),
+}
 
 
-def compiled(size: int) -> Any:
-    """Compiles a population of that size."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(size))
-    by_member = member_sharding(population_mesh(size))
-    train = jax.vmap(make_train(CONFIG))
-    return jax.jit(train, in_shardings=by_member, out_shardings=by_member).lower(keys).compile()
+def config_of(num_envs: int, num_devices: int, num_steps: int = 32) -> Config:
+    """Returns CartPole with the usual networks."""
+    return Config(
+        env="CartPole-v1",
+        num_envs=num_envs,
+        num_steps=num_steps,
+        num_devices=num_devices,
+        num_epochs=4,
+        num_minibatches=4,
+        hidden_sizes=(64, 64),
+        total_timesteps=UPDATES * num_envs * num_steps,
+    )
 
 
-def seconds(program: Any, size: int, first_seed: int) -> float:
-    """Returns the seconds of one run."""
-    keys = jax.vmap(jax.random.key)(first_seed + jnp.arange(size))
-    start = time.perf_counter()
-    jax.block_until_ready(program(keys))
-    return time.perf_counter() - start
+def compiled(config: Config) -> Any:
+    """Compiles the whole training on as many devices as its config says."""
+    mesh = make_mesh(env=config.num_devices)
+    return jax.jit(make_trainer(config, mesh).run).lower(jax.random.key(0)).compile()
+
+
+def counts(text: str, target: hlo.Device) -> hlo.Work:
+    """Returns the work of one update on one device."""
+    program = hlo.parse(text)
+    body = ahead_of_time.one_update(program, UPDATES)
+    return sum(hlo.work(program, body, target, ()).values(), hlo.Work())
+
+
+def seconds_of(program: Any, repeats: int) -> list[float]:
+    """Returns the seconds of runs with different seeds; the first run warms up and is left out."""
+    taken = []
+    for seed in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(program(jax.random.key(seed)))
+        taken.append(time.perf_counter() - start)
+    return taken[1:]
+
+
+def sizes(scaling: str, count: int, largest: int) -> int:
+    """Returns the environments of a training on so many devices."""
+    return ENVS_OF_A_DEVICE * (count if scaling == "weak" else largest)
+
+
+def row_of(scaling: str, config: Config, taken: list[float], work: hlo.Work) -> dict[str, Any]:
+    """Returns the figures of one training."""
+    steps = config.num_updates * config.batch_size
+    return {
+        "scaling": scaling,
+        "devices": config.num_devices,
+        "num_envs": config.num_envs,
+        "steps_per_second": steps / statistics.median(taken),
+        "seconds": taken,
+        "collectives": work.collectives,
+        "collective_bytes": work.collective_bytes,
+    }
+
+
+def on_devices(repeats: int) -> list[dict[str, Any]]:
+    """Measures trainings on the devices of this process, interleaved."""
+    jax.config.update("jax_num_cpu_devices", max(NUM_DEVICES))
+    largest = max(NUM_DEVICES)
+    trainings = [
+        (scaling, config_of(sizes(scaling, count, largest), count))
+        for scaling in ("weak", "strong")
+        for count in NUM_DEVICES
+    ]
+    programs = [compiled(config) for _, config in trainings]
+    runs: list[list[float]] = [[] for _ in programs]
+    for _ in range(repeats):
+        for taken, program in zip(runs, programs, strict=True):
+            taken += seconds_of(program, 1)
+    device = hlo.Device(1.0, 1.0, 1.0)
+    return [
+        row_of(scaling, config, taken, counts(program.as_text(), device))
+        for (scaling, config), taken, program in zip(trainings, runs, programs, strict=True)
+    ]
+
+
+def in_process(coordinator: str, index: int, count: int, num_envs: int, repeats: int) -> None:
+    """Measures a training as one of several processes; the first prints the seconds."""
+    jax.distributed.initialize(coordinator, count, index)
+    program = compiled(config_of(num_envs, count))
+    taken = seconds_of(program, repeats)
+    if index == 0:
+        work = counts(program.as_text(), hlo.Device(1.0, 1.0, 1.0))
+        print(json.dumps([taken, work]))
+
+
+def in_processes(repeats: int) -> list[dict[str, Any]]:
+    """Measures trainings of several processes, each with one device."""
+    rows = []
+    for scaling in ("weak", "strong"):
+        for count in NUM_PROCESSES:
+            num_envs = sizes(scaling, count, max(NUM_PROCESSES))
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                coordinator = f"localhost:{free.getsockname()[1]}"
+            own = [coordinator, str(count), str(num_envs), str(repeats)]
+            started = [
+                subprocess.Popen(
+                    [sys.executable, __file__, "process", "--one-of", str(index), *own],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for index in range(count)
+            ]
+            outputs = [process.communicate()[0] for process in started]
+            taken, work = json.loads(outputs[0].splitlines()[-1])
+            rows.append(row_of(scaling, config_of(num_envs, count), taken, hlo.Work(*work)))
+    return rows
+
+
+def ahead(target_name: str) -> list[dict[str, Any]]:
+    """Predicts updates on several accelerators, from the program that each of them runs."""
+    target = ahead_of_time.TARGETS[target_name]
+    topologies = {4: target.topology, 16: "v5e:4x4"} if target.platform == "tpu" else {4: ""}
+    rows = []
+    for compiled_for, topology in topologies.items():
+        found = target._replace(topology=topology or target.topology)
+        config = config_of(2048 * compiled_for, compiled_for, num_steps=128)
+        workload = Workload("CartPole-v1, 2048 x 128 a device", config)
+        figures, program = ahead_of_time.compile_ahead(
+            Path(sys.executable), "ours", workload, found
+        )
+        body = ahead_of_time.one_update(program, config.num_updates)
+        work = sum(hlo.work(program, body, found.device, ()).values(), hlo.Work())
+        for count in (8, 256) if compiled_for == 4 else (16, 256):
+            seconds = predicted_seconds(work, target_name, count)
+            rows.append(
+                {
+                    "target": target_name,
+                    "compiled_for": compiled_for,
+                    "devices": count,
+                    **figures,
+                    **work._asdict(),
+                    "predicted_seconds": seconds,
+                    "efficiency": work.seconds / seconds,
+                    "steps_per_second": 2048 * 128 * count / seconds,
+                }
+            )
+    return rows
+
+
+def predicted_seconds(work: hlo.Work, target_name: str, num_devices: int) -> float:
+    """Returns the predicted seconds of an update, with the collectives of so many devices.
+
+    An all-reduce takes its latency, and twice its bytes over the slowest link of its ring or tree.
+    """
+    latency, of_a_doubling, bandwidth, between_hosts = LINKS[target_name]
+    hosts = math.ceil(num_devices / 8)
+    latency += of_a_doubling * math.log2(hosts)
+    link = bandwidth if hosts == 1 else between_hosts
+    return work.seconds + work.collectives * latency + 2 * work.collective_bytes / link
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns measured figures as a table in Markdown."""
+    lines = [
+        "| scaling | devices | environments | steps/s | of one device | collectives | bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        alone = next(x for x in rows if x["scaling"] == row["scaling"] and x["devices"] == 1)
+        lines.append(
+            f"| {row['scaling']} | {row['devices']} | {row['num_envs']:,} "
+            f"| {row['steps_per_second']:,.0f} "
+            f"| {row['steps_per_second'] / alone['steps_per_second']:.2f} "
+            f"| {row['collectives']:.0f} | {row['collective_bytes'] / 1024:,.0f} KiB |"
+        )
+    return "\n".join(lines)
+
+
+def predictions(rows: list[dict[str, Any]]) -> str:
+    """Returns predicted figures as a table in Markdown."""
+    lines = [
+        "| target | devices | collectives | bytes | update alone | update | efficiency | steps/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['target']} | {row['devices']} | {row['collectives']:.0f} "
+            f"| {row['collective_bytes'] / 1024:,.0f} KiB | {row['seconds'] * 1e3:.2f} ms "
+            f"| {row['predicted_seconds'] * 1e3:.2f} ms | {row['efficiency']:.0%} "
+            f"| {row['steps_per_second'] / 1e6:,.0f} M |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("what", choices=("devices", "processes", "ahead", "process"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--target", nargs="+", default=["h100", "v5e"], choices=LINKS)
+    parser.add_argument("--one-of", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    sizes = sorted({1, *arguments.sizes})
-    programs = {size: compiled(size) for size in sizes}
-    runs: dict[int, list[float]] = {size: [] for size in sizes}
-    for repeat in range(arguments.repeats + 1):
-        for size, program in programs.items():
-            taken = seconds(program, size, first_seed=repeat)
-            if repeat > 0:  # the first warms up
-                runs[size].append(taken)
-    timesteps = CONFIG.num_updates * CONFIG.batch_size
-    alone = statistics.median(runs[1])
-    print(
-        "| members | steps/s of all | cost of a member, alone = 1 | memory of a member |\n"
-        "|---|---|---|---|"
-    )
-    results = []
-    for size in sizes:
-        taken = statistics.median(runs[size])
-        pairs = zip(runs[size], runs[1], strict=True)
-        analysis = programs[size].memory_analysis()
-        device_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-        memory = device_bytes * math.gcd(size, jax.device_count()) / size
-        result = {
-            "members": size,
-            "steps_per_second": size * timesteps / taken,
-            "cost_of_a_member": statistics.median(many / size / one for many, one in pairs),
-            "bytes_of_a_member": memory,
-            "seconds": runs[size],
-        }
-        results.append(result)
-        print(
-            f"| {size} | {result['steps_per_second']:,.0f} | {result['cost_of_a_member']:.2f} "
-            f"| {memory / 1024:,.0f} KiB |",
-            flush=True,
-        )
-    worth_it = [r["members"] for r in results if r["cost_of_a_member"] < 1]
-    print(
-        f"one after another, a member takes {alone:.2f} s; together, less from "
-        f"{min(worth_it, default='no')} members on"
-    )
+    if arguments.what == "process":
+        index, coordinator, count, num_envs, repeats = arguments.one_of
+        in_process(coordinator, int(index), int(count), int(num_envs), int(repeats))
+        return
+    if arguments.what == "ahead":
+        rows = [row for target in arguments.target for row in ahead(target)]
+        print(predictions(rows))
+    else:
+        measure = on_devices if arguments.what == "devices" else in_processes
+        rows = measure(arguments.repeats)
+        print(table(rows))
     if arguments.json:
-        machine.write_results(arguments.json, results)
+        machine.write_results(arguments.json, rows)
 
 
 if __name__ == "__main__":

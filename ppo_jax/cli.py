@@ -17,6 +17,7 @@ import ppo_jax
 from ppo_jax import envs, flags, presets
 from ppo_jax.commands.common import say
 from ppo_jax.commands.environments import EnvsCommand
+from ppo_jax.commands.launching import LaunchCommand
 from ppo_jax.commands.pictures import PlotCommand, RenderCommand
 from ppo_jax.commands.policies import EvalCommand, ExportCommand
 from ppo_jax.commands.profiling import ProfileCommand
@@ -33,18 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ppo-jax {ppo_jax.__version__}")
         return 0
     try:
-        _import_modules(argv)
-        argv = _spell_out(argv)
-        command = tyro.cli(
-            _commands(argv),
-            prog="ppo-jax",
-            description=(
-                "Policy-gradient training, compiled end to end with JAX. --import MODULE imports a "
-                "Python module first, which can register environments, algorithms and other parts."
-            ),
-            args=argv or ["--help"],
-        )
-        return command.run()
+        modules = _import_modules(argv)
+        if argv[:1] == ["launch"]:
+            return _launch(argv, modules)
+        return _parse(argv).run()
     except ConfigError as error:
         say(f"ppo-jax: error: {error}")
         return 2
@@ -55,11 +48,40 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _import_modules(argv: list[str]) -> None:
+def _parse(argv: list[str]) -> Any:
+    """Returns the command that `argv` gives, with its options."""
+    argv = _spell_out(argv)
+    return tyro.cli(
+        _commands(argv),
+        prog="ppo-jax",
+        description=(
+            "Policy-gradient training, compiled end to end with JAX. --import MODULE imports a "
+            "Python module first, which can register environments, algorithms and other parts."
+        ),
+        args=argv or ["--help"],
+    )
+
+
+def _launch(argv: list[str], modules: list[str]) -> int:
+    """Runs the command `launch`, whose arguments end with those of a sweep.
+
+    Args:
+      argv: without the modules that are imported.
+      modules: their names, for the jobs.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    command, words = _parse(argv[:end]), argv[end + 1 :]
+    # Misspelt options of the sweep are found here, and not by every job.
+    sweep = _parse(["sweep", *words]) if words else None
+    words += [x for name in modules for x in ("--import", name)]
+    return command.run(sweep, words, main)
+
+
+def _import_modules(argv: list[str]) -> list[str]:
     """Imports the modules that `--import` names, from the current directory or the environment.
 
-    The words are removed from `argv`. Modules are imported before the command line is parsed,
-    because environments that they register have to be known then.
+    Modules are imported before the command line is parsed, because environments that they register
+    have to be known then. The words are removed from `argv`, and the names are returned.
     """
     names: list[str] = []
     while "--import" in argv:
@@ -82,6 +104,7 @@ def _import_modules(argv: list[str]) -> None:
                 f"--import must name a Python module; there is no {name} in {os.getcwd()} or in "
                 "the environment. Leave out the .py."
             ) from error
+    return names
 
 
 def _commands(argv: list[str]) -> Any:
@@ -119,6 +142,7 @@ def _commands(argv: list[str]) -> Any:
         Annotated[ProfileCommand, subcommand("profile")],
         Annotated[SweepCommand, subcommand("sweep", default=sweep)],
         Annotated[MergeCommand, subcommand("merge")],
+        Annotated[LaunchCommand, subcommand("launch")],
         Annotated[ReportCommand, subcommand("report")],
         Annotated[EnvsCommand, subcommand("envs")],
     ]

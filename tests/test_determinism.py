@@ -79,11 +79,11 @@ def test_deterministic_operations_are_asked_for_before_a_backend_starts():
 def test_a_device_that_runs_out_of_memory_is_one_sentence(monkeypatch):
     compile_training = runs.compile_training
 
-    def without_memory(*arguments):
+    def without_memory(*arguments, **options):
         def advance(*_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-        return compile_training(*arguments)._replace(advance=advance)
+        return compile_training(*arguments, **options)._replace(advance=advance)
 
     monkeypatch.setattr(runs, "compile_training", without_memory)
     with pytest.raises(

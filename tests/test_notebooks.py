@@ -10,7 +10,14 @@ nbclient = pytest.importorskip("nbclient")
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# One in every run of the tests, and all of them in the slow set: they are minutes of compiling.
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if i == 1 else pytest.mark.slow)
+        for i, path in enumerate(NOTEBOOKS)
+    ],
+)
 def test_a_notebook_runs_from_start_to_end(path, monkeypatch):
     monkeypatch.setenv("BUDGET", "0.01")
     notebook = nbformat.read(path, as_version=4)

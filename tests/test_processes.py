@@ -132,7 +132,10 @@ def wait_for(condition, timeout=120):
 
 @pytest.mark.parametrize(
     ("count", "mesh"),
-    [(2, ["--mesh", "env=2"]), (4, ["--mesh", "env=2,member=2", "--seeds", "2"])],
+    [
+        (2, ["--mesh", "env=2"]),
+        pytest.param(4, ["--mesh", "env=2,member=2", "--seeds", "2"], marks=pytest.mark.slow),
+    ],
 )
 def test_processes_equal_one_process(count, mesh, tmp_path):
     words = [*TRAIN, *SHORT, *mesh]
@@ -161,7 +164,7 @@ def uninterrupted(tmp_path_factory):
     return rows_of(path)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_all_and_the_run_resumes_exactly(killed, uninterrupted, tmp_path):
     path = tmp_path / "run"
     words = [*TRAIN, *MEDIUM, "--mesh", "env=2", "--run-dir", str(path), "--resume"]
@@ -206,6 +209,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_no_process(tmp_path):
     words = [*TRAIN, *SHORT, "--mesh", "env=2", "--run-dir", str(tmp_path / "run")]
     first, second = start(words, 2, limit=12).results()
@@ -222,7 +226,9 @@ def test_a_full_disk_stops_no_process(tmp_path):
         ("--process two --coordinator localhost:1", "--process must be i/n, such as 3/16; got two"),
         ("--process 1/2", "go together; got None and (1, 2)"),
         ("--process 1/2 --coordinator here", "a coordinator must be host:port; got here"),
-        ("--connect-timeout 0", "must be a positive number of seconds; got 0"),
+        ("--process 1/2 --coordinator 12345", "a coordinator must be host:port; got 12345"),
+        ("--dry-run", "--dry-run compiles in a single process; got --distributed True"),
+        ("--connect-timeout 0", "above 0 and at most 86,400; got 0.0"),
         ("", "could not be connected: coordinator_address should be defined"),
     ],
 )
@@ -235,7 +241,10 @@ def test_a_mistake_is_named_before_anything_is_connected(words, message, capsys,
 
 def test_an_option_of_several_processes_needs_them(capsys):
     assert main([*TRAIN, "--process", "1/2"]) == 2
-    assert "--process needs --distributed; got 1/2. Add it." in capsys.readouterr().err
+    assert (
+        "this option needs --distributed; got --process 1/2. Leave it out."
+        in capsys.readouterr().err
+    )
 
 
 def test_processes_that_do_not_connect_in_time_are_told(tmp_path):

@@ -51,6 +51,9 @@ class SweepCommand:
     """Sampler of the draws; tpe, which needs optuna, draws in batches that follow the results."""
     batch: int | None = None
     """Number of configurations in a batch of tpe."""
+    storage: str | None = None
+    """With --sampler tpe: file, or URL of a database (URL#name), that several workers share; each
+    has the same command with a --run-dir of its own, and `ppo-jax merge` joins the directories."""
     shard: str | None = None
     """Train a shard of the members, such as 3/16 on the third of 16 machines; `ppo-jax merge` joins
     the directories."""
@@ -110,6 +113,11 @@ class SweepCommand:
         hparams = hparams.replace(**values)
         mesh = parse_mesh(self.mesh)
         config = with_mesh(config, mesh)
+        if mesh.env is not None and "num_devices" in varied:
+            raise ConfigError(
+                "num_devices and the axis env of --mesh are the same setting; got "
+                f"{varied['num_devices']} and {mesh.env}. Leave one out."
+            )
         # The remaining names with a single value are parameters of the environment.
         varied |= {name: [value] for name, value in fixed.items()}
         run_dir = self.run_dir or new_run_dir(self.env, self.search or "sweep")
@@ -143,8 +151,9 @@ class SweepCommand:
             return 128 + (result.signal or signal.SIGINT)
         if result.unwritten:  # a report needs all tables
             return 1
-        if self.shard is not None:
-            print(f"shard {self.shard}: {run_dir}; ppo-jax merge joins all shards")
+        if self.shard is not None or self.storage is not None:
+            what = "worker" if self.shard is None else f"shard {self.shard}"
+            print(f"{what}: {run_dir}; ppo-jax merge joins all {what.split()[0]}s")
             return 0
         _print_report(run_dir)
         return 0
@@ -174,6 +183,7 @@ class SweepCommand:
                 num_draws=self.draws,
                 sampler=self.sampler,
                 batch=self.batch,
+                storage=self.storage,
                 shard=parse_fraction("shard", self.shard),
                 chunk=self.chunk,
                 member_devices=member_devices,
@@ -189,7 +199,7 @@ class SweepCommand:
     def _require_fitting_options(self) -> None:
         """Checks that options of a search come with one, and those of a sweep without."""
         of_search = ("members", "rounds", "factor", "replaced", "seed")
-        of_sweep = ("seeds", "draws", "batch", "chunk", "shard", "mesh")
+        of_sweep = ("seeds", "draws", "batch", "chunk", "shard", "mesh", "storage")
         for name in of_search if self.search is None else of_sweep:
             if getattr(self, name) is not None:
                 rule = "needs" if self.search is None else "does not go with"
@@ -204,7 +214,7 @@ class SweepCommand:
 
 @dataclasses.dataclass(frozen=True)
 class MergeCommand:
-    """Join the shards of a sweep that were trained with --shard, in any order."""
+    """Join the shards of a sweep that were trained with --shard, or its workers with --storage."""
 
     shards: tyro.conf.Positional[tuple[Path, ...]]
     """Directories of the shards."""
@@ -224,10 +234,12 @@ class MergeCommand:
         if merged.unwritten:  # a report needs all tables
             return 1
         if merged.num_missing:
-            print(
-                f"{merged.num_missing} members are missing; the command of the sweep without "
-                f"--shard and with --run-dir {self.output} trains them"
+            how = (
+                f"the command of the sweep without --shard and with --run-dir {self.output} trains"
             )
+            if merged.is_shared:
+                how = "the commands of the workers that have begun them train"
+            print(f"{merged.num_missing} members are missing; {how} them")
             return 1
         _print_report(self.output)
         return 0

@@ -44,14 +44,17 @@ class ProcessOptions:
     connect_timeout: float | None = None
     """With --distributed: seconds to wait for the other processes; 300 by default."""
 
+    def require_unused(self, reason: str) -> None:
+        """Raises a `ConfigError` if an option of several processes is given."""
+        for name, value in vars(self).items():
+            if value not in (None, False):
+                option = name.replace("_", "-")
+                raise ConfigError(f"{reason}; got --{option} {value}. Leave it out.")
+
     def prepare(self, config: Config, seeds: int | None, member_devices: int | None) -> None:
         """Prepares the devices, and connects this process with the others if there are others."""
-        for name in ("coordinator", "process", "connect_timeout"):
-            value = getattr(self, name)
-            if value is not None and not self.distributed:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} needs --distributed; got {value}. Add it.")
         if not self.distributed:
+            self.require_unused("this option needs --distributed")
             prepare_devices(config, seeds, member_devices)
             return
         from ppo_jax.runs import processes
@@ -147,6 +150,7 @@ class TrainCommand:
         if self.deterministic:
             use_deterministic_operations()
         if self.dry_run:
+            self.processes.require_unused("--dry-run compiles in a single process")
             _say_rounded(config)
             return self._print_dry_run(config, hparams, mesh.member)
         run_dir = self.run_dir or new_run_dir(config.env, f"{config.algorithm}_seed{self.seed}")

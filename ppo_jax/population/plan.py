@@ -73,7 +73,7 @@ def make_plan(
     configurations: Sequence[Row],
     seeds: Sequence[int],
     *,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[Group]:
     """Returns groups of members, in the order in which they run.
 
@@ -85,7 +85,7 @@ def make_plan(
       hparams: hyperparameters that rows do not change.
       configurations: the rows of a space.
       seeds: of every configuration.
-      first: number of the first configuration.
+      numbers: of the configurations in the sweep; None for 0, 1, ….
 
     Raises:
       ConfigError: a row breaks a rule.
@@ -96,7 +96,8 @@ def make_plan(
     """
     traced_names = hparam_names()
     groups: dict[tuple[Config, tuple[tuple[str, ...], ...]], list[Member]] = {}
-    for configuration, row in enumerate(configurations, start=first):
+    numbers = range(len(configurations)) if numbers is None else numbers
+    for configuration, row in zip(numbers, configurations, strict=True):
         traced = {name: value for name, value in row.items() if name in traced_names}
         env_params = {
             name.removeprefix(ENV_PARAMS): value

@@ -1,5 +1,9 @@
 """Sources of a sweep's configurations: all at once, or in batches that follow the results."""
 
+import datetime
+import json
+import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, get_args
 
@@ -17,6 +21,8 @@ from ppo_jax.population.search_space import (
     rows,
 )
 
+_CLAIM_SECONDS = 60.0  # after which a trial without a worker is another's
+
 
 class Proposals(Protocol):
     """Configurations, batch by batch."""
@@ -25,18 +31,39 @@ class Proposals(Protocol):
     """Number of all configurations."""
     description: dict[str, Any]
     """Everything that tells these configurations from others, as JSON."""
-    extremes: list[Row]
-    """Rows with every end and choice of distributions that are drawn later, to be checked first."""
+    checked: list[Row]
+    """Rows that have all names, to be checked first: all configurations, or every end and choice of
+    distributions that are drawn later."""
+    is_adaptive: bool
+    """True if configurations follow from the scores of earlier ones."""
 
-    def ask(self) -> list[Row]:
-        """Returns the next batch; an empty one at the end."""
+    def start(self, description: Mapping[str, Any]) -> str | None:
+        """Starts a sweep of this description (JSON).
+
+        Returns:
+          An identity of the study that several workers share; None if there is none.
+
+        Raises:
+          ConfigError: the study is that of another sweep.
+        """
+
+    def ask(self, worker: str = "") -> dict[int, Row]:
+        """Returns the next batch by the numbers of its configurations; an empty one at the end.
+
+        A worker of a shared study first gets the batch with which it was stopped.
+        """
 
     def tell(self, scores: Sequence[float]) -> None:
         """Takes the scores of the last batch; higher is better."""
 
 
 def make_proposals(
-    space: Space, *, num_draws: int | None, sampler: Sampler, batch: int | None
+    space: Space,
+    *,
+    num_draws: int | None,
+    sampler: Sampler,
+    batch: int | None,
+    storage: str | None = None,
 ) -> Proposals:
     """Returns the source of the configurations of a space.
 
@@ -45,13 +72,19 @@ def make_proposals(
       num_draws: draws of the space's distributions.
       sampler: "random" and "sobol" draw all at once, "tpe" in batches.
       batch: configurations in a batch of "tpe".
+      storage: where several workers share the study of "tpe": a file, or a URL of a database.
 
     Raises:
       ConfigError: the space, or a number, does not fit the sampler.
     """
     require_known("sampler", sampler, get_args(Sampler))
     if sampler == "tpe":
-        return _TreeParzen(space, num_draws, batch)
+        return _TreeParzen(space, num_draws, batch, storage)
+    if storage is not None:
+        raise ConfigError(
+            f"storage is for sampler tpe, whose workers share results; got {storage} and "
+            f"{sampler}. Leave storage out; shard divides configurations that are known beforehand."
+        )
     if batch is not None:
         raise ConfigError(
             f"batch is for sampler tpe, which draws again after every batch; got {batch} and "
@@ -64,11 +97,18 @@ class _AllAtOnce:
     def __init__(self, configurations: list[Row]) -> None:
         self.total = len(configurations)
         self.description = {"configurations": configurations}
-        self.extremes: list[Row] = []
-        self._left = configurations
+        self.checked = configurations
+        self.is_adaptive = False
+        self._left = dict(enumerate(configurations))
 
-    def ask(self) -> list[Row]:
-        asked, self._left = self._left, []
+    def start(self, description: Mapping[str, Any]) -> str | None:
+        """Returns None, because no results are shared."""
+        del description
+        return None
+
+    def ask(self, worker: str = "") -> dict[int, Row]:
+        del worker
+        asked, self._left = self._left, {}
         return asked
 
     def tell(self, scores: Sequence[float]) -> None:
@@ -79,10 +119,15 @@ class _TreeParzen:
     """Optuna's tree-structured Parzen estimator: Bergstra et al. 2011 (NIPS 24), section 4.
 
     Its draws depend on its seed and the scores that it was told. A sweep that is started again asks
-    for the same configurations, and tells it their scores from the disk.
+    for the same configurations, and tells it their scores from the disk. In a storage, which
+    several workers share, a study remembers draws and scores itself.
     """
 
-    def __init__(self, space: Space, num_draws: int | None, batch: int | None) -> None:
+    is_adaptive = True
+
+    def __init__(
+        self, space: Space, num_draws: int | None, batch: int | None, storage: str | None
+    ) -> None:
         if not isinstance(space, Mapping):
             raise ConfigError("sampler tpe needs a space of distributions; got a list of rows.")
         check_names(space)
@@ -117,15 +162,18 @@ class _TreeParzen:
             "batch": batch,
         }
         ends = {name: extremes(entry) for name, entry in drawn.items()}
-        self.extremes = [
+        self.checked = [
             {name: values[min(i, len(values) - 1)] for name, values in ends.items()}
             for i in range(max(map(len, ends.values())))
         ]
         self._space = drawn
         self._batch = batch
-        self._asked = 0
-        self._trials: list[Any] = []
+        self._asked: list[int] = []  # numbers of the trials in the last batch
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._running, self._failed = (
+            optuna.trial.TrialState.RUNNING,
+            optuna.trial.TrialState.FAIL,
+        )
         distributions = optuna.distributions
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             # A choice is drawn as an index, because optuna's categories cannot be tuples.
@@ -137,23 +185,102 @@ class _TreeParzen:
             for name, entry in drawn.items()
         }
         # Unfinished trials count as bad ones, so that the draws of a batch spread out.
-        sampler = optuna.samplers.TPESampler(seed=0, constant_liar=True)
-        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        # Workers of a shared study must not draw the same numbers.
+        sampler = optuna.samplers.TPESampler(
+            seed=0 if storage is None else None, constant_liar=True
+        )
+        self._study = optuna.create_study(
+            direction="maximize",
+            sampler=sampler,
+            storage=None if storage is None else _open_storage(storage),
+            study_name=None if storage is None else storage.partition("#")[2] or "ppo-jax",
+            load_if_exists=True,
+        )
+        self._storage = storage
 
-    def ask(self) -> list[Row]:
-        count = min(self._batch, self.total - self._asked)
-        self._asked += count
-        self._trials = [self._study.ask(self._distributions) for _ in range(count)]
-        return [
-            {
+    def start(self, description: Mapping[str, Any]) -> str | None:
+        if self._storage is None:
+            return None
+        wanted = json.loads(json.dumps(description))
+        # The first worker describes the study. It is read again, because two may be the first.
+        if "sweep" not in self._study.user_attrs:
+            self._study.set_user_attr("identity", uuid.uuid4().hex)
+            self._study.set_user_attr("sweep", wanted)
+        found = self._study.user_attrs["sweep"]
+        changed = [name for name in wanted if found.get(name) != wanted[name]]
+        if changed:
+            raise ConfigError(
+                f"workers of a storage must have the same sweep; {_public(self._storage)} has "
+                f"another ({', '.join(changed)} differ). Use another file, or name a study: "
+                "URL#name."
+            )
+        return self._study.user_attrs["identity"]
+
+    def ask(self, worker: str = "") -> dict[int, Row]:
+        trials = self._unfinished(worker)
+        if not trials:
+            room = self.total - len(self._study.get_trials(deepcopy=False))
+            for _ in range(min(self._batch, room)):
+                trial = self._study.ask(self._distributions)
+                if trial.number >= self.total:  # other workers have asked in the meantime
+                    self._study.tell(trial.number, state=self._failed)
+                    break
+                if self._storage is not None:
+                    trial.set_user_attr("worker", worker)
+                trials.append(trial)
+        self._asked = [trial.number for trial in trials]
+        return {
+            trial.number: {
                 name: entry.values[trial.params[name]]
                 if isinstance(entry, Choice)
                 else trial.params[name]
                 for name, entry in self._space.items()
             }
-            for trial in self._trials
-        ]
+            for trial in trials
+        }
+
+    def _unfinished(self, worker: str) -> list[Any]:
+        """Returns the trials of a shared study that a worker had begun when it was stopped."""
+        if self._storage is None:
+            return []
+        running = self._study.get_trials(deepcopy=False, states=(self._running,))
+        own = [trial for trial in running if trial.user_attrs.get("worker") == worker]
+        # A worker that was killed before it could claim a trial.
+        long_ago = datetime.datetime.now() - datetime.timedelta(seconds=_CLAIM_SECONDS)
+        for trial in running:
+            begun = trial.datetime_start or long_ago
+            if "worker" not in trial.user_attrs and begun < long_ago:
+                self._study._storage.set_trial_user_attr(trial._trial_id, "worker", worker)
+                own.append(trial)
+        return own[: self._batch]
 
     def tell(self, scores: Sequence[float]) -> None:
-        for trial, score in zip(self._trials, scores, strict=True):
-            self._study.tell(trial, score)
+        for number, score in zip(self._asked, scores, strict=True):
+            self._study.tell(number, score)
+
+
+def _open_storage(storage: str) -> Any:
+    """Returns Optuna's storage in a file, or in the database of a URL."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    place = storage.partition("#")[0]
+    try:
+        if "://" not in place:
+            return optuna.storages.JournalStorage(JournalFileBackend(place))
+        return optuna.storages.RDBStorage(place)
+    except Exception as error:  # of the file system, or of any driver of a database
+        reason = _public(" ".join(str(error).split()))[:300]
+        raise ConfigError(
+            "storage must be a file, or the URL of a database that answers; got "
+            f"{_public(storage)}: {reason}"
+        ) from error
+
+
+def _public(text: str) -> str:
+    """Returns a text without the passwords of URLs.
+
+    >>> _public("postgresql://me:secret@host/base")
+    'postgresql://me:***@host/base'
+    """
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)

@@ -2,13 +2,14 @@
 
 Every process runs the same program on its own devices. The first process has the run directory, the
 trackers and the output. Clocks, signals and disks differ between processes, so that every decision
-that depends on them is made together (`agree`, `from_first`). In a single process all functions
-here do nothing, or call their argument.
+that depends on them is made together (`agree`, `from_first`). In a single process nothing is
+exchanged.
 """
 
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from ppo_jax.errors import ConfigError
 
 CONNECT_TIMEOUT = 300.0  # seconds; the default of JAX
 _LONGER = 60.0  # seconds by which JAX, whose time limit ends the process without a sentence, waits
+_LONGEST = 86_400  # seconds
 _LAST_WORDS = 2.0  # seconds
 _PART = 2**26  # bytes that are sent together, so that devices need not hold a whole checkpoint
 # Words in the errors of XLA about a process that cannot be reached; Gloo connects CPUs, NCCL GPUs.
@@ -62,15 +64,18 @@ def connect(
             f"{coordinator} and {process}. Give both, or neither on a cluster that JAX knows "
             "(SLURM, Open MPI, Kubernetes, TPU pods)."
         )
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise ConfigError(f"a coordinator must be host:port; got {coordinator}.")
     if process is not None and not 1 <= process[0] <= process[1]:
         raise ConfigError(
             "the number of a process must be i/n with i from 1 to n; got "
             f"{process[0]}/{process[1]}."
         )
-    if not timeout > 0:
-        raise ConfigError(f"the time limit must be a positive number of seconds; got {timeout}.")
+    if not 0 < timeout <= _LONGEST:
+        raise ConfigError(
+            f"the time limit must be a number of seconds above 0 and at most {_LONGEST:,}; got "
+            f"{timeout}."
+        )
 
     def give_up() -> None:
         where = "" if coordinator is None else f" at {coordinator}"
@@ -143,6 +148,8 @@ def require_same(settings: Mapping[str, Any]) -> None:
 
 def agree(values: Sequence[int]) -> np.ndarray:
     """Returns the values of every process, `[processes, len(values)]`."""
+    if jax.process_count() == 1:
+        return np.array([values], np.int32)
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32)))
 
 
@@ -150,17 +157,20 @@ def from_first(make: Callable[[], bytes]) -> bytes:
     """Calls a function in the first process, and returns its bytes in every process.
 
     Raises:
-      ConfigError: in every process, if the function raises one.
+      ConfigError: in every process, if the function raises one. After another error the others
+        raise a `ProcessError`.
     """
     if jax.process_count() == 1:
         return make()
     # The first byte tells an answer from an error, which must not leave the others waiting.
-    answer = b""
+    answer, failed = b"", None
     if is_first():
         try:
             answer = b"+" + make()
         except ConfigError as error:
             answer = b"-" + str(error).encode()
+        except Exception as error:
+            answer, failed = b"!" + f"{type(error).__name__}: {error}".encode(), error
     # Devices take integers of 32 bits, unless x64 is enabled.
     sizes = multihost_utils.broadcast_one_to_all(np.array(divmod(len(answer), _PART), np.int32))
     size = int(sizes[0]) * _PART + int(sizes[1])
@@ -169,6 +179,8 @@ def from_first(make: Callable[[], bytes]) -> bytes:
     answer = b"".join(multihost_utils.broadcast_one_to_all(part).tobytes() for part in parts)
     if answer[:1] == b"-":
         raise ConfigError(answer[1:].decode())
+    if answer[:1] == b"!":
+        raise failed or ProcessError(f"the first process failed with {answer[1:].decode()}")
     return answer[1:]
 
 
@@ -177,8 +189,8 @@ def plain_from_first(make: Callable[[], Any]) -> Any:
     return json.loads(from_first(lambda: json.dumps(make()).encode()))
 
 
-def on_first(call: Callable[[], None]) -> None:
-    """Calls a function in the first process; its `ConfigError` is raised in every process."""
+def on_first(call: Callable[[], object]) -> None:
+    """Calls a function in the first process; an error ends every process."""
 
     def answer() -> bytes:
         call()
@@ -231,10 +243,12 @@ def loss_explained() -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
             raise
+        reason = " ".join(str(error).split())[-200:]
         raise ProcessError(
             f"process {jax.process_index() + 1} of {jax.process_count()} has lost another process "
             "of the training, which ended or cannot be reached. Start all of them again; with "
-            "resume (--resume) they continue from the last checkpoint."
+            "resume (--resume) they continue from the last checkpoint. The runtime reports: "
+            f"{reason}"
         ) from error
 
 

@@ -195,6 +195,18 @@ def train(
     require_seed(seed)
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
     hparams = complete_hparams(hparams, config)
+    others = {
+        "seed": seed,
+        "num_seeds": num_seeds,
+        "member_devices": member_devices,
+        "eval_every": eval_every,
+        "debug_nans": debug_nans,
+        # Other versions may compile other collectives, whose order has to be the same.
+        "the version of jax": jax.__version__,
+    }
+    with processes.loss_explained():
+        settings = settings_to_plain(config, hparams)
+        processes.require_same({**settings["config"], **settings["hparams"], **others})
     mesh = _mesh_of(config, num_seeds, member_devices)
     trainer = make_trainer(config, mesh)
     sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
@@ -221,24 +233,9 @@ def train(
         sinks=sinks,
     )
     with processes.loss_explained():
-        _require_same_processes(plan)
+        processes.require_whole_mesh(mesh)
         with _opened(plan, run_dir, resume=resume, overwrite=overwrite) as (directory, is_resumed):
             return _train(plan, directory, is_resumed=is_resumed, progress=progress)
-
-
-def _require_same_processes(plan: "_Plan") -> None:
-    """Checks that all processes train the same on all of their devices."""
-    processes.require_whole_mesh(plan.mesh)
-    settings = settings_to_plain(plan.config, plan.hparams)
-    others = {
-        "seeds": plan.seeds_on_disk,
-        "mesh": None if plan.mesh is None else dict(plan.mesh.shape),
-        "eval_every": plan.eval_every,
-        "debug_nans": plan.debug_nans,
-        # Other versions may compile other collectives, whose order has to be the same.
-        "the version of jax": jax.__version__,
-    }
-    processes.require_same({**settings["config"], **settings["hparams"], **others})
 
 
 @contextlib.contextmanager
@@ -489,7 +486,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
     for failure in end.failures:
         warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
     return Run(
-        state=end.state,
+        state=saved.state,
         policy=policy,
         evaluation=evaluation,
         metrics=pd.DataFrame(rows),
@@ -554,11 +551,11 @@ def _writer(
     plan: _Plan, directory: RunDirectory | None, policy: Policy
 ) -> Iterator[RunWriter | None]:
     """Makes the writer of a run's files, among them such a policy; None without a directory."""
+    # A policy that cannot be saved is an error now, and not after hours of training.
+    processes.on_first(lambda: directory and encode_policy(policy))
     if directory is None:
         yield None
         return
-    # A policy that cannot be saved is an error now, and not after hours of training.
-    encode_policy(policy)
     writer = RunWriter(directory, plan.config, plan.hparams, plan.checkpoint_every)
     try:
         yield writer
@@ -677,9 +674,9 @@ def _run_updates(
         return Snapshot(state, guard, log.state, updates, failures, total_seconds)
 
     while True:
-        is_stopped = interrupt.requested or plan.sinks.ask_to_stop
         is_due = writer is not None and writer.is_checkpoint_due and updates > start.updates
-        count, is_stopped, is_due = _agreed(count, is_stopped=is_stopped, is_due=is_due)
+        decisions = {"is_interrupted": interrupt.requested, "is_due": is_due}
+        count, is_stopped, is_due = _agreed(count, plan.sinks, **decisions)
         if is_due:
             _save(writer, snapshot())
         has_seeds = bool((guard.failed_at < 0).any())
@@ -722,13 +719,21 @@ def _run_updates(
     return snapshot(), rows, evaluations
 
 
-def _agreed(count: int, *, is_stopped: bool, is_due: bool) -> tuple[int, bool, bool]:
-    """Returns decisions that depend on clocks, signals and files, the same in all processes."""
-    if jax.process_count() == 1:
-        return count, is_stopped, is_due
-    every = processes.agree([count, is_stopped, is_due])
-    # The length of the next piece and the time of a checkpoint are those of the first process.
-    return int(every[0, 0]), bool(every[:, 1].any()), bool(every[0, 2])
+def _agreed(
+    count: int, sinks: Sinks, *, is_interrupted: bool, is_due: bool
+) -> tuple[int, bool, bool]:
+    """Returns decisions that depend on clocks, signals and files, the same in all processes.
+
+    Args:
+      count: length of the next piece.
+      sinks: have asked to stop, or not; those of the first process speak for all.
+      is_interrupted: this process has got a signal.
+      is_due: it is time for a checkpoint.
+    """
+    every = processes.agree([count, sinks.ask_to_stop, is_interrupted, is_due])
+    sinks.ask_to_stop = bool(every[0, 1])
+    is_stopped = sinks.ask_to_stop or bool(every[:, 2].any())
+    return int(every[0, 0]), is_stopped, bool(every[0, 3])
 
 
 def _save(writer: RunWriter | None, snapshot: Snapshot) -> None:

@@ -60,6 +60,7 @@ def sweep(
     num_draws: int | None = None,
     sampler: Sampler = "random",
     batch: int | None = None,
+    storage: str | None = None,
     shard: tuple[int, int] | None = None,
     run_dir: str | Path | None = None,
     chunk: int | None = None,
@@ -89,6 +90,9 @@ def sweep(
       sampler: "random", "sobol", or "tpe", which needs optuna and draws each batch near the best
         results so far.
       batch: configurations that "tpe" proposes before it sees new results.
+      storage: a file or the URL of a database (Optuna's `JournalStorage` or `RDBStorage`), in which
+        several workers share the study of "tpe": the same call on each, with a `run_dir` of its
+        own. Together they train `num_draws` configurations; `merge` joins their directories.
       shard: `(i, n)` trains the i-th of n shards of the members, 1 ≤ i ≤ n, such as on one of n
         machines; `merge` joins their directories. None trains all.
       run_dir: directory for finished members; one with the same sweep is continued. None keeps
@@ -118,27 +122,26 @@ def sweep(
     processes.require_one("a sweep", "Give each process a shard of it instead (--shard).")
     sinks = make_sinks(log, run_dir=run_dir, is_sweep=True)
     hparams = HParams() if hparams is None else hparams
-    seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
-    for seed in seeds:
-        require_seed(seed)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
-    proposals = make_proposals(space, num_draws=num_draws, sampler=sampler, batch=batch)
+    seeds = _listed(seeds)
+    proposals = make_proposals(
+        space, num_draws=num_draws, sampler=sampler, batch=batch, storage=storage
+    )
     planned = functools.partial(
         _planned, config, hparams, seeds=seeds, member_devices=member_devices
     )
-    planned(proposals.extremes)  # errors come before anything is written
-    asked, first = proposals.ask(), 0
     _require_shard(shard, sampler, proposals.total * len(seeds))
-    plan = planned(asked, shard=shard)
+    plan = planned(proposals.checked, shard=shard)  # errors come before anything is written
     num_members = proposals.total * len(seeds) if shard is None else _num_members(plan)
-    names = tuple(dict.fromkeys(itertools.chain.from_iterable(asked)))
+    names = tuple(dict.fromkeys(itertools.chain.from_iterable(proposals.checked)))
     description = {
         **_description(config, hparams, proposals, seeds),
         "eval_episodes": eval_episodes,
         "num_rows": num_rows,
         **({} if shard is None else {"shard": shard}),
     }
+    study = proposals.start(description)
+    if study is not None:  # not the storage, whose URL may have a password
+        description["study"] = study
     say = say or _silent
     with (
         SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store,
@@ -151,27 +154,30 @@ def sweep(
             num_episodes=eval_episodes,
             chunk=chunk,
             # An adaptive sampler must see bit-identical scores when a sweep resumes.
-            same_bits=bool(proposals.extremes),
+            same_bits=proposals.is_adaptive,
             say=say,
             bar=bar,
             is_stopped=lambda: interrupt.requested,
             on_rows=sinks.on_rows,
         )
         # A grid is asked for once; an adaptive sampler asks again after it was told the scores.
-        while asked:
+        worker = "" if storage is None else store.worker()
+        while asked := proposals.ask(worker):
             if len(asked) < proposals.total:
-                say(f"configurations {first} to {first + len(asked) - 1} of {proposals.total}:")
+                say(f"configurations {', '.join(map(str, asked))} of {proposals.total}:")
+            if proposals.is_adaptive:
+                plan = planned(list(asked.values()), numbers=list(asked))
             # Results on disk are told to the sampler as answers to these questions.
-            store.require(asked, first)
+            store.require(asked)
             runner.run(plan, store)
             if interrupt.requested:
                 break
             if shard is None:  # a shard has no score of every configuration
-                proposals.tell(store.scores(range(first, first + len(asked))))
-            first += len(asked)
-            asked = proposals.ask()
-            plan = planned(asked, first=first)
+                proposals.tell(store.scores(asked))
         members, curves = store.collect()
+    # A worker of a shared study has some of the members.
+    is_shared = storage is not None and not interrupt.requested
+    is_complete = is_shared or len(members) == num_members
     return Sweep(
         members,
         curves,
@@ -179,11 +185,21 @@ def sweep(
         store.path,
         runner.compile_seconds,
         runner.run_seconds,
-        is_complete=len(members) == num_members,
+        is_complete=is_complete,
         best_policy=store.best_policy,
         unwritten=tuple(store.unwritten.values()),
         signal=interrupt.signal,
     )
+
+
+def _listed(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns the seeds of every configuration, checked."""
+    seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    for seed in seeds:
+        require_seed(seed)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
+    return seeds
 
 
 def _planned(
@@ -193,7 +209,7 @@ def _planned(
     *,
     seeds: Sequence[int],
     member_devices: int | None,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
     shard: tuple[int, int] | None = None,
 ) -> list[PlannedGroup]:
     """Returns groups of members with their trainers, or raises the error of a configuration.
@@ -204,10 +220,10 @@ def _planned(
       configurations: rows of the space.
       seeds: of every configuration.
       member_devices: see `sweep`.
-      first: number of the first configuration.
+      numbers: see `make_plan`.
       shard: the shard of the members; None for all.
     """
-    plan = make_plan(config, hparams, configurations, seeds, first=first)
+    plan = make_plan(config, hparams, configurations, seeds, numbers=numbers)
     if shard is not None:
         plan = shard_of(plan, *shard)
     return [plan_group(group, member_devices) for group in plan]

@@ -15,6 +15,8 @@ class Merged(NamedTuple):
     num_members: int
     num_missing: int
     """Members that no shard has finished."""
+    is_shared: bool = False
+    """True if workers shared a study, which alone can draw more configurations."""
     unwritten: tuple[str, ...] = ()
     """Files that could not be written, with the reasons; the same merge writes them again."""
 
@@ -22,10 +24,10 @@ class Merged(NamedTuple):
 def merge(shards: Sequence[str | Path], run_dir: str | Path) -> Merged:
     """Joins the directories of shards of a sweep into the directory of the sweep.
 
-    The shards are those of `sweep(…, shard=(i, n))`. They stay as they are. Members that are
-    missing, because a shard is missing or was interrupted, can be trained from the new directory:
-    the same call of `sweep` without `shard` continues it. A directory into which some shards were
-    merged before takes the others.
+    The shards are those of `sweep(…, shard=(i, n))`, or workers of `sweep(…, storage=…)`. They stay
+    as they are. Members may be missing, because a shard is missing or was interrupted. The same
+    call of `sweep` without `shard` trains them in the new directory; those of a worker are trained
+    by the worker. A directory into which some shards were merged before takes the others.
 
     Args:
       shards: directories, in any order.
@@ -50,24 +52,32 @@ def merge(shards: Sequence[str | Path], run_dir: str | Path) -> Merged:
         for shard in found:
             merged.adopt(shard)
         members, _ = merged.collect()
-    total = len(whole["configurations"]) * len(whole["seeds"])
-    return Merged(len(members), total - len(members), tuple(merged.unwritten.values()))
+    # A sampler that draws while it trains has no list of configurations.
+    count = len(whole["configurations"]) if "configurations" in whole else whole["num_draws"]
+    total = count * len(whole["seeds"])
+    return Merged(
+        len(members),
+        total - len(members),
+        is_shared="configurations" not in whole,
+        unwritten=tuple(merged.unwritten.values()),
+    )
 
 
 def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the description of the whole sweep."""
     wholes = [
-        {name: value for name, value in description.items() if name != "shard"}
+        {name: x for name, x in description.items() if name != "shard"}
         for description in descriptions
     ]
     seen: dict[tuple[int, ...], Path] = {}
     for path, description, whole in zip(paths, descriptions, wholes, strict=True):
-        if "shard" not in description:
+        if "shard" not in description and "study" not in description:
             raise ConfigError(
                 f"merge needs shards of a sweep; {path} is a whole one. Leave it out."
             )
-        shard = tuple(description["shard"])
-        count = descriptions[0]["shard"][1]
+        # Workers that share a study have different members, whatever their number.
+        shard = tuple(description.get("shard", (len(seen) + 1, 0)))
+        count = descriptions[0].get("shard", (1, 0))[1]
         if whole != wholes[0] or shard[1] != count:
             changed = [name for name in whole if whole[name] != wholes[0].get(name)] or ["shards"]
             raise ConfigError(

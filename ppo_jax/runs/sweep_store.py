@@ -6,8 +6,9 @@ import functools
 import json
 import math
 import shutil
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _SWEEP = "sweep.json"
 _PARTS = "parts"
 _BEST = "best"
+_WORKER = "worker"
 _FOLDERS = (_PARTS, CHECKPOINTS)
 RESULTS = ("members", "curves")
 
@@ -148,19 +150,27 @@ class SweepStore:
         """Returns the numbers of the finished members."""
         return {int(index) for members, _ in self.parts for index in members["member"]}
 
-    def require(self, configurations: Sequence[Row], first: int) -> None:
+    def worker(self) -> str:
+        """Returns the name of the worker that has this store among those that share a study."""
+        if self.path is None:
+            return uuid.uuid4().hex
+        file = self.path / _WORKER
+        if not file.is_file():
+            with writable(self.path):
+                files.write_text(file, uuid.uuid4().hex)
+        return file.read_text()
+
+    def require(self, configurations: Mapping[int, Row]) -> None:
         """Raises a `ConfigError` if finished members have other values than these."""
         records = (r for members, _ in self.parts for r in members.to_dict("records"))
         for record in records:
-            place = record["configuration"] - first
-            if not 0 <= place < len(configurations):
-                continue
-            for name, value in configurations[place].items():
+            number = record["configuration"]
+            for name, value in configurations.get(number, {}).items():
                 found, asked = record[name], to_cell(value)
                 if found != asked and not (asked is None and pd.isna(found)):
                     raise ConfigError(
                         "run_dir must hold the configurations that the sampler asks for; "
-                        f"{self.path} has {name} = {found} in configuration {place + first}, and "
+                        f"{self.path} has {name} = {found} in configuration {number}, and "
                         f"now it is {asked}: another version of the sampler? Choose another "
                         "directory."
                     )
