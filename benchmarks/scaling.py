@@ -13,6 +13,7 @@ that `docs/machines.md` describes.
 """
 
 import argparse
+import itertools
 import json
 import math
 import socket
@@ -34,14 +35,15 @@ from ppo_jax import Config, make_mesh, make_trainer
 NUM_DEVICES = (1, 2, 4, 8)
 NUM_PROCESSES = (1, 2, 4)
 ENVS_OF_A_DEVICE = 1024
+AHEAD_ENVS = (256, 2048, 16384)
 UPDATES = 10
-# Assumptions of the model, for an all-reduce of few bytes. Seconds until it is done, within one
-# host or pod and for every doubling of the hosts; and bytes per second of one device's links.
+# Assumptions of the model, for an all-reduce of few bytes: seconds on one host, and more for every
+# doubling of the hosts; bytes per second of a device's links on its host, and between hosts.
 LINKS = {
     "h100": (20e-6, 5e-6, 450e9, 50e9),
     "a100": (20e-6, 5e-6, 300e9, 25e9),
-    "v5e": (5e-6, 0.0, 200e9, 200e9),
-    "v6e": (5e-6, 0.0, 400e9, 400e9),
+    "v5e": (5e-6, 2e-6, 200e9, 200e9),
+    "v6e": (5e-6, 2e-6, 400e9, 400e9),
 }
 
 
@@ -159,29 +161,35 @@ def in_processes(repeats: int) -> list[dict[str, Any]]:
 def ahead(target_name: str) -> list[dict[str, Any]]:
     """Predicts updates on several accelerators, from the program that each of them runs."""
     target = ahead_of_time.TARGETS[target_name]
-    topologies = {4: target.topology, 16: "v5e:4x4"} if target.platform == "tpu" else {4: ""}
+    # Devices that a program is compiled for, with the numbers of devices that it stands for.
+    is_tpu = target.platform == "tpu"
+    plans = {4: (target.topology, (4,) if is_tpu else (8, 256))}
+    if is_tpu:
+        plans[16] = (f"{target_name}:4x4", (16, 256))
     rows = []
-    for compiled_for, topology in topologies.items():
-        found = target._replace(topology=topology or target.topology)
-        config = config_of(2048 * compiled_for, compiled_for, num_steps=128)
-        workload = Workload("CartPole-v1, 2048 x 128 a device", config)
+    for num_envs, (compiled_for, (topology, numbers)) in itertools.product(
+        AHEAD_ENVS, plans.items()
+    ):
+        config = config_of(num_envs * compiled_for, compiled_for, num_steps=128)
+        workload = Workload(f"CartPole-v1, {num_envs} x 128 a device", config)
         figures, program = ahead_of_time.compile_ahead(
-            Path(sys.executable), "ours", workload, found
+            Path(sys.executable), "ours", workload, target._replace(topology=topology)
         )
         body = ahead_of_time.one_update(program, config.num_updates)
-        work = sum(hlo.work(program, body, found.device, ()).values(), hlo.Work())
-        for count in (8, 256) if compiled_for == 4 else (16, 256):
+        work = sum(hlo.work(program, body, target.device, ()).values(), hlo.Work())
+        for count in numbers:
             seconds = predicted_seconds(work, target_name, count)
             rows.append(
                 {
                     "target": target_name,
+                    "envs_of_a_device": num_envs,
                     "compiled_for": compiled_for,
                     "devices": count,
                     **figures,
                     **work._asdict(),
                     "predicted_seconds": seconds,
                     "efficiency": work.seconds / seconds,
-                    "steps_per_second": 2048 * 128 * count / seconds,
+                    "steps_per_second": num_envs * 128 * count / seconds,
                 }
             )
     return rows
@@ -219,12 +227,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 def predictions(rows: list[dict[str, Any]]) -> str:
     """Returns predicted figures as a table in Markdown."""
     lines = [
-        "| target | devices | collectives | bytes | update alone | update | efficiency | steps/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| target | devices | environments a device | collectives | bytes | update without them "
+        "| update | efficiency | steps/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['target']} | {row['devices']} | {row['collectives']:.0f} "
+            f"| {row['target']} | {row['devices']} | {row['envs_of_a_device']:,} "
+            f"| {row['collectives']:.0f} "
             f"| {row['collective_bytes'] / 1024:,.0f} KiB | {row['seconds'] * 1e3:.2f} ms "
             f"| {row['predicted_seconds'] * 1e3:.2f} ms | {row['efficiency']:.0%} "
             f"| {row['steps_per_second'] / 1e6:,.0f} M |"

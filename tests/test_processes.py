@@ -1,6 +1,7 @@
 """Several processes share one training; each runs the command in a process of its own."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -69,7 +70,7 @@ class Started(SimpleNamespace):
         return found
 
 
-def start(words, count, *, late=0.0, others=(), limit=None):
+def start(words, count, *, late=0.0, others=(), limit=None, slurm=False):
     """Starts the processes of one training.
 
     Args:
@@ -78,10 +79,21 @@ def start(words, count, *, late=0.0, others=(), limit=None):
       late: seconds by which the last one starts late.
       others: more words for the last one.
       limit: blocks of 512 bytes that a file of the first may have.
+      slurm: describe the processes by the environment of a SLURM job, and not by options.
     """
     port, started = free_port(), []
     for i in range(1, count + 1):
         own = ["--distributed", "--coordinator", f"localhost:{port}", "--process", f"{i}/{count}"]
+        environment = {}
+        if slurm:
+            own = ["--distributed"]
+            environment = {
+                "SLURM_JOB_ID": str(port),  # JAX derives the coordinator's port from it
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(i - 1),
+                "SLURM_LOCALID": "0",
+            }
         if i == count:
             own += others
             time.sleep(late)
@@ -92,6 +104,7 @@ def start(words, count, *, late=0.0, others=(), limit=None):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env={**os.environ, **environment},
             )
         )
     return Started(processes=started)
@@ -186,6 +199,14 @@ def test_a_killed_process_ends_all_and_the_run_resumes_exactly(killed, uninterru
         # One process adds up in another order, which a long training amplifies.
         assert_close(rows_of(path)[:4], uninterrupted[:4], rtol=1e-4)
         assert len(rows_of(path)) == len(uninterrupted)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_slurm_job_find_each_other(tmp_path):
+    words = [*TRAIN, *SHORT, "--mesh", "env=2", "--run-dir", str(tmp_path / "run")]
+    first, second = start(words, 2, slurm=True).results()
+    assert (first.status, second.status) == (0, 0), first.err
+    assert "evaluation of seed 0" in first.out
 
 
 def test_a_signal_to_one_process_stops_all_of_them(tmp_path):
