@@ -58,8 +58,9 @@ def test_train_then_eval_then_resume(tmp_path, capsys):
         ),
         ("train --mesh env=2 --num-devices 4", "same setting; got 4 and 2. Leave one out"),
         ("train --mesh env=3", "num_envs must be divisible by num_devices; got 8 and 3"),
-        ("sweep --mesh env=0", "num_devices must be a positive integer; got 0"),
-        ("sweep --search pbt --mesh env=2", "--mesh does not go with --search; got env=2"),
+        ("sweep --mesh env=0", "such as env=4,member=2; got env=0"),
+        ("train --seeds 2 --mesh member=0", "such as env=4,member=2; got member=0"),
+        ("sweep --search pbt --mesh env=2", "--mesh does not go with --search. Leave it out"),
         ("sweep --search pbt --learning-rate 1e-4,1e-3 --num-devices 2", "must be 1 in a search"),
     ],
 )

@@ -9,13 +9,15 @@ import threading
 import time
 from pathlib import Path
 
+import optuna
 import pandas as pd
 import pytest
 import submitit
 import yaml
 
-from ppo_jax import Config, ConfigError, sweep
+from ppo_jax import Config, ConfigError, cli, sweep
 from ppo_jax.cli import main
+from ppo_jax.population import proposals
 from ppo_jax.population.search_space import LogUniform
 from ppo_jax.runs import launchers
 from ppo_jax.runs.sweep_merge import merge
@@ -150,6 +152,7 @@ def test_the_files_for_kubernetes_and_skypilot_train_every_shard(tmp_path):
                 check=True,
             ).stdout.split()
             assert out[:2] == ["sweep", "CartPole-v1"]
+            cli._parse(out)
             assert out[out.index("--shard") + 1] == f"{i + 1}/16"
             assert out[out.index("--run-dir") + 1].endswith(f"/shards/{i + 1}")
 
@@ -172,6 +175,7 @@ def test_the_files_for_kubernetes_and_skypilot_train_every_shard(tmp_path):
         (["-n", "2", "--options", "timeout_min=x", "--", "CartPole-v1"], "options {'timeout_min':"),
         (["-n", "2", "--", "CartPole-v1", "--storage", "x"], "--storage is not for a sweep that"),
         (["-n", "2", "--", "CartPool-v1"], "Did you mean CartPole-v1"),
+        (["-n", "2", "--", "CartPole-v1", "--sampler", "tpe"], "start its workers with --storage"),
         (["-n", "2", "--options", "gpus=1", "--", "CartPole-v1"], "options {'gpus': 1}: Parameter"),
     ],
 )
@@ -241,22 +245,27 @@ def test_ray_trains_a_shard_again_whose_worker_was_killed(tmp_path, capsys):
 
 def test_files_of_a_worker_are_received_where_it_has_a_disk_of_its_own(tmp_path):
     files = {"sweep.json": b"{}", "parts/members-000000.parquet": b"rows"}
-    launchers._receive(files, tmp_path / "shards" / "1")
-    assert (tmp_path / "shards" / "1" / "parts" / "members-000000.parquet").read_bytes() == b"rows"
-    launchers._receive({"sweep.json": b"other"}, tmp_path / "shards" / "1")
-    assert (tmp_path / "shards" / "1" / "sweep.json").read_bytes() == b"{}"
+    shard = tmp_path / "shards" / "1"
+    launchers._receive(files, shard)
+    assert (shard / "parts" / "members-000000.parquet").read_bytes() == b"rows"
+    # A first attempt on this machine was lost, and another machine finished the shard.
+    launchers._receive({**files, "parts/members-000001.parquet": b"more"}, shard)
+    assert (shard / "parts" / "members-000001.parquet").read_bytes() == b"more"
+    with pytest.raises(ConfigError, match=r"hold the same sweep; .*/1 holds another"):
+        launchers._receive({**files, "sweep.json": b"other"}, shard)
+    assert (shard / "sweep.json").read_bytes() == b"{}"
 
 
 CONFIG = Config(num_envs=2, num_steps=8, hidden_sizes=(4,), total_timesteps=64)
 
 
-def worker(storage, run_dir, say=None):
-    """Runs a worker of a sweep of six configurations with two seeds."""
+def worker(storage, run_dir=None, say=None, num_draws=6):
+    """Runs a worker of a sweep with two seeds of each configuration."""
     return sweep(
         CONFIG,
         {"learning_rate": LogUniform(1e-4, 1e-1)},
         sampler="tpe",
-        num_draws=6,
+        num_draws=num_draws,
         batch=2,
         seeds=2,
         storage=storage,
@@ -292,6 +301,8 @@ def check_workers(storage, tmp_path):
     members = pd.read_parquet(tmp_path / "whole" / "members.parquet")
     assert list(members["member"]) == list(range(12))
     assert members["learning_rate"].nunique() == 6
+    with pytest.raises(ConfigError, match="/1 are both the same worker. Leave one out"):
+        merge([tmp_path / "1", tmp_path / "1"], tmp_path / "twice")
     # Workers that come late have nothing to do.
     assert len(worker(storage, tmp_path / "3").members) == 0
 
@@ -299,17 +310,27 @@ def check_workers(storage, tmp_path):
 def test_workers_share_the_draws_of_a_file(tmp_path):
     check_workers(str(tmp_path / "tpe.log"), tmp_path)
     with pytest.raises(ConfigError, match=r"another \(num_draws differ\). Use another file"):
-        sweep(
-            CONFIG,
-            {"learning_rate": LogUniform(1e-4, 1e-1)},
-            sampler="tpe",
-            num_draws=7,
-            batch=2,
-            seeds=2,
-            storage=str(tmp_path / "tpe.log"),
-            eval_episodes=2,
-            num_rows=2,
-        )
+        worker(str(tmp_path / "tpe.log"), num_draws=7)
+
+
+def test_a_trial_that_a_killed_worker_did_not_claim_is_drawn_again(tmp_path, monkeypatch):
+    storage = str(tmp_path / "tpe.log")
+
+    def die(self, name, value):
+        del self, name, value
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Trial, "set_user_attr", die)
+        with pytest.raises(KeyboardInterrupt):
+            worker(storage, tmp_path / "1")
+    # It could be that of a worker that is about to claim it.
+    assert len(worker(storage, tmp_path / "2").members) == 5 * 2
+    monkeypatch.setattr(proposals, "_CLAIM_SECONDS", 0.0)
+    third = worker(storage, tmp_path / "3")
+    assert list(third.members["configuration"]) == [6, 6]
+    merged = merge([tmp_path / name for name in "123"], tmp_path / "whole")
+    assert (merged.num_members, merged.num_missing) == (12, 0)
 
 
 def test_workers_share_the_draws_of_a_database(tmp_path):
@@ -326,6 +347,10 @@ def test_workers_share_the_draws_of_a_database(tmp_path):
     [
         ({"sampler": "random", "num_draws": 2}, "storage is for sampler tpe"),
         ({"storage": "other://me:secret@host/name"}, r"answers; got other://me:\*\*\*@host/name: "),
+        (
+            {"sampler": "random", "num_draws": 2, "storage": "other://me:secret@host/name"},
+            r"got other://me:\*\*\*@host/name and random",
+        ),
         ({"storage": "/proc/no/such/folder"}, "storage must be a file, .*; got /proc/no"),
     ],
 )

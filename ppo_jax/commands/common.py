@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import math
 import os
+import re
 import secrets
 import sys
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ def parse_mesh(text: str | None) -> MeshOption:
     sizes: dict[str, int] = {}
     for part in names(text or ""):
         name, _, size = part.partition("=")
-        if name not in MeshOption._fields or name in sizes or not size.isdecimal():
+        if name not in MeshOption._fields or name in sizes or not re.fullmatch("[1-9][0-9]*", size):
             raise ConfigError(
                 f"--mesh must give the axes env and member, such as env=4,member=2; got {text}."
             )

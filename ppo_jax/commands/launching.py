@@ -44,10 +44,15 @@ class LaunchCommand:
                 "launch needs the arguments of a sweep after --, such as -- CartPole-v1 "
                 "--learning-rate 1e-4,1e-3; got none."
             )
-        for name in ("shard", "run_dir", "search", "storage", "batch"):
+        for name in ("shard", "run_dir", "search", "storage"):
             if getattr(sweep, name) is not None:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} is not for a sweep that is launched. Leave it out.")
+        if sweep.sampler == "tpe":
+            raise ConfigError(
+                "--sampler tpe draws from the results of all members, and has no shards; start its "
+                "workers with --storage instead."
+            )
         envs.check_name(sweep.env)
         options = _parse_options(self.options)
         folder = self.output.absolute().with_name(f"{self.output.name}-shards")
@@ -64,8 +69,8 @@ class LaunchCommand:
                     say(f"ppo-jax: error: {where} failed: {ended.error}")
         except KeyboardInterrupt:
             say(
-                "stopped waiting; jobs that a scheduler has go on until it cancels them. Once they "
-                "have ended, the same command continues"
+                "stopped waiting. Jobs of SLURM go on; scancel ends them. Once they have ended, "
+                "the same command continues"
             )
             return 130
         if num_failed:

@@ -203,9 +203,8 @@ class SweepCommand:
         for name in of_search if self.search is None else of_sweep:
             if getattr(self, name) is not None:
                 rule = "needs" if self.search is None else "does not go with"
-                raise ConfigError(
-                    f"--{name} {rule} --search; got {getattr(self, name)}. Leave it out."
-                )
+                # Not the value, which may be a URL with a password.
+                raise ConfigError(f"--{name} {rule} --search. Leave it out.")
         if self.search is not None and self.sampler != "random":
             raise ConfigError(
                 f"--sampler does not go with --search; got {self.sampler}. Leave it out."

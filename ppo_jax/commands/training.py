@@ -47,7 +47,7 @@ class ProcessOptions:
     def require_unused(self, reason: str) -> None:
         """Raises a `ConfigError` if an option of several processes is given."""
         for name, value in vars(self).items():
-            if value not in (None, False):
+            if value is not None and value is not False:
                 option = name.replace("_", "-")
                 raise ConfigError(f"{reason}; got --{option} {value}. Leave it out.")
 
@@ -158,8 +158,6 @@ class TrainCommand:
         if not self.processes.distributed and not (self.resume and RunDirectory.holds_run(run_dir)):
             RunDirectory.check(run_dir, overwrite=self.overwrite)
         self.processes.prepare(config, self.seeds, mesh.member)
-        if self.processes.is_first:
-            _say_rounded(config)
 
         from ppo_jax.runs.run import train
 
@@ -184,6 +182,7 @@ class TrainCommand:
             ),
             config,
             self.processes,
+            rounded=config,
         )
 
     def _print_dry_run(self, config: Config, hparams: Any, member_devices: int | None) -> int:
@@ -246,9 +245,11 @@ class ResumeCommand:
         if self.deterministic:
             use_deterministic_operations()
         num_seeds = None if isinstance(seeds, int) else len(seeds)
-        self.processes.prepare(config, num_seeds, mesh.member)
-        if self.total_timesteps is not None and self.processes.is_first:
-            _say_rounded(config.replace(total_timesteps=self.total_timesteps))
+        member_devices = mesh.member or directory.read_options().get("member_devices")
+        self.processes.prepare(config, num_seeds, member_devices)
+        rounded = None
+        if self.total_timesteps is not None:
+            rounded = config.replace(total_timesteps=self.total_timesteps)
 
         from ppo_jax.runs.run import resume
 
@@ -268,6 +269,7 @@ class ResumeCommand:
             ),
             config,
             self.processes,
+            rounded=rounded,
         )
 
 
@@ -283,8 +285,21 @@ def _say_rounded(config: Config) -> None:
         )
 
 
-def _run_training(run: Callable[[], Any], config: Config, options: ProcessOptions) -> int:
-    """Trains, and says what came of it in the first process; returns the exit status."""
+def _run_training(
+    run: Callable[[], Any],
+    config: Config,
+    options: ProcessOptions,
+    *,
+    rounded: Config | None = None,
+) -> int:
+    """Trains, and says what came of it in the first process; returns the exit status.
+
+    Args:
+      run: trains.
+      config: of the training.
+      options: of its processes.
+      rounded: a config whose steps the user has chosen; None where nobody has.
+    """
     from ppo_jax.runs.interrupt import exit_at_second_signal
 
     with options.ended_together(), warnings.catch_warnings(), exit_at_second_signal():
@@ -293,6 +308,8 @@ def _run_training(run: Callable[[], Any], config: Config, options: ProcessOption
         warnings.showwarning = show_warning  # type: ignore[assignment]
         if not options.is_first:
             warnings.simplefilter("ignore")
+        elif rounded is not None:
+            _say_rounded(rounded)
         result = run()
     if options.is_first:
         _print_result(result, config)

@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, get_args
@@ -21,7 +22,8 @@ from ppo_jax.population.search_space import (
     rows,
 )
 
-_CLAIM_SECONDS = 60.0  # after which a trial without a worker is another's
+_CLAIM_SECONDS = 60.0  # after which a trial without a worker is given up
+_MAKER_SECONDS = 30.0  # in which the worker that makes a study describes it
 
 
 class Proposals(Protocol):
@@ -82,7 +84,7 @@ def make_proposals(
         return _TreeParzen(space, num_draws, batch, storage)
     if storage is not None:
         raise ConfigError(
-            f"storage is for sampler tpe, whose workers share results; got {storage} and "
+            f"storage is for sampler tpe, whose workers share results; got {_public(storage)} and "
             f"{sampler}. Leave storage out; shard divides configurations that are known beforehand."
         )
     if batch is not None:
@@ -189,23 +191,35 @@ class _TreeParzen:
         sampler = optuna.samplers.TPESampler(
             seed=0 if storage is None else None, constant_liar=True
         )
-        self._study = optuna.create_study(
-            direction="maximize",
-            sampler=sampler,
-            storage=None if storage is None else _open_storage(storage),
-            study_name=None if storage is None else storage.partition("#")[2] or "ppo-jax",
-            load_if_exists=True,
-        )
         self._storage = storage
+        if storage is None:
+            self._study = optuna.create_study(direction="maximize", sampler=sampler)
+            return
+        place = {"storage": _open_storage(storage), "study_name": _study_name(storage)}
+        # One worker makes the study, and describes it in `start`.
+        try:
+            self._study = optuna.create_study(direction="maximize", sampler=sampler, **place)
+            self._is_maker = True
+        except optuna.exceptions.DuplicatedStudyError:
+            self._study = optuna.load_study(sampler=sampler, **place)
+            self._is_maker = False
 
     def start(self, description: Mapping[str, Any]) -> str | None:
         if self._storage is None:
             return None
         wanted = json.loads(json.dumps(description))
-        # The first worker describes the study. It is read again, because two may be the first.
-        if "sweep" not in self._study.user_attrs:
+        if self._is_maker:
             self._study.set_user_attr("identity", uuid.uuid4().hex)
             self._study.set_user_attr("sweep", wanted)
+        end = time.monotonic() + _MAKER_SECONDS
+        while "sweep" not in self._study.user_attrs:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"the worker that made the study in {_public(self._storage)} must describe it "
+                    f"within {_MAKER_SECONDS:.0f} s, and has not. Use another file, or name a "
+                    "study: URL#name."
+                )
+            time.sleep(0.1)
         found = self._study.user_attrs["sweep"]
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         if changed:
@@ -219,10 +233,10 @@ class _TreeParzen:
     def ask(self, worker: str = "") -> dict[int, Row]:
         trials = self._unfinished(worker)
         if not trials:
-            room = self.total - len(self._study.get_trials(deepcopy=False))
-            for _ in range(min(self._batch, room)):
+            for _ in range(min(self._batch, self.total - self._num_before())):
                 trial = self._study.ask(self._distributions)
-                if trial.number >= self.total:  # other workers have asked in the meantime
+                # Other workers may have asked in the meantime.
+                if self._num_before(trial.number) >= self.total:
                     self._study.tell(trial.number, state=self._failed)
                     break
                 if self._storage is not None:
@@ -244,19 +258,30 @@ class _TreeParzen:
         if self._storage is None:
             return []
         running = self._study.get_trials(deepcopy=False, states=(self._running,))
-        own = [trial for trial in running if trial.user_attrs.get("worker") == worker]
-        # A worker that was killed before it could claim a trial.
+        # A worker that was killed before it could claim a trial leaves one that others draw again.
         long_ago = datetime.datetime.now() - datetime.timedelta(seconds=_CLAIM_SECONDS)
         for trial in running:
             begun = trial.datetime_start or long_ago
-            if "worker" not in trial.user_attrs and begun < long_ago:
-                self._study._storage.set_trial_user_attr(trial._trial_id, "worker", worker)
-                own.append(trial)
-        return own[: self._batch]
+            if "worker" not in trial.user_attrs and begun <= long_ago:
+                self._study.tell(trial.number, state=self._failed, skip_if_finished=True)
+        return [trial for trial in running if trial.user_attrs.get("worker") == worker]
+
+    def _num_before(self, number: int | None = None) -> int:
+        """Returns the number of trials, of those before a trial or of all; failed ones are none."""
+        return sum(
+            trial.state != self._failed and (number is None or trial.number < number)
+            for trial in self._study.get_trials(deepcopy=False)
+        )
 
     def tell(self, scores: Sequence[float]) -> None:
         for number, score in zip(self._asked, scores, strict=True):
-            self._study.tell(number, score)
+            # Clocks of hosts differ: another worker may have taken this one for dead.
+            self._study.tell(number, score, skip_if_finished=True)
+
+
+def _study_name(storage: str) -> str:
+    """Returns the name of the study in URL#name."""
+    return storage.partition("#")[2] or "ppo-jax"
 
 
 def _open_storage(storage: str) -> Any:
@@ -283,4 +308,5 @@ def _public(text: str) -> str:
     >>> _public("postgresql://me:secret@host/base")
     'postgresql://me:***@host/base'
     """
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", text)

@@ -35,7 +35,15 @@ EVALUATIONS = "evaluations.jsonl"
 BEST = "best"
 CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"  # the name in `lock`, whose library the command line loads late
-OPTIONS = ("checkpoint_every", "eval_episodes", "eval_every", "log_every", "log", "stop_at_return")
+OPTIONS = (
+    "member_devices",
+    "checkpoint_every",
+    "eval_episodes",
+    "eval_every",
+    "log_every",
+    "log",
+    "stop_at_return",
+)
 """Arguments of `train` that do not change the training."""
 _CHANGEABLE = ("total_timesteps", "num_devices")  # settings with which a run may continue
 _LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
@@ -194,8 +202,6 @@ class RunDirectory:
     def require_same_run(self, config: Config, hparams: HParams, seeds: int | list[int]) -> None:
         """Raises a `ConfigError` unless these settings continue the run.
 
-        Warns if the run continues on another number of devices.
-
         Args:
           config: may have another `total_timesteps` and another `num_devices`.
           hparams: complete hyperparameters.
@@ -224,7 +230,10 @@ class RunDirectory:
                 f"{self.path} differs in {', '.join(differences.values())}. Leave them as they "
                 "were, or start another run."
             )
-        before = record["config"].get("num_devices")
+
+    def warn_of_other_devices(self, config: Config) -> None:
+        """Warns the caller of `train` if a run continues on another number of devices."""
+        before = self._read_record()["config"].get("num_devices")
         if before != config.num_devices:
             warnings.warn(
                 f"{self.path} was made with num_devices {before}, now {config.num_devices}. The "

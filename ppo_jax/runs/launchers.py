@@ -6,6 +6,7 @@ nothing, each continues from its own directory, and `merge` joins the directorie
 
 import contextlib
 import io
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -206,7 +207,11 @@ def _on_ray(
         except ray.exceptions.RayError as error:
             yield Ended(number, _last_line(error))
             continue
-        _receive(content, jobs[number - 1].run_dir)
+        try:
+            _receive(content, jobs[number - 1].run_dir)
+        except ConfigError as error:
+            yield Ended(number, str(error))
+            continue
         yield Ended(number, None)
 
 
@@ -222,10 +227,25 @@ def _train_on_ray(run: Run, words: list[str], run_dir: str) -> dict[str, bytes]:
 
 
 def _receive(content: Mapping[str, bytes], run_dir: Path) -> None:
-    """Writes the files of a shard, unless the worker and this process share a file system."""
-    if all((run_dir / name).is_file() for name in content):
+    """Writes the files of a shard, unless the worker and this process share a file system.
+
+    Raises:
+      ConfigError: the directory holds another sweep.
+    """
+    from ppo_jax.runs.sweep_store import SWEEP  # it needs JAX, and the command line does not
+
+    def is_there(name: str) -> bool:
+        return (run_dir / name).is_file() and (run_dir / name).read_bytes() == content[name]
+
+    if all(map(is_there, content)):
         return
+    if (run_dir / SWEEP).is_file() and not is_there(SWEEP):
+        raise ConfigError(
+            f"the directory of a shard must be new or hold the same sweep; {run_dir} holds "
+            "another. Choose another output."
+        )
     unfinished = files.unfinished(run_dir)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a launcher that was killed
     for name, data in content.items():
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (unfinished / name).write_bytes(data)

@@ -28,7 +28,7 @@ from ppo_jax.errors import ConfigError
 CONNECT_TIMEOUT = 300.0  # seconds; the default of JAX
 _LONGER = 60.0  # seconds by which JAX, whose time limit ends the process without a sentence, waits
 _LONGEST = 86_400  # seconds
-_LAST_WORDS = 2.0  # seconds
+_GRACE_SECONDS = 2.0
 _PART = 2**26  # bytes that are sent together, so that devices need not hold a whole checkpoint
 # Words in the errors of XLA about a process that cannot be reached; Gloo connects CPUs, NCCL GPUs.
 _LOST = ("Gloo", "NCCL", "closed by peer", "reset by peer", "UNAVAILABLE", "heartbeat")
@@ -106,32 +106,35 @@ def connect(
 
 def require_one(what: str, remedy: str) -> None:
     """Raises a `ConfigError` if there are several processes."""
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{what} runs in a single process; got {jax.process_count()} processes. {remedy}"
-        )
+    if count() > 1:
+        raise ConfigError(f"{what} runs in a single process; got {count()} processes. {remedy}")
+
+
+def count() -> int:
+    """Returns the number of processes; one that is not connected starts no backend for it."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
     """Returns whether this is the first process, which writes files and prints."""
-    return jax.process_index() == 0
+    return count() == 1 or jax.process_index() == 0
 
 
 def require_whole_mesh(mesh: Mesh | None) -> None:
     """Raises a `ConfigError` unless the mesh has every device of every process."""
     size = 1 if mesh is None else mesh.size
-    if jax.process_count() > 1 and size != jax.device_count():
+    if count() > 1 and size != jax.device_count():
         shape = {"env": 1, "member": 1} if mesh is None else mesh.shape
         raise ConfigError(
             "a training of several processes uses all of their devices; got a mesh of "
             f"env={shape['env']} times member={shape['member']}, and {jax.device_count()} devices "
-            f"of {jax.process_count()} processes. Set --mesh, or num_devices and member_devices."
+            f"of {count()} processes. Set --mesh, or num_devices and member_devices."
         )
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
     """Raises a `ConfigError` in every process unless all have the same settings (JSON)."""
-    if jax.process_count() == 1:
+    if count() == 1:
         return
     own = json.dumps(settings, sort_keys=True).encode()
     every = [json.loads(text) for text in _gather_bytes(own)]
@@ -148,7 +151,7 @@ def require_same(settings: Mapping[str, Any]) -> None:
 
 def agree(values: Sequence[int]) -> np.ndarray:
     """Returns the values of every process, `[processes, len(values)]`."""
-    if jax.process_count() == 1:
+    if count() == 1:
         return np.array([values], np.int32)
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32)))
 
@@ -160,7 +163,7 @@ def from_first(make: Callable[[], bytes]) -> bytes:
       ConfigError: in every process, if the function raises one. After another error the others
         raise a `ProcessError`.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return make()
     # The first byte tells an answer from an error, which must not leave the others waiting.
     answer, failed = b"", None
@@ -201,7 +204,7 @@ def on_first(call: Callable[[], object]) -> None:
 
 def fetch(tree: Any) -> Any:
     """Returns a tree whose arrays are whole in this process; all processes call it together."""
-    if jax.process_count() == 1:
+    if count() == 1:
         return tree
     return jax.tree.map(_whole, tree)
 
@@ -218,7 +221,7 @@ def _whole(leaf: Any) -> Any:
 
 def place(array: jax.Array, sharding: Sharding) -> jax.Array:
     """Returns an array, which is whole in every process, on the devices of all of them."""
-    if jax.process_count() == 1:
+    if count() == 1:
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = place(jax.random.key_data(array), sharding)
@@ -241,11 +244,11 @@ def loss_explained() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
+        if count() == 1 or not any(word in str(error) for word in _LOST):
             raise
         reason = " ".join(str(error).split())[-200:]
         raise ProcessError(
-            f"process {jax.process_index() + 1} of {jax.process_count()} has lost another process "
+            f"process {jax.process_index() + 1} of {count()} has lost another process "
             "of the training, which ended or cannot be reached. Start all of them again; with "
             "resume (--resume) they continue from the last checkpoint. The runtime reports: "
             f"{reason}"
@@ -267,19 +270,19 @@ def ended_together() -> Iterator[None]:
         message, status = "this process has failed, and ends the training with it.", 1
     else:
         return
-    say_and_end(message, status, last_words=_LAST_WORDS if is_first() else 0.0)
+    say_and_end(message, status, grace_seconds=_GRACE_SECONDS if is_first() else 0.0)
 
 
-def say_and_end(message: str, status: int = 1, *, last_words: float = 0.0) -> None:
+def say_and_end(message: str, status: int = 1, *, grace_seconds: float = 0.0) -> None:
     """Ends this process at once, with a sentence.
 
     Args:
       message: the sentence.
       status: of the exit.
-      last_words: seconds that other processes have to say what happened, before the runtime ends
+      grace_seconds: seconds that other processes have to say what happened, before the runtime ends
         them with a stack trace because the first process is gone.
     """
     print(f"ppo-jax: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()  # `os._exit` does not
-    time.sleep(last_words)
+    time.sleep(grace_seconds)
     os._exit(status)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,6 +186,7 @@ def train(
             "eval_episodes": eval_episodes,
             "eval_every": eval_every,
             "log_every": log_every,
+            "member_devices": member_devices,
         }
     )
     if eval_every is not None and eval_every > config.num_updates and not resume:
@@ -194,6 +196,7 @@ def train(
         )
     require_seed(seed)
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
+    sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
     hparams = complete_hparams(hparams, config)
     others = {
         "seed": seed,
@@ -201,15 +204,15 @@ def train(
         "member_devices": member_devices,
         "eval_every": eval_every,
         "debug_nans": debug_nans,
-        # Other versions may compile other collectives, whose order has to be the same.
+        # Other programs may have other collectives, whose order has to be the same.
         "the version of jax": jax.__version__,
+        "jax_enable_x64": jax.config.values["jax_enable_x64"],
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
     with processes.loss_explained():
         settings = settings_to_plain(config, hparams)
         processes.require_same({**settings["config"], **settings["hparams"], **others})
-    mesh = _mesh_of(config, num_seeds, member_devices)
-    trainer = make_trainer(config, mesh)
-    sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
+    trainer, mesh = _on_devices(config, num_seeds, member_devices)
     # Trackers would have each row once for every process.
     if not processes.is_first():
         sinks = Sinks({})
@@ -223,6 +226,7 @@ def train(
         hparams,
         seeds=seeds,
         has_seed_axis=num_seeds is not None,
+        member_devices=member_devices,
         checkpoint_every=checkpoint_every,
         eval_episodes=eval_episodes,
         eval_every=eval_every,
@@ -235,6 +239,8 @@ def train(
     with processes.loss_explained():
         processes.require_whole_mesh(mesh)
         with _opened(plan, run_dir, resume=resume, overwrite=overwrite) as (directory, is_resumed):
+            if is_resumed and directory is not None:
+                directory.warn_of_other_devices(config)
             return _train(plan, directory, is_resumed=is_resumed, progress=progress)
 
 
@@ -266,7 +272,7 @@ def _opened(
             stack.enter_context(directory.owned())
             return is_resumed
 
-        is_resumed = processes.plain_from_first(open_it)
+        is_resumed = processes.plain_from_first(open_it)  # it sets the directory
         yield directory, is_resumed
 
 
@@ -301,13 +307,12 @@ def dry_run(
     Raises:
       ConfigError: as `train` does.
     """
-    require_positive_integers({"num_seeds": num_seeds})
+    require_positive_integers({"num_seeds": num_seeds, "member_devices": member_devices})
     keys = (
         jax.random.key(0) if num_seeds is None else jax.random.split(jax.random.key(0), num_seeds)
     )
     started = time.perf_counter()
-    mesh = _mesh_of(config, num_seeds, member_devices)
-    trainer = make_trainer(config, mesh)
+    trainer, mesh = _on_devices(config, num_seeds, member_devices)
     training = _compile(trainer, config, keys, complete_hparams(hparams, config), mesh)
     return DryRun(
         config.num_updates,
@@ -342,8 +347,8 @@ def resume(
         that of the new total.
       num_devices: devices that share the environments from now on, with a warning if their number
         changes; None keeps it.
-      member_devices: see `train`.
-      checkpoint_every: see `train`; None, here and below, is the value of the run.
+      member_devices: see `train`; None, here and below, is the value of the run.
+      checkpoint_every: see `train`.
       eval_episodes: see `train`.
       eval_every: see `train`.
       log_every: see `train`.
@@ -362,6 +367,7 @@ def resume(
     changes = {"total_timesteps": total_timesteps, "num_devices": num_devices}
     config = config.replace(**{name: x for name, x in changes.items() if x is not None})
     asked = {
+        "member_devices": member_devices,
         "checkpoint_every": checkpoint_every,
         "eval_episodes": eval_episodes,
         "eval_every": eval_every,
@@ -377,7 +383,6 @@ def resume(
         hparams,
         seed=seed,
         num_seeds=num_seeds,
-        member_devices=member_devices,
         run_dir=run_dir,
         resume=True,
         on_rows=on_rows,
@@ -395,6 +400,7 @@ class _Plan(NamedTuple):
     hparams: HParams
     seeds: tuple[int, ...]
     has_seed_axis: bool
+    member_devices: int | None
     checkpoint_every: float
     eval_episodes: int
     eval_every: int | None
@@ -503,6 +509,17 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
         signal=interrupt.signal,
         is_stopped=plan.sinks.ask_to_stop and end.updates < config.num_updates,
     )
+
+
+def _on_devices(
+    config: Config, num_seeds: int | None, member_devices: int | None
+) -> tuple[Trainer, Mesh | None]:
+    """Returns the trainer of a training and its devices; None for the first one."""
+    if config.num_devices == 1:
+        # Its errors come before a backend is started.
+        return make_trainer(config), _mesh_of(config, num_seeds, member_devices)
+    mesh = _mesh_of(config, num_seeds, member_devices)
+    return make_trainer(config, mesh), mesh
 
 
 def _mesh_of(config: Config, num_seeds: int | None, member_devices: int | None) -> Mesh | None:
@@ -737,7 +754,7 @@ def _agreed(
 
 
 def _save(writer: RunWriter | None, snapshot: Snapshot) -> None:
-    """Writes a checkpoint in the first process; the others send their parts of the state."""
+    """Writes a checkpoint in the first process; all processes exchange their parts of the state."""
     snapshot = processes.fetch(snapshot)
     if writer is not None:
         writer.save(snapshot)

@@ -66,7 +66,7 @@ def read_newest(folder: Path | None, training: Training) -> Snapshot | None:
     Raises:
       ConfigError: all are damaged, or the newest does not fit the training.
     """
-    if jax.process_count() == 1:
+    if processes.count() == 1:
         assert folder is not None
         found = find_newest(folder)
     else:

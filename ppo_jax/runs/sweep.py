@@ -3,7 +3,7 @@
 import functools
 import itertools
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +164,7 @@ def sweep(
         worker = "" if storage is None else store.worker()
         while asked := proposals.ask(worker):
             if len(asked) < proposals.total:
-                say(f"configurations {', '.join(map(str, asked))} of {proposals.total}:")
+                say(f"configurations {_ranges(asked)} of {proposals.total}:")
             if proposals.is_adaptive:
                 plan = planned(list(asked.values()), numbers=list(asked))
             # Results on disk are told to the sampler as answers to these questions.
@@ -190,6 +190,21 @@ def sweep(
         unwritten=tuple(store.unwritten.values()),
         signal=interrupt.signal,
     )
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Returns increasing numbers as text, consecutive ones as a range.
+
+    >>> _ranges([0, 1, 2, 5])
+    '0 to 2, 5 to 5'
+    """
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{first} to {last}" for first, last in ranges)
 
 
 def _listed(seeds: int | Sequence[int]) -> tuple[int, ...]:

@@ -69,14 +69,14 @@ def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> di
         {name: x for name, x in description.items() if name != "shard"}
         for description in descriptions
     ]
-    seen: dict[tuple[int, ...], Path] = {}
+    seen: dict[tuple[int | str, ...], Path] = {}
     for path, description, whole in zip(paths, descriptions, wholes, strict=True):
         if "shard" not in description and "study" not in description:
             raise ConfigError(
                 f"merge needs shards of a sweep; {path} is a whole one. Leave it out."
             )
-        # Workers that share a study have different members, whatever their number.
-        shard = tuple(description.get("shard", (len(seen) + 1, 0)))
+        # Workers that share a study have no numbers.
+        shard = tuple(description.get("shard", (str(path.resolve()), 0)))
         count = descriptions[0].get("shard", (1, 0))[1]
         if whole != wholes[0] or shard[1] != count:
             changed = [name for name in whole if whole[name] != wholes[0].get(name)] or ["shards"]
@@ -86,8 +86,8 @@ def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> di
             )
         if shard in seen:
             raise ConfigError(
-                f"a shard must be given once; {seen[shard]} and {path} are both shard "
-                f"{shard[0]} of {count}. Leave one out."
+                f"a shard must be given once; {seen[shard]} and {path} are both "
+                f"{f'shard {shard[0]} of {count}' if count else 'the same worker'}. Leave one out."
             )
         seen[shard] = path
     return wholes[0]

@@ -164,10 +164,13 @@ def plan_group(group: Group, member_devices: int | None) -> PlannedGroup:
     limits = [m.env_params[name] for m in group.members if name in m.env_params]
     if limits:
         config = config.replace(env_params={**dict(config.env_params), name: max(limits)})
+    if config.num_devices == 1:
+        trainer = make_trainer(config)  # its errors come before a backend is started
     if member_devices is None:
         member_devices = max(1, jax.device_count() // config.num_devices)
     mesh = make_mesh(env=config.num_devices, member=member_devices)
-    trainer = make_trainer(config, mesh)
+    if config.num_devices > 1:
+        trainer = make_trainer(config, mesh)
     for member in group.members:  # a misspelt parameter is an error before anything is written
         override_params(trainer.env.name, trainer.env.params, member.env_params)
     return PlannedGroup(group, trainer, mesh)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ppo_jax.policy.policy import Policy
     from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 
-_SWEEP = "sweep.json"
+SWEEP = "sweep.json"
 _PARTS = "parts"
 _BEST = "best"
 _WORKER = "worker"
@@ -101,14 +101,14 @@ class SweepStore:
         Raises:
           ConfigError: there is none.
         """
-        if not (path / _SWEEP).is_file():
+        if not (path / SWEEP).is_file():
             raise ConfigError(f"there must be a sweep in {path}; found none. Name its directory.")
         try:
-            description = json.loads((path / _SWEEP).read_text())
+            description = json.loads((path / SWEEP).read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path / _SWEEP} cannot be read: {error}.") from error
+            raise ConfigError(f"{path / SWEEP} cannot be read: {error}.") from error
         if not isinstance(description, dict):
-            raise ConfigError(f"{path / _SWEEP} must hold a mapping; it is damaged.")
+            raise ConfigError(f"{path / SWEEP} must hold a mapping; it is damaged.")
         return description
 
     @staticmethod
@@ -116,8 +116,8 @@ class SweepStore:
         """Returns whether a path is a sweep, an empty directory, or left by a killed process."""
         if not path.is_dir():
             return False
-        unused = (files.unfinished(path / _SWEEP).name, LOCK)
-        return (path / _SWEEP).is_file() or all(file.name in unused for file in path.iterdir())
+        unused = (files.unfinished(path / SWEEP).name, LOCK)
+        return (path / SWEEP).is_file() or all(file.name in unused for file in path.iterdir())
 
     @classmethod
     def _read(
@@ -127,7 +127,7 @@ class SweepStore:
         from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 
         wanted = json.loads(json.dumps(description))
-        if (path / _SWEEP).is_file():
+        if (path / SWEEP).is_file():
             found = cls.describe(path)
             if found != wanted:
                 changed = [name for name in wanted if found.get(name) != wanted[name]]
@@ -136,8 +136,8 @@ class SweepStore:
                     f"({', '.join(changed)} differ). Choose another directory."
                 )
         with writable(path):
-            if not (path / _SWEEP).is_file():
-                files.write_text(path / _SWEEP, json.dumps(wanted, indent=2))
+            if not (path / SWEEP).is_file():
+                files.write_text(path / SWEEP, json.dumps(wanted, indent=2))
             (path / _PARTS).mkdir(exist_ok=True)
         store = cls(path, checkpoints=ChunkCheckpoints(path / CHECKPOINTS, checkpoint_every))
         for file in sorted((path / _PARTS).glob("members-*.parquet")):

@@ -13,7 +13,7 @@ from ppo_jax.devices import MEMBER_AXIS, member_sharding, state_shardings
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
-from ppo_jax.runs import device_memory
+from ppo_jax.runs import device_memory, processes
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
@@ -89,7 +89,7 @@ def compile_training(
     # The hyperparameters are arguments of both programs, so that they round alike.
     start = jax.jit(init, out_shardings=placed).lower(keys, hparams).compile()
     # A process reads all metrics; one that has some of the seeds needs those of the others.
-    shared = NamedSharding(mesh, PartitionSpec()) if mesh and jax.process_count() > 1 else None
+    shared = NamedSharding(mesh, PartitionSpec()) if mesh and processes.count() > 1 else None
     pieces = jax.jit(advance, donate_argnums=0, out_shardings=(placed, shared, shared))
     state_shapes = output_shapes(start)
     guard = jax.eval_shape(lambda: initial_guard(keys.shape))
