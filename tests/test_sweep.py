@@ -397,7 +397,7 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
         "4 members in 1 group: 0 compilations, 768 steps to go",
         "2 members in 1 group: 0 compilations, 384 steps to go",
     ]
-    assert said[-2] == "configurations 4 of 5:"
+    assert said[-2] == "configurations 4 to 4 of 5:"
     assert list(whole.members["configuration"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert whole.is_complete
 
