@@ -248,7 +248,7 @@ def check_meshes_that_do_not_fit_are_errors():
         ({"num_seeds": 4, "member_devices": 4}, "env=4 times member=4 and 8. Use fewer"),
         ({"num_seeds": 3, "member_devices": 2}, "got member=2 and 3. Use 1"),
         ({"member_devices": 2}, "divides seeds; got 2 and no num_seeds"),
-        ({"num_seeds": 2, "member_devices": 0}, "member must be a positive integer; got 0"),
+        ({"num_seeds": 2, "member_devices": 0}, "member_devices must be a positive integer; got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             train(config("ppo", 4), progress=False, **arguments)
