@@ -28,8 +28,8 @@ class LaunchCommand:
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Directory of the whole sweep. OUTPUT-shards has those of the shards, and logs."""
     options: str = ""
-    """Options of the launcher, such as timeout_min=60,gpus_per_node=1,slurm_partition=gpu for slurm
-    (submitit), or num_gpus=1,max_retries=5 for ray (ray.remote)."""
+    """Options of submitit for slurm and local, such as timeout_min=60,slurm_partition=gpu, and of
+    ray.remote for ray, such as num_gpus=1,max_retries=5."""
 
     def run(self, sweep: SweepCommand | None, words: Sequence[str], run: Run) -> int:
         """Runs the command; returns its exit status.
