@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 
 from ppo_jax import load_state
 from ppo_jax.cli import main
+from ppo_jax.runs import processes
 
 COMMAND = [sys.executable, "-m", "ppo_jax.cli"]
 TRAIN = [
@@ -158,6 +160,7 @@ def test_processes_equal_one_process(count, mesh, tmp_path):
     assert first.status == 0, first.err
     for other in others:
         assert (other.status, re.sub(r"\[Gloo\].*\n", "", other.out)) == (0, ""), other.err
+        assert "has lost" not in other.err
     # One command prints and writes; numbers agree to rounding, as do the two evaluations.
     assert len(re.findall("evaluation of seed", first.out)) == max(1, count // 2)
     assert re.findall(r"return \S+", first.out) == re.findall(r"return \S+", printed)
@@ -188,9 +191,9 @@ def test_a_killed_process_ends_all_and_the_run_resumes_exactly(killed, uninterru
     survivor = running.results()[1 - killed]
     assert time.monotonic() - killed_at < SECONDS_TO_END
     assert not (path / "evaluation.json").exists()
-    # JAX ends a process that has lost the first one, if JAX notices first.
-    assert survivor.status == (1 if killed else survivor.status) != 0
-    assert re.search("has lost another process|another task died", survivor.err)
+    assert survivor.status == 1
+    assert survivor.err.count("ppo-jax: error: process") == 1
+    assert re.search("has lost (another|the first) process of the training", survivor.err)
     if killed:
         assert [x.status for x in start(words, 2).results()] == [0, 0]
         assert rows_of(path) == uninterrupted
@@ -199,6 +202,32 @@ def test_a_killed_process_ends_all_and_the_run_resumes_exactly(killed, uninterru
         # One process adds up in another order, which a long training amplifies.
         assert_close(rows_of(path)[:4], uninterrupted[:4], rtol=1e-4)
         assert len(rows_of(path)) == len(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "is_over", "ends"),
+    [(b"password", False, True), (b"password", True, False), (b"another", False, False)],
+)
+def test_a_process_ends_with_the_first_one_and_with_no_other(greeting, is_over, ends, monkeypatch):
+    said = []
+    monkeypatch.setattr(processes, "say_and_end", said.append)
+    over = threading.Event()
+    with socket.create_server(("localhost", 0)) as server:
+        arguments = ("localhost", "localhost"), server.getsockname()[1], "password", "lost", over
+        watch = threading.Thread(target=processes._watch, args=arguments, daemon=True)
+        watch.start()
+        for _ in range(1 if greeting == b"password" else 2):  # another's server: the next name
+            connection, _ = server.accept()
+            connection.sendall(greeting)
+            if greeting == b"password":
+                watch.join(0.2)
+                assert watch.is_alive()  # as long as the first process is
+                if is_over:
+                    over.set()
+            connection.close()
+    watch.join(10)
+    assert not watch.is_alive()
+    assert said == (["lost"] if ends else [])
 
 
 @pytest.mark.slow

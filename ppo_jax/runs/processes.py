@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import re
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -29,9 +31,12 @@ CONNECT_TIMEOUT = 300.0  # seconds; the default of JAX
 _LONGER = 60.0  # seconds by which JAX, whose time limit ends the process without a sentence, waits
 _LONGEST = 86_400  # seconds
 _GRACE_SECONDS = 2.0
+_GREET_SECONDS = 10.0
 _PART = 2**26  # bytes that are sent together, so that devices need not hold a whole checkpoint
 # Words in the errors of XLA about a process that cannot be reached; Gloo connects CPUs, NCCL GPUs.
 _LOST = ("Gloo", "NCCL", "closed by peer", "reset by peer", "UNAVAILABLE", "heartbeat")
+
+_ending = threading.Lock()
 
 
 class ProcessError(RuntimeError):
@@ -247,12 +252,15 @@ def loss_explained() -> Iterator[None]:
         if count() == 1 or not any(word in str(error) for word in _LOST):
             raise
         reason = " ".join(str(error).split())[-200:]
-        raise ProcessError(
-            f"process {jax.process_index() + 1} of {count()} has lost another process "
-            "of the training, which ended or cannot be reached. Start all of them again; with "
-            "resume (--resume) they continue from the last checkpoint. The runtime reports: "
-            f"{reason}"
-        ) from error
+        raise ProcessError(f"{_loss('another process')} The runtime reports: {reason}") from error
+
+
+def _loss(which: str) -> str:
+    return (
+        f"process {jax.process_index() + 1} of {count()} has lost {which} of the training, which "
+        "ended or cannot be reached. Start all of them again; with resume (--resume) they "
+        "continue from the last checkpoint."
+    )
 
 
 @contextlib.contextmanager
@@ -261,8 +269,12 @@ def ended_together() -> Iterator[None]:
 
     An ordinary exit would wait until all processes exit.
     """
+    is_over = threading.Event()
     try:
+        with loss_explained():
+            _watch_first(is_over)
         yield
+        is_over.set()
     except (ConfigError, ProcessError) as error:
         message, status = str(error), 2 if isinstance(error, ConfigError) else 1
     except Exception:
@@ -273,8 +285,73 @@ def ended_together() -> Iterator[None]:
     say_and_end(message, status, grace_seconds=_GRACE_SECONDS if is_first() else 0.0)
 
 
+def _watch_first(is_over: threading.Event) -> None:
+    """Ends this process with a sentence when the first one ends before the training is over.
+
+    The first process has JAX's coordination service. Without it XLA aborts the other processes
+    with a stack trace, and no public setting of JAX prevents that; a thread that waits for a
+    connection to close is faster. A process that cannot connect is not watched.
+    """
+    if count() == 1:
+        return
+    server = plain_from_first(_start_server)
+    if not is_first():
+        arguments = (*server, _loss("the first process"), is_over)
+        threading.Thread(target=_watch, args=arguments, daemon=True).start()
+
+
+def _start_server() -> tuple[list[str], int, str]:
+    """Returns names of this machine, the port of a server, and a password that it sends."""
+    server, password = socket.create_server(("", 0), backlog=count()), secrets.token_hex()
+    threading.Thread(target=_greet, args=(server, password), daemon=True).start()
+    names = [socket.gethostname()]
+    # Other machines may not know the name. This socket sends nothing to the address, which is
+    # reserved, but tells by which of its own addresses this machine is reached.
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as route:
+        route.connect(("192.0.2.1", 9))
+        names.append(route.getsockname()[0])
+    return names, server.getsockname()[1], password
+
+
+def _greet(server: socket.socket, password: str) -> None:
+    # Kept open as long as this process lives.
+    connections = []
+    while True:
+        connection, _ = server.accept()
+        with contextlib.suppress(OSError):
+            connection.sendall(password.encode())
+        connections.append(connection)
+
+
+def _watch(
+    names: Sequence[str], port: int, password: str, message: str, is_over: threading.Event
+) -> None:
+    """Waits until the first process has closed its connection, and ends this one.
+
+    Args:
+      names: of the machine of the first process; one may be another machine's in this network.
+      port: of its server.
+      password: that the server sends.
+      message: the sentence.
+      is_over: set when the training is over, and nothing is lost.
+    """
+    for name in names:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((name, port), timeout=_GREET_SECONDS) as connection,
+        ):
+            if connection.recv(len(password)) != password.encode():
+                continue
+            connection.settimeout(None)
+            with contextlib.suppress(ConnectionError):
+                connection.recv(1)
+            if not is_over.is_set():
+                say_and_end(message)
+            return
+
+
 def say_and_end(message: str, status: int = 1, *, grace_seconds: float = 0.0) -> None:
-    """Ends this process at once, with a sentence.
+    """Ends this process at once, with the sentence of the first thread that has one.
 
     Args:
       message: the sentence.
@@ -282,7 +359,10 @@ def say_and_end(message: str, status: int = 1, *, grace_seconds: float = 0.0) ->
       grace_seconds: seconds that other processes have to say what happened, before the runtime ends
         them with a stack trace because the first process is gone.
     """
-    print(f"ppo-jax: error: {message}", file=sys.stderr, flush=True)
+    _ending.acquire()
+    # One write, so that lines of XLA's log do not break it.
+    sys.stderr.write(f"ppo-jax: error: {message}\n")
+    sys.stderr.flush()
     sys.stdout.flush()  # `os._exit` does not
     time.sleep(grace_seconds)
     os._exit(status)
