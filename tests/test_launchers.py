@@ -59,7 +59,7 @@ def test_processes_train_the_shards_of_a_sweep(whole, tmp_path, capsys):
     assert main(command) == 0
     captured = capsys.readouterr()
     assert "shard 2 of 2 is complete" in captured.err
-    assert "merged 4 members of 2 shards" in captured.out
+    assert "merged 4 members of 2 directories" in captured.out
     members = pd.read_parquet(tmp_path / "sweep" / "members.parquet")
     pd.testing.assert_frame_equal(members, whole)
     # The same command finds everything done, and other arguments are another sweep.
@@ -111,7 +111,7 @@ def test_slurm_trains_the_shards_as_one_array(whole, tmp_path, monkeypatch, caps
     options = ["--options", "timeout_min=7,gpus_per_node=1,slurm_partition=gpu"]
     words = ["-n", "2", "-o", str(tmp_path / "sweep"), *options, "--", *SHORT]
     assert main(["launch", "slurm", *words]) == 0
-    assert "merged 4 members of 2 shards" in capsys.readouterr().out
+    assert "merged 4 members of 2 directories" in capsys.readouterr().out
     script = (tmp_path / "script").read_text()
     for line in ("--array=0-1", "--time=7", "--gpus-per-node=1", "--partition=gpu"):
         assert f"#SBATCH {line}" in script
@@ -235,7 +235,7 @@ def test_ray_trains_a_shard_again_whose_worker_was_killed(tmp_path, capsys):
         ray.shutdown()
         cluster.shutdown()
     assert killed
-    assert "merged 4 members of 2 shards" in capsys.readouterr().out
+    assert "merged 4 members of 2 directories" in capsys.readouterr().out
     assert main(["sweep", *LONG, "--run-dir", str(tmp_path / "whole"), "--quiet"]) == 0
     ours, theirs = (
         pd.read_parquet(tmp_path / name / "members.parquet") for name in ("sweep", "whole")

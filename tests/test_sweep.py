@@ -310,6 +310,14 @@ def test_a_share_that_does_not_exist_is_refused(arguments, message):
         sweep(CONFIG, {"learning_rate": RATES}, seeds=2, **arguments)
 
 
+@pytest.mark.parametrize("changes", [{"shard": 3}, {"shard": [1, "3"]}, {"seeds": None}])
+def test_a_damaged_description_of_a_share_is_refused(changes, tmp_path):
+    description = {"seeds": [0], "shard": [1, 3], "configurations": [{}], **changes}
+    (tmp_path / "sweep.json").write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match="must name a sweep's seeds; it is damaged"):
+        merge([tmp_path], tmp_path / "merged")
+
+
 @pytest.mark.parametrize("text", ["3", "3/", "a/b", "-1/2", "1/2/3"])
 def test_a_share_is_two_numbers(text, capsys):
     assert main(["sweep", "--gamma", "0.9,0.99", "--shard", text]) == 2

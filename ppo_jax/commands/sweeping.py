@@ -216,7 +216,7 @@ class MergeCommand:
     """Join the shards of a sweep that were trained with --shard, or its workers with --storage."""
 
     shards: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of the shards."""
+    """Directories of the shards or workers."""
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Directory of the sweep, which is new or holds the same sweep."""
 
@@ -227,7 +227,9 @@ class MergeCommand:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning  # type: ignore[assignment]
             merged = merge(self.shards, self.output)
-        print(f"merged {merged.num_members} members of {len(self.shards)} shards: {self.output}")
+        print(
+            f"merged {merged.num_members} members of {len(self.shards)} directories: {self.output}"
+        )
         for problem in merged.unwritten:
             say(f"ppo-jax: error: {problem}")
         if merged.unwritten:  # a report needs all tables
