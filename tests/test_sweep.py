@@ -314,7 +314,7 @@ def test_a_share_that_does_not_exist_is_refused(arguments, message):
 def test_a_damaged_description_of_a_share_is_refused(changes, tmp_path):
     description = {"seeds": [0], "shard": [1, 3], "configurations": [{}], **changes}
     (tmp_path / "sweep.json").write_text(json.dumps(description))
-    with pytest.raises(ConfigError, match="must name a sweep's seeds; it is damaged"):
+    with pytest.raises(ConfigError, match="must be of a sweep; it is damaged, or"):
         merge([tmp_path], tmp_path / "merged")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppo_jax.errors import ConfigError
-from ppo_jax.runs.sweep_store import SweepStore
+from ppo_jax.runs.sweep_store import SWEEP, SweepStore
 
 
 class Merged(NamedTuple):
@@ -71,23 +71,27 @@ def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> di
     ]
     seen: dict[tuple[int | str, ...], Path] = {}
     for path, description, whole in zip(paths, descriptions, wholes, strict=True):
+        shard = description.get("shard", [1, 1])
+        is_pair = isinstance(shard, list) and [type(x) for x in shard] == [int, int]
+        if not (is_pair and isinstance(description.get("seeds"), list)):
+            raise ConfigError(f"{path / SWEEP} must be of a sweep; it is damaged, or of a search.")
         if "shard" not in description and "study" not in description:
             raise ConfigError(
                 f"merge needs shards of a sweep; {path} is a whole one. Leave it out."
             )
         # Workers that share a study have no numbers.
-        shard = tuple(description.get("shard", (str(path.resolve()), 0)))
+        number = tuple(description.get("shard", (str(path.resolve()), 0)))
         count = descriptions[0].get("shard", (1, 0))[1]
-        if whole != wholes[0] or shard[1] != count:
+        if whole != wholes[0] or number[1] != count:
             changed = [name for name in whole if whole[name] != wholes[0].get(name)] or ["shards"]
             raise ConfigError(
                 f"shards must be of one sweep; {path} and {paths[0]} differ in "
                 f"{', '.join(changed)}. Name those of one sweep."
             )
-        if shard in seen:
+        if number in seen:
             raise ConfigError(
-                f"a shard must be given once; {seen[shard]} and {path} are both "
-                f"{f'shard {shard[0]} of {count}' if count else 'the same worker'}. Leave one out."
+                f"a shard must be given once; {seen[number]} and {path} are both "
+                f"{f'shard {number[0]} of {count}' if count else 'the same worker'}. Leave one out."
             )
-        seen[shard] = path
+        seen[number] = path
     return wholes[0]

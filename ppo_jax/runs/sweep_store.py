@@ -109,10 +109,6 @@ class SweepStore:
             raise ConfigError(f"{path / SWEEP} cannot be read: {error}.") from error
         if not isinstance(description, dict):
             raise ConfigError(f"{path / SWEEP} must hold a mapping; it is damaged.")
-        shard = description.get("shard", [1, 1])
-        is_pair = isinstance(shard, list) and [type(x) for x in shard] == [int, int]
-        if not (is_pair and isinstance(description.get("seeds"), list)):
-            raise ConfigError(f"{path / SWEEP} must name a sweep's seeds; it is damaged.")
         return description
 
     @staticmethod
