@@ -20,7 +20,7 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); \
 	fit=$$(awk '/MemAvailable/ {print int($$2 / 2621440)}' /proc/meminfo 2>/dev/null); \
 	fit=$${fit:-$$cores}; fit=$$((fit < 1 ? 1 : fit)); echo $$((fit < cores ? fit : cores)))
 
-.PHONY: help install train test test-slow test-suites test-launchers test-fuzz soak accelerators lint types docs package guard check lock clean
+.PHONY: help install train test test-slow test-suites test-launchers test-accelerators test-fuzz soak accelerators lint types docs package guard check lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ test-launchers: $(DEV_STAMP)  ## install Ray and PostgreSQL, and test what runs 
 	@$(BIN)/python -m pip install -q "ray>=2.50,<3" "pgserver>=0.1.4" "psycopg2-binary>=2.9"
 	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_launchers.py tests/test_processes.py
 
+test-accelerators: $(ACCELERATORS)/installed  ## compile for GPUs and TPUs, and check that no training has more kernels
+	@JAX_PLATFORMS=cpu $(ACCELERATORS)/bin/python -m pytest -q -m slow tests/test_accelerators.py
+
 test-fuzz: $(DEV_STAMP)  ## try 1,000 inputs for every kind of file and setting
 	@FUZZ=1000 $(BIN)/python -m pytest -q tests/test_hostile.py
 
@@ -55,7 +58,7 @@ accelerators: $(ACCELERATORS)/installed  ## count the kernels and the memory of 
 		--json benchmarks/results/ahead-of-time.json
 	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target a100 \
 		--json benchmarks/results/ahead-of-time-others.json
-	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target v5e \
+	@$(ACCELERATORS)/bin/python benchmarks/ahead_of_time.py --target v5e v6e \
 		--json benchmarks/results/ahead-of-time-tpu.json
 	@$(ACCELERATORS)/bin/python benchmarks/memory_plan.py --json benchmarks/results/memory-plan.json
 	@JAX_PLATFORMS=cpu $(ACCELERATORS)/bin/python -m tests.tpu_checks benchmarks/results/tpu-programs.json

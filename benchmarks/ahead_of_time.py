@@ -12,7 +12,8 @@ Peers are those of `peers.py`; their stages cannot be told apart.
 
 The predicted time is that of a model: a kernel takes the largest of a launch, its bytes at the
 device's bandwidth, and its arithmetic at the device's rate. Kernels that run at the same time, and
-launches that a CUDA graph saves, are not part of the model. Predictions are not measurements.
+launches that a CUDA graph saves, are not part of the model. On a TPU it is the sum of the cycles
+that the compiler estimates. Predictions are not measurements.
 """
 
 import argparse
@@ -78,9 +79,10 @@ TARGETS = {
         "NVIDIA A100-SXM4-80GB",
         hlo.Device(2.04e12, 19.5e12, 2.5e-6),
     ),
-    # Operations of a TPU are steps of one program and launch nothing.
-    "v5e": Target("tpu", "v5e:2x2", {}, hlo.Device(0.82e12, 197e12, 0.0)),
-    "v6e": Target("tpu", "v6e:2x2", {}, hlo.Device(1.64e12, 918e12, 0.0)),
+    # Operations of a TPU are steps of one program and launch nothing. The clock follows from the
+    # peak rate and four matrix units of 128 x 128 (v5e) and 256 x 256 (v6e).
+    "v5e": Target("tpu", "v5e:2x2", {}, hlo.Device(0.82e12, 197e12, 0.0, 1.5e9)),
+    "v6e": Target("tpu", "v6e:2x2", {}, hlo.Device(1.64e12, 918e12, 0.0, 1.75e9)),
 }
 
 

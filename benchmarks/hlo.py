@@ -3,7 +3,9 @@
 The text is scheduled HLO, as `compiled.as_text()` returns it: a list of computations, each a list
 of instructions. On a GPU nearly every instruction that computes or copies something is one kernel;
 the exceptions are in `_FREE`. A loop whose trip count the compiler knows counts as often as it
-runs.
+runs. A TPU's text says in which memory an array is and how it is tiled: only arrays in the main
+memory are traffic, and tiles are whole. It also has the cycles that the compiler expects of most
+operations.
 """
 
 import math
@@ -27,6 +29,9 @@ _FREE = frozenset(
         "domain",
     ]
 )
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
+# Asynchronous copies, and which of their results are new: others are the source and a semaphore.
+_COPIED = {"copy-start": slice(0, 1), "slice-start": slice(1, 2)}
 _COLLECTIVES = frozenset(
     ["all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"]
 )
@@ -50,7 +55,8 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
+_TILE = re.compile(r":T\(([\d,]+)\)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|true_computation|false_computation|branch_computations)="
@@ -58,6 +64,7 @@ _CALLED = re.compile(
 )
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -67,6 +74,13 @@ class Array(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+    layout: str = ""
+    """Order of the axes, tiles and memory, such as `{1,0:T(8,128)S(1)}`; empty if not written."""
+
+    @property
+    def is_on_chip(self) -> bool:
+        """True if the array is in the fast memory of a TPU, which the program fills itself."""
+        return "S(1)" in self.layout
 
     @property
     def size(self) -> int:
@@ -75,11 +89,20 @@ class Array(NamedTuple):
 
     @property
     def num_bytes(self) -> float:
-        """Bytes, without padding."""
+        """Bytes, with the padding of tiles."""
         width = _BYTES.get(self.dtype)
         if width is None:
             width = int(re.sub(r"\D", "", self.dtype[1:3]) or 8) / 8
-        return self.size * width
+        tiles = _TILE.search(self.layout)
+        if not tiles:
+            return self.size * width
+        # The last axis of a tile is that of neighbouring elements, which the order names first.
+        order = [int(x) for x in re.findall(r"\d+", self.layout[: tiles.start()])]
+        axes = [self.shape[axis] for axis in order]
+        tile = [int(x) for x in tiles.group(1).split(",")][::-1]
+        axes += [1] * (len(tile) - len(axes))
+        padded = [math.ceil(n / x) * x for n, x in zip(axes, tile, strict=False)]
+        return math.prod(padded + axes[len(tile) :]) * width
 
 
 class Instruction(NamedTuple):
@@ -118,7 +141,7 @@ class Work(NamedTuple):
 
     kernels: float = 0.0
     bytes: float = 0.0
-    """Bytes that all kernels read and write."""
+    """Bytes of the main memory that all kernels read and write."""
     flops: float = 0.0
     seconds: float = 0.0
     """Time that `Device.kernel_seconds` predicts."""
@@ -141,6 +164,8 @@ class Device(NamedTuple):
     bytes_per_second: float
     flops_per_second: float
     launch_seconds: float
+    hertz: float = math.nan
+    """Clock of a TPU, whose compiler estimates cycles."""
 
     def kernel_seconds(self, num_bytes: float, flops: float) -> float:
         """Returns the largest of a launch, the transfer and the arithmetic."""
@@ -180,8 +205,8 @@ def _instruction(name: str, text: str) -> Instruction:
         for part in group.strip("{}").split(",")
     )
     arrays = tuple(
-        Array(dtype, tuple(int(x) for x in re.findall(r"\d+", shape)))
-        for dtype, shape in _ARRAY.findall(text[:end])
+        Array(dtype, tuple(int(x) for x in re.findall(r"\d+", shape)), layout)
+        for dtype, shape, layout in _ARRAY.findall(text[:end])
     )
     return Instruction(
         name,
@@ -275,11 +300,15 @@ def work(
             for branch in branches:
                 for name, part in branch.items():
                     add(name, part.times(count))
-        elif opcode not in _FREE and not opcode.endswith("-done"):
+        elif not _is_free(instruction):
             read = [results.get(name, ()) for name in instruction.operands]
             num_bytes = _bytes(program, instruction, read)
             flops = _flops(program, instruction, read)
             seconds = device.kernel_seconds(num_bytes, flops)
+            if cycles := _CYCLES.search(instruction.attributes):
+                seconds = int(cycles.group(1)) / device.hertz
+            elif opcode in _COPIED:
+                seconds = 0.0  # beside other operations
             is_collective = opcode.removesuffix("-start") in _COLLECTIVES
             sent = _num_bytes(instruction.arrays) if is_collective else 0.0
             add(own, Work(1.0, num_bytes, flops, seconds, float(is_collective), sent))
@@ -291,10 +320,24 @@ def unknown_loops(program: Program, computation: str) -> list[str]:
     return [loop.name for loop in loops(program, computation) if loop.trip_count is None]
 
 
+def _is_free(instruction: Instruction) -> bool:
+    """Returns whether an instruction neither computes nor copies anything."""
+    return (
+        instruction.opcode in _FREE
+        or instruction.opcode.endswith("-done")
+        or any(f'custom_call_target="{x}"' in instruction.attributes for x in _FREE_CALLS)
+    )
+
+
 def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Array, ...]]) -> float:
     """Returns the bytes that a kernel reads and writes; only the slice of a sliced array counts."""
-    written = _num_bytes(instruction.arrays)
-    whole = [_num_bytes(arrays) for arrays in read]
+    arrays = instruction.arrays[_COPIED.get(instruction.opcode, slice(None))]
+    written = _main_bytes(arrays)
+    whole = [_main_bytes(arrays) for arrays in read]
+    if instruction.opcode in ("slice", "slice-start", "dynamic-slice", "gather"):
+        whole[0] = min(whole[0], _num_bytes(arrays))
+    if instruction.opcode == "dynamic-update-slice":
+        written, whole[0] = min(written, _num_bytes(read[1])), 0.0
     if instruction.opcode != "fusion":
         return written + sum(whole)
     body = program.computations[instruction.called[0]]
@@ -311,6 +354,10 @@ def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Arra
 
 def _num_bytes(arrays: Iterable[Array]) -> float:
     return sum(array.num_bytes for array in arrays)
+
+
+def _main_bytes(arrays: Iterable[Array]) -> float:
+    return _num_bytes(array for array in arrays if not array.is_on_chip)
 
 
 def _needed_bytes(body: Sequence[Instruction]) -> dict[str, float]:

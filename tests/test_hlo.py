@@ -109,6 +109,41 @@ ENTRY %main (x: f32[8]) -> {result} {{
     assert hlo.work(program, program.entry, DEVICE, ())["other"].bytes == num_bytes
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "layout", "num_bytes"),
+    [
+        ("f32", (3, 5), "", 60),
+        ("f32", (3, 5), "{1,0:T(8,128)}", 8 * 128 * 4),
+        ("f32", (3, 200), "{0,1:T(8,128)S(1)}", 128 * 200 * 4),  # the first axis is the minor one
+        ("u8", (7, 3, 200), "{2,1,0:T(4,128)(4,1)}", 7 * 4 * 256),
+        ("s32", (), "{:T(128)}", 128 * 4),
+    ],
+)
+def test_tiles_are_whole(dtype, shape, layout, num_bytes):
+    assert hlo.Array(dtype, shape, layout).num_bytes == num_bytes
+
+
+def test_a_tpu_has_two_memories_and_estimates_cycles():
+    near, far = "f32[16,128]{1,0:T(8,128)S(1)}", "f32[16,128]{1,0:T(8,128)}"
+    half = "f32[8,128]{1,0:T(8,128)S(1)}"
+    program = hlo.parse(f"""HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: f32[16,128]) -> f32[16,128] {{
+  %x = {far} parameter(0)
+  %copy-start = ({near}, {far}, u32[]{{:S(2)}}) copy-start(%x)
+  %copy-done = {near} copy-done(%copy-start)
+  %slice-start = (({far}), {half}, s32[]{{:S(2)}}) slice-start(%x), slice={{[0:8], [0:128]}}
+  %slice-done = {half} slice-done(%slice-start)
+  %whole = {near} custom-call(%slice-done, %slice-done), custom_call_target="ConcatBitcast"
+  ROOT %y = {far} add(%copy-done, %whole), backend_config={{"estimated_cycles":"3000"}}
+}}
+""")
+    found = hlo.work(program, "main", DEVICE._replace(hertz=1.5e9), ())["other"]
+    size = 16 * 128 * 4
+    assert (found.kernels, found.bytes) == (3, size + size / 2 + size)
+    assert found.seconds == pytest.approx(2e-6)  # copies run beside the addition
+
+
 def test_collectives_are_counted_once_each():
     program = hlo.parse("""HloModule jit_f, is_scheduled=true
 

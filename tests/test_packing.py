@@ -49,6 +49,16 @@ SHAPES_OF = {
 }
 
 
+def test_wide_leaves_can_stay_as_they_are():
+    packing = Packing(packs_wide=False)
+    tree = {**jax.tree.map(jnp.asarray, TREE), "key": jax.random.split(jax.random.key(0), N)}
+    packed = packing.pack(tree)
+    assert sorted(packed[name].shape for name in packed) == [(N,), (N, 2, 5), (N, 7), (N, 8)]
+    found = packing.unpack(packed)
+    assert found.pop("key") is tree.pop("key")
+    jax.tree.map(assert_same_bits, found, tree)
+
+
 @pytest.mark.parametrize("num_rows", SHAPES_OF)
 def test_a_tree_is_unpacked_with_every_bit(num_rows):
     packing = Packing()

@@ -15,6 +15,10 @@ def as_accelerators_do(*arguments, default, **platforms):
     return jax.jit(default)(*arguments)
 
 
+def as_tpus_do(*arguments, default, **platforms):
+    return jax.jit(platforms.get("tpu", default))(*arguments)
+
+
 def result_of(config):
     """Returns the state after two updates, and the metrics of both."""
     trainer = make_trainer(config)
@@ -28,30 +32,31 @@ def result_of(config):
     return two_updates(jax.random.key(0))
 
 
+MANY = {"num_envs": 32, "num_steps": 4}  # packed with the environments as the last axis
+
+
 @pytest.mark.parametrize(
-    ("case", "changes"),
+    ("case", "changes", "platform_dependent"),
     [
-        ("vector", {}),
-        ("vector", {"hidden_sizes": ()}),
-        (
-            "vector",
-            {"num_envs": 32, "num_steps": 4},
-        ),  # so many are packed with the environments as the last axis
-        ("image", {"num_envs": 32, "num_steps": 4}),
-        ("half", {}),
-        ("normalized", {"num_epochs": 3}),
-        ("image", {"algorithm": "ppo_adaptive"}),
-        ("gaussian", {"algorithm": "trpo"}),
-        ("gru", {}),
-        ("lstm", {}),
-        ("mingru", {}),
-        ("lru", {}),
+        ("vector", {}, as_accelerators_do),
+        ("vector", {"hidden_sizes": ()}, as_accelerators_do),
+        ("vector", MANY, as_accelerators_do),
+        ("image", MANY, as_accelerators_do),
+        ("image", MANY, as_tpus_do),
+        ("half", {}, as_accelerators_do),
+        ("normalized", {"num_epochs": 3}, as_accelerators_do),
+        ("image", {"algorithm": "ppo_adaptive"}, as_accelerators_do),
+        ("gaussian", {"algorithm": "trpo"}, as_accelerators_do),
+        ("gru", {}, as_accelerators_do),
+        ("lstm", {}, as_accelerators_do),
+        ("mingru", {}, as_accelerators_do),
+        ("lru", {}, as_accelerators_do),
     ],
 )
-def test_an_accelerator_s_program_trains_as_a_cpu_s(case, changes, monkeypatch):
+def test_an_accelerator_s_program_trains_as_a_cpu_s(case, changes, platform_dependent, monkeypatch):
     config = config_of(case, **changes)
     state, metrics = result_of(config)
-    monkeypatch.setattr(jax.lax, "platform_dependent", as_accelerators_do)
+    monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
     other_state, other_metrics = result_of(config)
     # Integers and flags are exact, such as actions and the ends of episodes.
     for x, y in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):

@@ -1,4 +1,6 @@
-"""Compiles trainings for a TPU that is not there; `test_tpu` runs this in a process of its own.
+"""Compiles trainings for a TPU that is not there.
+
+`test_accelerators` runs this in a process of its own.
 
 python -m tests.tpu_checks [JSON] prints seconds and memory of each program. Needs libtpu, whose
 compiler runs without a device. JAX_PLATFORMS=cpu keeps JAX from looking for one.

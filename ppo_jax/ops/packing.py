@@ -36,6 +36,10 @@ class Packing:
     `[F, N]` for leaves with few elements a row, `[N, F]` for others, such as images. Random keys
     and complex numbers are stored as they are.
 
+    Args:
+      packs_wide: pack leaves with many elements a row as well. A TPU, which tiles the last two axes
+        of an array, would move the elements of each image twice.
+
     >>> packing = Packing()
     >>> tree = {"obs": jnp.ones((3, 2)), "done": jnp.array([True, False, False])}
     >>> packed = packing.pack(tree)
@@ -45,7 +49,8 @@ class Packing:
     [True, False, False]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, packs_wide: bool = True) -> None:
+        self._packs_wide = packs_wide
         self._structure: Any = None
         self._places: list[_Place] = []
 
@@ -56,12 +61,13 @@ class Packing:
         groups: dict[str, list[jax.Array]] = {}
         packed: dict[str, jax.Array] = {}
         for leaf in leaves:
-            if not _is_packable(leaf.dtype):
+            num_rows = leaf.shape[0] if leaf.ndim else 1
+            is_wide = leaf.size > _NARROW * num_rows
+            if not _is_packable(leaf.dtype) or (is_wide and not self._packs_wide):
                 name = f"leaf {len(packed)}"
                 packed[name] = leaf
                 self._places.append(_Place(name, None, False, leaf.shape, leaf.dtype))
                 continue
-            num_rows = leaf.shape[0] if leaf.ndim else 1
             rows = _unsigned(leaf).reshape(num_rows, leaf.size // num_rows)
             width = leaf.dtype.itemsize
             if width < 4 and rows.shape[1] <= _SMALL:
@@ -69,7 +75,7 @@ class Packing:
             # Threads that run together compute neighbours of the last axis. If these are different
             # leaves, the threads compute all leaves one after the other: CartPole's rollout took
             # 11 % longer on an H100 (8 steps in an iteration: 6 %).
-            rows_last = rows.shape[1] <= _NARROW and num_rows >= _WARP
+            rows_last = not is_wide and num_rows >= _WARP
             name = f"{num_rows} x {width} bytes" + (", narrow" if rows_last else "")
             axis = 0 if rows_last else 1  # of the elements
             start = sum(part.shape[axis] for part in groups.get(name, []))
@@ -165,6 +171,7 @@ def packed_scan(
     inputs: Any,
     *,
     unroll: int = 1,
+    make_packing: Callable[[], Packing | NoPacking] = Packing,
 ) -> tuple[Carry, Any]:
     """Computes `jax.lax.scan(step, carry, inputs, unroll=unroll)`, and stores its outputs packed.
 
@@ -173,11 +180,12 @@ def packed_scan(
       carry: the initial carry.
       inputs: tree of arrays with a leading axis.
       unroll: steps in one iteration of the loop.
+      make_packing: of the outputs.
 
     Returns:
       The carry after the last step, and the outputs with a leading axis.
     """
-    packing = Packing()
+    packing = make_packing()
 
     def packed_step(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
         carry, output = step(carry, inputs)

@@ -147,11 +147,13 @@ def rollout(
     carry = (state, none_ended, used)
     first = jax.eval_shape(lambda: (noise[0], env_keys[0, :, 0]))
     unroll = _unrolled_steps(jax.make_jaxpr(act)(new_episodes, carry, first).jaxpr)
+    narrow = partial(packing.Packing, packs_wide=False)
     (state, ended, _), trajectory = jax.lax.platform_dependent(
         carry,
         (noise, env_keys),
-        cpu=partial(loop, packs=False),
-        default=partial(loop, packs=True, unroll=unroll),
+        cpu=partial(loop, make_packing=packing.NoPacking, unroll=1),
+        tpu=partial(loop, make_packing=narrow, unroll=unroll),
+        default=partial(loop, make_packing=packing.Packing, unroll=unroll),
     )
     return state, trajectory, jax.tree.map(jnp.sum, ended)
 
@@ -163,8 +165,8 @@ def _act_in_groups(
     carry: Carry,
     inputs: tuple[jax.Array, jax.Array],
     *,
-    packs: bool,
-    unroll: int = 1,
+    make_packing: Callable[[], Any],
+    unroll: int,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; draws the new episodes of several blocks of steps together.
 
@@ -176,29 +178,27 @@ def _act_in_groups(
       size: steps of a block, which share new episodes.
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps and of draws `[T, N, 2]`.
-      packs: for accelerators, which launch a kernel for each array that is stored.
-      unroll: at most so many steps in one iteration of a packed loop.
+      make_packing: packs what the loop carries and stores, for accelerators, which launch a kernel
+        for each array.
+      unroll: at most so many steps in one iteration of the loop.
     """
     num_steps = len(inputs[1])
     state, *_ = carry
     drawn = _num_bytes((state.obs, state.env_state))
     # Bytes of the new episodes that are drawn together.
     trajectory_bytes = 2 * _num_bytes(state.obs) * num_steps
-    memory = max(_DRAWN_BYTES, trajectory_bytes // 8) if packs else _DRAWN_BYTES_CPU
+    memory = max(_DRAWN_BYTES, trajectory_bytes // 8)
+    if make_packing is packing.NoPacking:
+        memory = _DRAWN_BYTES_CPU
     # At least four groups: with the episodes of all blocks at once, W1 is 5 % slower on a CPU.
     num_blocks = largest_divisor(
         num_steps // size, at_most=max(1, min(memory // drawn, num_steps // size // 4))
     )
-    make_packing = packing.Packing if packs else packing.NoPacking
     carries, episodes = make_packing(), make_packing()
-    outer: Callable[..., tuple[Any, Trajectory]] = jax.lax.scan
-    inner = outer
-    if packs:
-        # XLA copies the arrays of a carry that a step both reads and replaces. Packed, and with
-        # several steps in an iteration, it copies one or two arrays an iteration.
-        outer = packing.packed_scan
-        steps = largest_divisor(num_blocks * size, at_most=unroll)
-        inner = partial(packing.packed_scan, unroll=steps)
+    # XLA copies the arrays of a carry that a step both reads and replaces. Packed, and with several
+    # steps in an iteration, it copies one or two arrays an iteration.
+    scan: Any = partial(packing.packed_scan, make_packing=make_packing)
+    steps = largest_divisor(num_blocks * size, at_most=unroll)
 
     def act_in_group(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
         noise, keys = inputs
@@ -212,10 +212,10 @@ def _act_in_groups(
             return carries.pack(carry), transition
 
         indices = jnp.arange(len(keys), dtype=jnp.uint32)
-        return inner(act_at, packed, (indices, noise, keys[:, :, 0]))
+        return scan(act_at, packed, (indices, noise, keys[:, :, 0]), unroll=steps)
 
     groups = jax.tree.map(lambda x: x.reshape(-1, num_blocks * size, *x.shape[1:]), inputs)
-    packed, trajectory = outer(act_in_group, carries.pack(carry), groups)
+    packed, trajectory = scan(act_in_group, carries.pack(carry), groups)
     trajectory = jax.tree.map(lambda x: x.reshape(num_steps, *x.shape[2:]), trajectory)
     return carries.unpack(packed), trajectory
 
@@ -226,8 +226,8 @@ def _act_from_pool(
     carry: Carry,
     inputs: tuple[jax.Array, jax.Array],
     *,
-    packs: bool,
-    unroll: int = 1,
+    make_packing: Callable[[], Any],
+    unroll: int,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; new episodes are those of a pool.
 
@@ -236,21 +236,23 @@ def _act_from_pool(
       pool: observations and states of new episodes.
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps `[T, N, 2]`, the second of which are not used.
-      packs: for accelerators, which launch a kernel for each array that is stored.
-      unroll: at most so many steps in one iteration of a packed loop.
+      make_packing: as in `_act_in_groups`.
+      unroll: as in `_act_in_groups`.
     """
-    carries = packing.Packing() if packs else packing.NoPacking()
-    scan: Callable[..., tuple[Any, Trajectory]] = jax.lax.scan
-    if packs:
-        steps = largest_divisor(len(inputs[1]), at_most=unroll)
-        scan = partial(packing.packed_scan, unroll=steps)
+    carries = make_packing()
 
     def act_at(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
         carry, transition = act(pool, carries.unpack(packed), inputs)
         return carries.pack(carry), transition
 
     noise, keys = inputs
-    packed, trajectory = scan(act_at, carries.pack(carry), (noise, keys[:, :, 0]))
+    packed, trajectory = packing.packed_scan(
+        act_at,
+        carries.pack(carry),
+        (noise, keys[:, :, 0]),
+        unroll=largest_divisor(len(keys), at_most=unroll),
+        make_packing=make_packing,
+    )
     return carries.unpack(packed), trajectory
 
 
