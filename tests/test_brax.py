@@ -183,7 +183,9 @@ def test_ppo_balances_braxs_pole():
         num_steps=64,
         num_epochs=10,
         num_minibatches=16,
-        total_timesteps=1_800_000,
+        # With half of the steps, one policy of twelve still lets the cart drift, and loses the pole
+        # after 800 to 950 steps.
+        total_timesteps=3_600_000,
     )
     trainer = make_trainer(config)
     # A cart that drifts loses the pole after hundreds of steps: credit must reach as far.
