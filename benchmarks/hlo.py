@@ -4,8 +4,8 @@ The text is scheduled HLO, as `compiled.as_text()` returns it: a list of computa
 of instructions. On a GPU nearly every instruction that computes or copies something is one kernel;
 the exceptions are in `_FREE`. A loop whose trip count the compiler knows counts as often as it
 runs. A TPU's text says in which memory an array is and how it is tiled: only arrays in the main
-memory are traffic, and tiles are whole. It also has the cycles that the compiler expects of most
-operations.
+memory are traffic, and they are padded to whole tiles. It also has the cycles that the compiler
+expects of most operations.
 """
 
 import math
@@ -144,7 +144,7 @@ class Work(NamedTuple):
     """Bytes of the main memory that all kernels read and write."""
     flops: float = 0.0
     seconds: float = 0.0
-    """Time that `Device.kernel_seconds` predicts."""
+    """Predicted time: `Device.kernel_seconds`, or the cycles that a TPU's compiler estimates."""
     collectives: float = 0.0
     """Kernels that exchange data with other devices. Their transfers are not part of the time."""
     collective_bytes: float = 0.0
@@ -308,11 +308,15 @@ def work(
             if cycles := _CYCLES.search(instruction.attributes):
                 seconds = int(cycles.group(1)) / device.hertz
             elif opcode in _COPIED:
-                seconds = 0.0  # beside other operations
+                seconds = 0.0  # beside other operations, but see below
             is_collective = opcode.removesuffix("-start") in _COLLECTIVES
             sent = _num_bytes(instruction.arrays) if is_collective else 0.0
             add(own, Work(1.0, num_bytes, flops, seconds, float(is_collective), sent))
-    return total
+    # Asynchronous copies take time where the main memory is the limit.
+    return {
+        name: part._replace(seconds=max(part.seconds, part.bytes / device.bytes_per_second))
+        for name, part in total.items()
+    }
 
 
 def unknown_loops(program: Program, computation: str) -> list[str]:
@@ -331,11 +335,11 @@ def _is_free(instruction: Instruction) -> bool:
 
 def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Array, ...]]) -> float:
     """Returns the bytes that a kernel reads and writes; only the slice of a sliced array counts."""
-    arrays = instruction.arrays[_COPIED.get(instruction.opcode, slice(None))]
-    written = _main_bytes(arrays)
+    new = instruction.arrays[_COPIED.get(instruction.opcode, slice(None))]
+    written = _main_bytes(new)
     whole = [_main_bytes(arrays) for arrays in read]
     if instruction.opcode in ("slice", "slice-start", "dynamic-slice", "gather"):
-        whole[0] = min(whole[0], _num_bytes(arrays))
+        whole[0] = min(whole[0], _num_bytes(new))
     if instruction.opcode == "dynamic-update-slice":
         written, whole[0] = min(written, _num_bytes(read[1])), 0.0
     if instruction.opcode != "fusion":
@@ -347,7 +351,7 @@ def _bytes(program: Program, instruction: Instruction, read: Sequence[tuple[Arra
         if line.opcode == "parameter" and line.number is not None:
             whole[line.number] = min(whole[line.number], needed[line.name])
     for line in body:
-        if line.opcode == "dynamic-update-slice":
+        if line.opcode == "dynamic-update-slice" and not line.arrays[0].is_on_chip:
             written -= _num_bytes(line.arrays) - _num_bytes(results[line.operands[1]])
     return max(written, 0.0) + sum(whole)
 

@@ -38,10 +38,10 @@ def test_every_training_compiles_for_a_tpu():
     ],
 )
 def test_a_training_stays_lean_on_a_gpu(workload, kernels, mebibytes):
-    """An update on an H100 takes at most so many kernels and so much temporary memory.
+    """An update on an H100 stays within limits of its kernels and of its temporary memory.
 
-    The limits are 3 and 6 % above docs/accelerators.md: one kernel more in each step of a rollout
-    is more than the first three allow.
+    They are 3 and 5 to 8 % above docs/accelerators.md: one kernel more in each step of a rollout is
+    more than the first three allow.
     """
     pytest.importorskip("jax_cuda12_plugin", reason="make test-accelerators")
     found = ahead_of_time.measure("ppo_jax", Path(sys.executable), workload, "h100")

@@ -138,10 +138,14 @@ ENTRY %main (x: f32[16,128]) -> f32[16,128] {{
   ROOT %y = {far} add(%copy-done, %whole), backend_config={{"estimated_cycles":"3000"}}
 }}
 """)
-    found = hlo.work(program, "main", DEVICE._replace(hertz=1.5e9), ())["other"]
+    device = DEVICE._replace(bytes_per_second=1e12, hertz=1.5e9)
+    found = hlo.work(program, "main", device, ())["other"]
     size = 16 * 128 * 4
     assert (found.kernels, found.bytes) == (3, size + size / 2 + size)
     assert found.seconds == pytest.approx(2e-6)  # copies run beside the addition
+    # They cannot be faster than the memory.
+    found = hlo.work(program, "main", device._replace(bytes_per_second=1e9), ())["other"]
+    assert found.seconds == pytest.approx(found.bytes / 1e9)
 
 
 def test_collectives_are_counted_once_each():

@@ -204,30 +204,55 @@ def test_a_killed_process_ends_all_and_the_run_resumes_exactly(killed, uninterru
         assert len(rows_of(path)) == len(uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("greeting", "is_over", "ends"),
-    [(b"password", False, True), (b"password", True, False), (b"another", False, False)],
-)
-def test_a_process_ends_with_the_first_one_and_with_no_other(greeting, is_over, ends, monkeypatch):
-    said = []
-    monkeypatch.setattr(processes, "say_and_end", said.append)
-    over = threading.Event()
-    with socket.create_server(("localhost", 0)) as server:
-        arguments = ("localhost", "localhost"), server.getsockname()[1], "password", "lost", over
-        watch = threading.Thread(target=processes._watch, args=arguments, daemon=True)
-        watch.start()
-        for _ in range(1 if greeting == b"password" else 2):  # another's server: the next name
-            connection, _ = server.accept()
-            connection.sendall(greeting)
-            if greeting == b"password":
-                watch.join(0.2)
-                assert watch.is_alive()  # as long as the first process is
-                if is_over:
-                    over.set()
-            connection.close()
-    watch.join(10)
-    assert not watch.is_alive()
-    assert said == (["lost"] if ends else [])
+@pytest.fixture
+def first_process(monkeypatch):
+    """Returns the connections of a first process, and a way to reach it, after another server."""
+    connections = []
+    monkeypatch.setattr(processes, "_connections", connections)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    names, port, token = processes._start_server()
+    assert socket.gethostname() in names
+    return connections, ("127.0.0.1", port, token)
+
+
+def watch(names, port, token):
+    ended = threading.Event()
+    arguments = (names, port, token, ended.set)
+    thread = threading.Thread(target=processes._watch, args=arguments, daemon=True)
+    thread.start()
+    return thread, ended
+
+
+def test_a_process_ends_when_the_connection_to_the_first_closes(first_process):
+    connections, (name, port, token) = first_process
+    thread, ended = watch([name], port, token)
+    wait_for(lambda: connections, timeout=20)
+    assert not ended.wait(0.2)  # as long as the first process is
+    connections.pop().close()
+    assert ended.wait(10)
+    thread.join(10)
+
+
+def test_a_process_watches_no_other_server(first_process):
+    connections, (name, port, token) = first_process
+    thread, ended = watch([name], port, "another" * 9)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not ended.is_set()
+    assert not connections
+    # The right one may be the second that is tried: nobody listens at the first address.
+    thread, ended = watch(["::2", name], port, token)
+    wait_for(lambda: connections, timeout=20)
+    connections.pop().close()
+    assert ended.wait(10)
+
+
+def test_a_process_ends_even_if_nobody_reads_its_errors():
+    code = (
+        "import sys; from ppo_jax.runs import processes; sys.stderr.close(); "
+        "processes.say_and_end('lost', 7)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 7
 
 
 @pytest.mark.slow

@@ -310,11 +310,20 @@ def test_a_share_that_does_not_exist_is_refused(arguments, message):
         sweep(CONFIG, {"learning_rate": RATES}, seeds=2, **arguments)
 
 
-@pytest.mark.parametrize("changes", [{"shard": 3}, {"shard": [1, "3"]}, {"seeds": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shard": 3},
+        {"shard": [1, "3"]},
+        {"shard": [4, 3]},
+        {"seeds": None},
+        {"configurations": None},
+    ],
+)
 def test_a_damaged_description_of_a_share_is_refused(changes, tmp_path):
     description = {"seeds": [0], "shard": [1, 3], "configurations": [{}], **changes}
     (tmp_path / "sweep.json").write_text(json.dumps(description))
-    with pytest.raises(ConfigError, match="must be of a sweep; it is damaged, or"):
+    with pytest.raises(ConfigError, match="merge needs shards of a sweep; .* damaged, or"):
         merge([tmp_path], tmp_path / "merged")
 
 

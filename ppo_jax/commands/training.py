@@ -302,7 +302,7 @@ def _run_training(
     """
     from ppo_jax.runs.interrupt import exit_at_second_signal
 
-    with options.ended_together(), warnings.catch_warnings(), exit_at_second_signal():
+    with exit_at_second_signal(), options.ended_together(), warnings.catch_warnings():
         # Failures are printed below, as errors.
         warnings.filterwarnings("ignore", category=RuntimeWarning, message="seed .* failed with")
         warnings.showwarning = show_warning  # type: ignore[assignment]

@@ -37,8 +37,8 @@ class Packing:
     and complex numbers are stored as they are.
 
     Args:
-      packs_wide: pack leaves with many elements a row as well. A TPU, which tiles the last two axes
-        of an array, would move the elements of each image twice.
+      packs_wide: pack leaves with many elements a row as well, which are else stored as they are.
+        On a TPU, which tiles the last two axes of an array, packing moves them several times.
 
     >>> packing = Packing()
     >>> tree = {"obs": jnp.ones((3, 2)), "done": jnp.array([True, False, False])}
@@ -180,7 +180,7 @@ def packed_scan(
       carry: the initial carry.
       inputs: tree of arrays with a leading axis.
       unroll: steps in one iteration of the loop.
-      make_packing: of the outputs.
+      make_packing: returns a new packing, for the outputs.
 
     Returns:
       The carry after the last step, and the outputs with a leading axis.

@@ -31,12 +31,14 @@ CONNECT_TIMEOUT = 300.0  # seconds; the default of JAX
 _LONGER = 60.0  # seconds by which JAX, whose time limit ends the process without a sentence, waits
 _LONGEST = 86_400  # seconds
 _GRACE_SECONDS = 2.0
-_GREET_SECONDS = 10.0
+_GREET_SECONDS = 5.0
+_KEEPALIVE_SECONDS = 60
 _PART = 2**26  # bytes that are sent together, so that devices need not hold a whole checkpoint
 # Words in the errors of XLA about a process that cannot be reached; Gloo connects CPUs, NCCL GPUs.
 _LOST = ("Gloo", "NCCL", "closed by peer", "reset by peer", "UNAVAILABLE", "heartbeat")
 
 _ending = threading.Lock()
+_connections: list[socket.socket] = []  # of the others to the first process, until it ends
 
 
 class ProcessError(RuntimeError):
@@ -267,14 +269,16 @@ def _loss(which: str) -> str:
 def ended_together() -> Iterator[None]:
     """Ends a program of several processes with its errors, so that no process waits for another.
 
-    An ordinary exit would wait until all processes exit.
+    An ordinary exit would wait until all processes exit. All processes enter the context together.
     """
     is_over = threading.Event()
     try:
         with loss_explained():
             _watch_first(is_over)
-        yield
-        is_over.set()
+        try:
+            yield
+        finally:
+            is_over.set()
     except (ConfigError, ProcessError) as error:
         message, status = str(error), 2 if isinstance(error, ConfigError) else 1
     except Exception:
@@ -288,65 +292,94 @@ def ended_together() -> Iterator[None]:
 def _watch_first(is_over: threading.Event) -> None:
     """Ends this process with a sentence when the first one ends before the training is over.
 
-    The first process has JAX's coordination service. Without it XLA aborts the other processes
-    with a stack trace, and no public setting of JAX prevents that; a thread that waits for a
-    connection to close is faster. A process that cannot connect is not watched.
+    The first process has JAX's coordination service, without which XLA aborts the other processes
+    with a stack trace (with `jax_enable_recoverability` as well). A thread that waits for a
+    connection to close is nearly always earlier. A process that cannot connect is not watched.
     """
     if count() == 1:
         return
     server = plain_from_first(_start_server)
-    if not is_first():
-        arguments = (*server, _loss("the first process"), is_over)
-        threading.Thread(target=_watch, args=arguments, daemon=True).start()
+    if server is None or is_first():
+        return
+    message = _loss("the first process")
+
+    def end() -> None:
+        if not is_over.is_set():
+            say_and_end(message)
+
+    threading.Thread(target=_watch, args=(*server, end), daemon=True).start()
 
 
-def _start_server() -> tuple[list[str], int, str]:
-    """Returns names of this machine, the port of a server, and a password that it sends."""
-    server, password = socket.create_server(("", 0), backlog=count()), secrets.token_hex()
-    threading.Thread(target=_greet, args=(server, password), daemon=True).start()
+def _start_server() -> tuple[list[str], int, str] | None:
+    """Returns names of this machine, the port of a server, and its token; None without a port."""
+    try:
+        if socket.has_dualstack_ipv6():
+            server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+        else:
+            server = socket.create_server(("", 0))
+    except OSError:
+        return None
+    token = secrets.token_hex()
+    arguments = (server, token, count() - 1)
+    threading.Thread(target=_greet, args=arguments, daemon=True).start()
     names = [socket.gethostname()]
     # Other machines may not know the name. This socket sends nothing to the address, which is
     # reserved, but tells by which of its own addresses this machine is reached.
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as route:
         route.connect(("192.0.2.1", 9))
         names.append(route.getsockname()[0])
-    return names, server.getsockname()[1], password
+    return names, server.getsockname()[1], token
 
 
-def _greet(server: socket.socket, password: str) -> None:
-    # Kept open as long as this process lives.
-    connections = []
-    while True:
-        connection, _ = server.accept()
-        with contextlib.suppress(OSError):
-            connection.sendall(password.encode())
-        connections.append(connection)
+def _greet(server: socket.socket, token: str, num_processes: int) -> None:
+    """Keeps the connections of so many processes open, which know the token."""
+    with server:
+        while len(_connections) < num_processes:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                time.sleep(0.1)
+                continue
+            if _knows(connection, token):
+                _connections.append(connection)
+            else:
+                connection.close()
 
 
-def _watch(
-    names: Sequence[str], port: int, password: str, message: str, is_over: threading.Event
-) -> None:
-    """Waits until the first process has closed its connection, and ends this one.
+def _knows(connection: socket.socket, token: str) -> bool:
+    """Returns whether the other side knows the token as well."""
+    with contextlib.suppress(OSError):
+        connection.sendall(token.encode())
+        connection.settimeout(_GREET_SECONDS)
+        return connection.recv(len(token)) == token.encode()
+    return False
+
+
+def _watch(names: Sequence[str], port: int, token: str, end: Callable[[], None]) -> None:
+    """Waits until the first process has closed its connection.
 
     Args:
-      names: of the machine of the first process; one may be another machine's in this network.
+      names: host names and addresses of the first process, tried in order. One may be that of
+        another machine in this network.
       port: of its server.
-      password: that the server sends.
-      message: the sentence.
-      is_over: set when the training is over, and nothing is lost.
+      token: that the first process knows.
+      end: called when the connection is closed; not at all if there was none.
     """
     for name in names:
         with (
             contextlib.suppress(OSError),
             socket.create_connection((name, port), timeout=_GREET_SECONDS) as connection,
         ):
-            if connection.recv(len(password)) != password.encode():
+            if not _knows(connection, token):
                 continue
             connection.settimeout(None)
-            with contextlib.suppress(ConnectionError):
+            # Firewalls forget connections over which nothing is sent.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+            with contextlib.suppress(OSError):
                 connection.recv(1)
-            if not is_over.is_set():
-                say_and_end(message)
+            end()
             return
 
 
@@ -360,9 +393,11 @@ def say_and_end(message: str, status: int = 1, *, grace_seconds: float = 0.0) ->
         them with a stack trace because the first process is gone.
     """
     _ending.acquire()
-    # One write, so that lines of XLA's log do not break it.
-    sys.stderr.write(f"ppo-jax: error: {message}\n")
-    sys.stderr.flush()
-    sys.stdout.flush()  # `os._exit` does not
-    time.sleep(grace_seconds)
-    os._exit(status)
+    try:
+        # One write, so that lines of XLA's log do not break it.
+        sys.stderr.write(f"ppo-jax: error: {message}\n")
+        sys.stderr.flush()
+        sys.stdout.flush()  # `os._exit` does not
+        time.sleep(grace_seconds)
+    finally:  # whoever read the messages may have gone
+        os._exit(status)

@@ -71,10 +71,11 @@ def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> di
     ]
     seen: dict[tuple[int | str, ...], Path] = {}
     for path, description, whole in zip(paths, descriptions, wholes, strict=True):
-        shard = description.get("shard", [1, 1])
-        is_pair = isinstance(shard, list) and [type(x) for x in shard] == [int, int]
-        if not (is_pair and isinstance(description.get("seeds"), list)):
-            raise ConfigError(f"{path / SWEEP} must be of a sweep; it is damaged, or of a search.")
+        if not _is_of_a_sweep(description):
+            raise ConfigError(
+                f"merge needs shards of a sweep; {path / SWEEP} is damaged, or that of a search. "
+                "Leave it out."
+            )
         if "shard" not in description and "study" not in description:
             raise ConfigError(
                 f"merge needs shards of a sweep; {path} is a whole one. Leave it out."
@@ -95,3 +96,18 @@ def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> di
             )
         seen[number] = path
     return wholes[0]
+
+
+def _is_of_a_sweep(description: dict[str, Any]) -> bool:
+    """Returns whether a description has what a merge reads."""
+    shard = description.get("shard", [1, 1])
+    return (
+        isinstance(description.get("seeds"), list)
+        and (
+            isinstance(description.get("configurations"), list)
+            or type(description.get("num_draws")) is int
+        )
+        and isinstance(shard, list)
+        and [type(x) for x in shard] == [int, int]
+        and 1 <= shard[0] <= shard[1]
+    )

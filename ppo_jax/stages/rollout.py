@@ -165,7 +165,7 @@ def _act_in_groups(
     carry: Carry,
     inputs: tuple[jax.Array, jax.Array],
     *,
-    make_packing: Callable[[], Any],
+    make_packing: Callable[[], packing.Packing | packing.NoPacking],
     unroll: int,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; draws the new episodes of several blocks of steps together.
@@ -178,8 +178,8 @@ def _act_in_groups(
       size: steps of a block, which share new episodes.
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps and of draws `[T, N, 2]`.
-      make_packing: packs what the loop carries and stores, for accelerators, which launch a kernel
-        for each array.
+      make_packing: returns a new packing of what the loop carries and stores. Accelerators launch a
+        kernel for each array.
       unroll: at most so many steps in one iteration of the loop.
     """
     num_steps = len(inputs[1])
@@ -226,7 +226,7 @@ def _act_from_pool(
     carry: Carry,
     inputs: tuple[jax.Array, jax.Array],
     *,
-    make_packing: Callable[[], Any],
+    make_packing: Callable[[], packing.Packing | packing.NoPacking],
     unroll: int,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; new episodes are those of a pool.
