@@ -59,6 +59,7 @@ def test_examples_of_a_page(page, tmp_path):
             assert expected in out
 
 
+@pytest.mark.slow
 def test_extending_is_followed_literally(tmp_path):
     codes = examples("docs/extending.md")
     assert len(codes) == 7

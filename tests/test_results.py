@@ -316,6 +316,7 @@ def any_rank():
         yield
 
 
+@pytest.mark.slow
 def test_a_task_of_brax_is_a_page(tmp_path, any_rank):
     config = Config(env="brax:inverted_pendulum", env_kwargs={"backend": "spring"})
     small = config.replace(num_envs=2, num_steps=2, num_minibatches=1, total_timesteps=4)

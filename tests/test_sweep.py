@@ -143,6 +143,7 @@ def test_chunks_change_nothing():
     pd.testing.assert_frame_equal(one.curves, other.curves, check_exact=True)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing_as_users_compile():
     code = (
         "import pandas as pd\nfrom tests import test_sweep as t\n"
