@@ -12,8 +12,9 @@ Peers are those of `peers.py`; their stages cannot be told apart.
 
 The predicted time is that of a model: a kernel takes the largest of a launch, its bytes at the
 device's bandwidth, and its arithmetic at the device's rate. Kernels that run at the same time, and
-launches that a CUDA graph saves, are not part of the model. The compiler of a TPU estimates
-the cycles of most operations, whose time follows from the clock. Predictions are not measurements.
+launches that a CUDA graph saves, are not part of the model. The compiler of a TPU estimates the
+cycles of most operations, whose time follows from the clock; a stage takes at least its bytes at
+the bandwidth. Predictions are not measurements.
 """
 
 import argparse

@@ -144,7 +144,8 @@ class Work(NamedTuple):
     """Bytes of the main memory that all kernels read and write."""
     flops: float = 0.0
     seconds: float = 0.0
-    """Predicted time: `Device.kernel_seconds`, or the cycles that a TPU's compiler estimates."""
+    """Predicted time: `Device.kernel_seconds`, or on a TPU the cycles that its compiler estimates;
+    at least that of the bytes."""
     collectives: float = 0.0
     """Kernels that exchange data with other devices. Their transfers are not part of the time."""
     collective_bytes: float = 0.0
