@@ -114,6 +114,8 @@ class PolicySettings:
     """Features, kernel and stride of each convolution of network "cnn"."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of actor and critic."""
+    critic_hidden_sizes: tuple[int, ...] | None = None
+    """Widths of the critic's hidden layers. None: those of hidden_sizes."""
     activation: Activation = "tanh"
     """Activation after each hidden layer."""
     layer_norm: bool = False
@@ -142,10 +144,10 @@ class PolicySettings:
     """A Gaussian's standard deviation is an output of the network instead of a parameter."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.hidden_sizes, int):
-            self._set("hidden_sizes", (self.hidden_sizes,))
         # Lists of a JSON file or a notebook become tuples, which are hashable.
-        self._set("hidden_sizes", _as_tuple("hidden_sizes", self.hidden_sizes))
+        self._set_sizes("hidden_sizes")
+        if self.critic_hidden_sizes is not None:
+            self._set_sizes("critic_hidden_sizes")
         for name in ("actor_keys", "critic_keys"):
             if getattr(self, name) is not None:
                 self._set(name, _as_tuple(name, getattr(self, name)))
@@ -163,8 +165,6 @@ class PolicySettings:
         require_positive_integers(
             {"embedding_size": self.embedding_size, "memory_size": self.memory_size}
         )
-        for size in self.hidden_sizes:
-            require_positive_integer("every entry of hidden_sizes", size)
         _require_choice("activation", self.activation, Activation)
         _require_choice("compute_dtype", self.compute_dtype, ComputeDtype)
         _require_choice("memory", self.memory, MemoryKind)
@@ -172,7 +172,7 @@ class PolicySettings:
             _require_choice("network", self.network, Network)
         self._check_conv_layers()
         # Options that would be ignored are refused.
-        if self.compute_dtype != "float32" and self.network == "mlp" and not self.hidden_sizes:
+        if self.compute_dtype != "float32" and not self.has_hidden_layers:
             raise ConfigError(
                 f"compute_dtype needs hidden layers; got {self.compute_dtype} and hidden_sizes=(). "
                 "Leave compute_dtype out."
@@ -185,6 +185,14 @@ class PolicySettings:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the only way in a frozen dataclass
+
+    def _set_sizes(self, name: str) -> None:
+        """Checks the widths of layers, which one number gives as well, and makes them a tuple."""
+        sizes = getattr(self, name)
+        sizes = (sizes,) if isinstance(sizes, int) else _as_tuple(name, sizes)
+        for size in sizes:
+            require_positive_integer(f"every entry of {name}", size)
+        self._set(name, sizes)
 
     def _check_conv_layers(self) -> None:
         if (self.network == "cnn") != bool(self.conv_layers):
@@ -201,6 +209,11 @@ class PolicySettings:
                 )
             for number in layer:
                 require_positive_integer("every number in conv_layers", number)
+
+    @property
+    def has_hidden_layers(self) -> bool:
+        """The actor or the critic has layers before its outputs."""
+        return self.network != "mlp" or bool(self.hidden_sizes or self.critic_hidden_sizes)
 
     def policy_settings(self) -> dict[str, Any]:
         """Returns the settings that shape a policy, by name."""

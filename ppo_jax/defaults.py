@@ -142,7 +142,7 @@ def used_hparams(config: Config, algorithm: Any) -> dict[str, float | None]:
         del used["critic_gain"]
     # A user's module, and a network without hidden layers, have no gain that we could set.
     is_ours = isinstance(config.network, str)
-    if not is_ours or (config.network == "mlp" and config.hidden_sizes == ()):
+    if not is_ours or not config.has_hidden_layers:
         del used["hidden_gain"]
     if config.n_step is not None:
         used.pop("gae_lambda", None)

@@ -1,11 +1,13 @@
 """Tuned settings for known environments, from which `ppo-jax train ENV` starts.
 
 `python benchmarks/presets.py` and `python benchmarks/algorithms.py` measure the returns they reach.
+Tasks of physics that were not tuned here have the settings that their authors published.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ppo_jax import published
 from ppo_jax.config import Config
 from ppo_jax.hparams import HParams
 
@@ -311,7 +313,7 @@ def with_arguments(start: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of the environments in JAX that have a preset."""
+    """Returns the names of the environments in JAX with a preset that was tuned here."""
     return tuple(_PRESETS)
 
 
@@ -323,4 +325,11 @@ def algorithms(env: str) -> tuple[str, ...]:
 def _tuned(env: str) -> dict[str, _Preset]:
     """Returns the presets of an environment, or of its suite, by algorithm."""
     presets = _PRESETS | _ON_HOST
-    return presets.get(env) or presets.get(env.partition(":")[0], {})
+    if env in presets:
+        return presets[env]
+    if env in published.BRAX_ARGUMENTS:
+        config, hparams = published.from_brax(published.BRAX_ARGUMENTS[env])
+        if env.startswith("brax:"):
+            config["env_kwargs"] = {"backend": "positional"}  # the notebook's engine
+        return {"ppo": _Preset(config, hparams)}
+    return presets.get(env.partition(":")[0], {})

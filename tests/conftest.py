@@ -7,12 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-# Most of a session is spent on compiling, which takes half the time without optimisations, and
-# nothing for a program that was compiled before. The variables are set before JAX is imported, and
-# processes that tests start inherit them.
+# Most of a session is spent on compiling. It takes half the time without optimisations, again half
+# of it without the emitters that make fused loops fast, and nothing for a program that was compiled
+# before. The variables are set before JAX is imported, and processes that tests start inherit them.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".lstrip()
-)
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
+).lstrip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
@@ -21,8 +22,21 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-optimized_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+optimized_jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True},
+)
 """Compiles with all optimisations, as users do: for long runs, and for tests of bit-identity."""
+exact_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
+"""Compiles fused loops as users do, and nothing else: with these emitters a computation rounds the
+same in every program, alone and inside a loop."""
+
+
+@pytest.fixture
+def braxs_broadcasting():
+    """Brax adds arrays of different ranks, which our own code may not."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,13 +15,6 @@ from ppo_jax.envs.suites.brax import Params, adapt
 from tests.conftest import optimized_jit
 
 
-@pytest.fixture
-def braxs_broadcasting():
-    """It adds arrays of different ranks, which our own code may not."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 class WalkState(NamedTuple):
     place: jax.Array
     obs: dict

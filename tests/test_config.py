@@ -32,7 +32,12 @@ def test_step_counts_can_be_written_as_powers_of_ten():
         ({"num_epochs": 1.5}, "num_epochs must be a positive integer; got 1.5"),
         ({"num_envs": True}, "num_envs must be a positive integer; got True"),
         ({"total_timesteps": 100}, r"at least one update.*got 100 and 64 \* 128 = 8192"),
-        ({"hidden_sizes": (64, 0)}, "hidden_sizes must be a positive integer; got 0"),
+        (
+            {"hidden_sizes": (64, 0)},
+            "every entry of hidden_sizes must be a positive integer; got 0",
+        ),
+        ({"critic_hidden_sizes": 0}, "critic_hidden_sizes must be a positive integer; got 0"),
+        ({"critic_hidden_sizes": "8"}, "critic_hidden_sizes must be a list or a tuple; got '8'"),
         ({"activation": "tan"}, "unknown activation 'tan'. Did you mean tanh"),
         ({"lr_schedule": "liner"}, "unknown lr_schedule 'liner'. Did you mean linear"),
         ({"env_kwargs": 3}, "env_kwargs must map names to numbers or words; got 3"),
@@ -85,6 +90,14 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
         ),
         ({"env": "FrozenLake-misc", "normalize_obs": True}, "needs floating-point observations"),
         ({"actor_keys": ("position",)}, "need observations that are dicts"),
+        (
+            {"critic_hidden_sizes": (8,), "shared_torso": True},
+            "critic_hidden_sizes needs a critic with a torso of its own.*Leave critic_hidden_sizes",
+        ),
+        (
+            {"critic_hidden_sizes": (8,), "algorithm": "reinforce", "num_steps": 500},
+            "critic_hidden_sizes needs a critic with a torso of its own.*Leave critic_hidden_sizes",
+        ),
         (
             {"action_distribution": "beta"},
             "action_distribution must be left out where actions are integers.*got beta",

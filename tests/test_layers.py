@@ -16,7 +16,7 @@ LAYERS = [
     ["lazy"],
     ["ops", "errors"],
     ["config", "hparams"],
-    ["defaults", "presets", "types"],
+    ["defaults", "presets", "published", "types"],
     ["envs"],
     ["policy"],
     ["stages"],

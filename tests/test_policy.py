@@ -1,3 +1,4 @@
+import dataclasses
 from typing import get_args, get_type_hints
 
 import distrax
@@ -165,6 +166,27 @@ def test_actor_and_critic_alone_agree_with_both_together(shared_torso):
     np.testing.assert_allclose(policy.value(obs), value, rtol=1e-5)
     torsos = {name for name in policy.params["params"] if name.endswith("torso")}
     assert torsos == ({"actor_torso"} if shared_torso else {"actor_torso", "critic_torso"})
+
+
+def test_the_critic_can_have_widths_of_its_own():
+    spec = PolicySpec(
+        observation_space=Box((3,)),
+        action_space=Discrete(2),
+        hidden_sizes=[7, 6],
+        critic_hidden_sizes=[5],
+    )
+    params = init_params(spec, jax.random.key(0), jnp.zeros((1, 3)))["params"]
+    shapes = {
+        torso: [layer["kernel"].shape for _, layer in sorted(params[torso]["MLP_0"].items())]
+        for torso in ("actor_torso", "critic_torso")
+    }
+    assert shapes == {"actor_torso": [(3, 7), (7, 6)], "critic_torso": [(3, 5)]}
+    assert params["actor_out"]["kernel"].shape == (6, 2)
+    assert params["critic_out"]["kernel"].shape == (5, 1)
+    # No hidden layers are a choice as well, which None is not.
+    linear = dataclasses.replace(spec, critic_hidden_sizes=())
+    params = init_params(linear, jax.random.key(0), jnp.zeros((1, 3)))["params"]
+    assert params["critic_out"]["kernel"].shape == (3, 1)
 
 
 def test_the_first_policy_is_nearly_uniform():

@@ -10,6 +10,7 @@ from ppo_jax import Config, ConfigError, envs, make_trainer
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.stages.rollout import _unrolled_steps, rollout
+from tests.conftest import exact_jit
 from tests.test_platforms import as_accelerators_do
 
 N, T = 64, 16
@@ -95,7 +96,7 @@ def test_a_pool_changes_nothing_but_how_episodes_start():
     """Until the first episode ends, a rollout with a pool has the bits of one without."""
     trainer = make_trainer(Config(num_envs=8, num_steps=8))
     state = trainer.init(jax.random.key(0))
-    play = jax.jit(
+    play = exact_jit(
         lambda pool: rollout(
             trainer.env,
             trainer.env.params,

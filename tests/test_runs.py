@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnax
 import jax
@@ -16,12 +17,13 @@ import pytest
 import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, envs, make_trainer
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.runs import progress
+from ppo_jax.runs import progress, training
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
 from ppo_jax.runs.trained import evaluate_run
 from ppo_jax.stages.metrics import Metrics
+from tests.conftest import exact_jit
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -31,15 +33,18 @@ HPARAMS = HParams(learning_rate=1e-3)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return ppo_jax.train(
-        CONFIG,
-        HPARAMS,
-        seed=3,
-        run_dir=tmp_path_factory.mktemp("runs") / "one",
-        eval_episodes=5,
-        log_every=2,
-        progress=False,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # A test compares its bits with those of another program.
+        patch.setattr(training, "jax", SimpleNamespace(**{**vars(jax), "jit": exact_jit}))
+        return ppo_jax.train(
+            CONFIG,
+            HPARAMS,
+            seed=3,
+            run_dir=tmp_path_factory.mktemp("runs") / "one",
+            eval_episodes=5,
+            log_every=2,
+            progress=False,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def rows_of(run):
 
 def test_a_watched_run_has_the_numbers_of_trainer_run_bit_for_bit(run):
     trainer = make_trainer(CONFIG)
-    state, metrics = jax.jit(trainer.run)(jax.random.key(3), HPARAMS)
+    state, metrics = exact_jit(trainer.run)(jax.random.key(3), HPARAMS)
     for ours, whole in zip(
         jax.tree.leaves(run.state.learner), jax.tree.leaves(state.learner), strict=True
     ):

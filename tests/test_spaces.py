@@ -58,6 +58,7 @@ CASES = {
     "resnet": (BYTES, Discrete(3), {"network": "impala_cnn"}),
     "many": (MANY, Discrete(3), {"network": "minatar_cnn", "layer_norm": True}),
     "asymmetric": (MANY, Discrete(3), {"actor_keys": ("far",), "critic_keys": ("near", "seen")}),
+    "critic-widths": (VECTOR, Discrete(3), {"critic_hidden_sizes": (12, 6)}),
     "half": (VECTOR, BOUNDED, {"compute_dtype": "bfloat16"}),
     "half-many": (
         MANY,
@@ -77,6 +78,7 @@ CASES = {
     "normalized": (MANY, BOUNDED, {"normalize_obs": True, "normalize_reward": True}),
     "gru": (VECTOR, Discrete(3), {"memory": "gru"}),
     "gru-shared": (VECTOR, Discrete(3), {"memory": "gru", "shared_torso": True}),
+    "gru-critic-widths": (VECTOR, Discrete(3), {"memory": "gru", "critic_hidden_sizes": 5}),
     "lstm": (masked(4), Discrete(4), {"memory": "lstm"}),
     "lstm-normalized": (VECTOR, BOUNDED, {"memory": "lstm", "normalize_obs": True}),
     "mingru": (MANY, MultiDiscrete((2, 4)), {"memory": "mingru"}),

@@ -14,6 +14,7 @@ import pytest
 
 from ppo_jax import Config, ConfigError, envs, evaluate, make_trainer, presets
 from ppo_jax.envs.suites import SUITES
+from ppo_jax.published import BRAX_ARGUMENTS
 from ppo_jax.testing import check_env
 from tests.conftest import optimized_jit
 
@@ -470,6 +471,21 @@ def test_settings_of_playground_are_used_or_refused():
     both = jax.jit(twice.step)(key, state, action, twice.params)
     np.testing.assert_allclose(both.obs, second.obs, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(both.reward, first.reward + second.reward, rtol=1e-5)
+
+
+@needs("playground")
+def test_published_settings_of_playground_are_those_of_the_package():
+    registry = importlib.import_module("mujoco_playground").registry
+    params = importlib.import_module("mujoco_playground.config.dm_control_suite_params")
+    names = {name for name in BRAX_ARGUMENTS if name.startswith("playground:")}
+    tasks = set(registry.dm_control_suite.ALL_ENVS) - {"CartpoleBalance"}  # tuned here
+    assert names == {f"playground:{task}" for task in tasks}
+    for task in tasks:
+        theirs = params.brax_ppo_config(task).to_dict()
+        assert theirs["normalize_observations"]
+        assert theirs.get("action_repeat", 1) == 1
+        ours = BRAX_ARGUMENTS[f"playground:{task}"]
+        assert {name: theirs[name] for name in ours} == ours
 
 
 @needs("playground")

@@ -17,7 +17,7 @@ from ppo_jax.stages.collect import _evaluated_together, _values
 from ppo_jax.stages.optimizers import SCHEDULES, clip_actor_and_critic, make_optimizer
 from ppo_jax.stages.rollout import rollout
 from ppo_jax.types import Shard, Trajectory
-from tests.conftest import optimized_jit
+from tests.conftest import exact_jit, optimized_jit
 
 UPDATES = 6
 
@@ -53,16 +53,16 @@ class Case:
         self.init = self.jit(self.trainer.init)
         self.step = self.jit(self.trainer.step)
         self.run = self.jit(self.trainer.run)
-        self.run_lanes = jax.jit(jax.vmap(self.trainer.run))
+        self.run_lanes = exact_jit(jax.vmap(self.trainer.run))
 
     def jit(self, function):
-        """`jax.jit` that counts how often the function is traced."""
+        """`exact_jit` that counts how often the function is traced."""
 
         def traced(*args):
             self.traced[function.__name__] += 1
             return function(*args)
 
-        return jax.jit(traced)
+        return exact_jit(traced)
 
     def lanes(self, gammas):
         """Hyperparameters that are the same in every lane but for gamma."""

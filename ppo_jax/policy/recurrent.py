@@ -193,8 +193,11 @@ def run(
 ) -> list[Any]:
     """Returns the states of layers of one kind and size after every step; see `RecurrentLayer`.
 
-    An accelerator runs one loop, which launches as many kernels for several layers as for one. A
-    CPU multiplies a batch of small matrices more slowly than one after the other.
+    A GPU runs one loop, which launches as many kernels for several layers as for one. Elsewhere
+    each layer has a loop: a CPU multiplies a batch of small matrices more slowly than one after the
+    other, and the compiler for TPUs keeps arrays of both layers in the main memory. An update of
+    CartPole with two GRUs would move 124 instead of 20 GiB there, in 239 instead of 127 ms
+    (predicted for a v5e).
 
     Args:
       layers: bound modules.
@@ -229,7 +232,7 @@ def run(
         # A rollout takes one step at a time. A CPU would copy the kernels in every step to place
         # them side by side. The compiler for GPUs merges products of the same input.
         return separately(*arguments)
-    return jax.lax.platform_dependent(*arguments, cpu=separately, default=together)
+    return jax.lax.platform_dependent(*arguments, cpu=separately, tpu=separately, default=together)
 
 
 def _side_by_side(weights: _Weights) -> _Weights:

@@ -133,21 +133,27 @@ def network_of(spec: PolicySpec) -> ActorCritic:
       ConfigError: the policy does not fit the spaces.
     """
     _check_action_mask(spec)
-    if spec.critic_keys is not None and not spec.has_critic_torso:
-        raise ConfigError(
-            "critic_keys needs a critic with a torso of its own; the torso is shared, or the "
-            "algorithm has no critic. Leave critic_keys out."
-        )
+    for name in ("critic_keys", "critic_hidden_sizes"):
+        if getattr(spec, name) is not None and not spec.has_critic_torso:
+            raise ConfigError(
+                f"{name} needs a critic with a torso of its own; the torso is shared, or the "
+                f"algorithm has no critic. Leave {name} out."
+            )
     actor_view = networks.make_view(spec.observation_space, spec.actor_keys)
     critic_view = networks.make_view(spec.observation_space, spec.critic_keys)
+    critic_sizes = spec.critic_hidden_sizes
+    if critic_sizes is None:
+        critic_sizes = spec.hidden_sizes
     cell = None if spec.memory is None else RecurrentLayer(spec.memory, spec.memory_size)
     return ActorCritic(
         head=head_of(spec),
         space=spec.observation_space,
         actor_view=actor_view,
         critic_view=critic_view,
-        actor_torso=_make_torso(spec, actor_view),
-        critic_torso=_make_torso(spec, critic_view) if spec.has_critic_torso else None,
+        actor_torso=_make_torso(spec, actor_view, spec.hidden_sizes),
+        critic_torso=(
+            _make_torso(spec, critic_view, critic_sizes) if spec.has_critic_torso else None
+        ),
         actor_memory=cell,
         # A flax module that stands in two places would share its parameters.
         critic_memory=cell.copy() if cell is not None and spec.has_critic_torso else None,
@@ -193,7 +199,7 @@ def images_in_cache(spec: PolicySpec) -> int | None:
     return max(1, _CACHE // largest)
 
 
-def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
+def _make_torso(spec: PolicySpec, view: View, hidden_sizes: tuple[int, ...]) -> nn.Module:
     if not isinstance(spec.network, str):
         _check_module(spec, view.space)
         # A copy each for actor and critic: a flax module that stands in two places shares
@@ -222,7 +228,7 @@ def _make_torso(spec: PolicySpec, view: View) -> nn.Module:
     torso = networks.Torso(
         view.space,
         make_image,
-        functools.partial(networks.MLP, spec.hidden_sizes, activation, spec.layer_norm, dtype),
+        functools.partial(networks.MLP, hidden_sizes, activation, spec.layer_norm, dtype),
         spec.embedding_size,
         dtype,
     )
@@ -235,6 +241,7 @@ _CONTRACT = "network must be a flax.linen module that maps observations [B, ...]
 
 _SETTINGS_OF_NAMED_NETWORKS = (
     "hidden_sizes",
+    "critic_hidden_sizes",
     "activation",
     "layer_norm",
     "embedding_size",
