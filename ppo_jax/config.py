@@ -24,9 +24,9 @@ AdvantageNormalization = Literal["minibatch", "batch", "none"]
 ValueTarget = Literal["gae", "td"]
 Network = Literal["mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"]
 ComputeDtype = Literal["float32", "bfloat16"]
-MemoryKind = Literal["gru", "lstm", "mingru", "lru"]
+MemoryKind = Literal["gru", "lstm", "mingru", "lru", "gtrxl"]
 
-
+_OF_TRANSFORMERS = ("memory_window", "memory_layers", "memory_heads")
 _LARGEST_COUNT = 2**31 - 1
 
 
@@ -134,9 +134,17 @@ class PolicySettings:
     critic_keys: tuple[str, ...] | None = None
     """Entries of a dict observation that the critic sees."""
     memory: MemoryKind | None = None
-    """A recurrent cell after the hidden layers; minibatches then consist of whole environments."""
+    """A recurrent cell, or a gated transformer ("gtrxl"), after the hidden layers; minibatches then
+    consist of whole environments."""
     memory_size: int | None = None
-    """Width of the recurrent cell. None: 128."""
+    """Width of the cell, or of each layer of the transformer. None: 128."""
+    memory_window: int | None = None
+    """Transformer only, here and below: steps before the current one that a layer sees. None:
+    64."""
+    memory_layers: int | None = None
+    """Layers of the transformer. None: 2."""
+    memory_heads: int | None = None
+    """Heads of each attention; they divide memory_size. None: 4."""
     action_distribution: str | None = None
     """Distribution of continuous actions: "gaussian", "tanh_gaussian" or "beta". None: gaussian,
     clipped by the environment."""
@@ -162,9 +170,8 @@ class PolicySettings:
                 "network must be a name or a flax.linen module; got "
                 f"{type(self.network).__name__}. Names are {', '.join(get_args(Network))}."
             )
-        require_positive_integers(
-            {"embedding_size": self.embedding_size, "memory_size": self.memory_size}
-        )
+        sizes = ("embedding_size", "memory_size", *_OF_TRANSFORMERS)
+        require_positive_integers({name: getattr(self, name) for name in sizes})
         _require_choice("activation", self.activation, Activation)
         _require_choice("compute_dtype", self.compute_dtype, ComputeDtype)
         _require_choice("memory", self.memory, MemoryKind)
@@ -182,6 +189,13 @@ class PolicySettings:
                 f"memory_size needs a memory; got {self.memory_size} and none. Set memory, to "
                 f"{', '.join(get_args(MemoryKind))}, or leave memory_size out."
             )
+
+        for name in _OF_TRANSFORMERS:
+            if getattr(self, name) is not None and self.memory != "gtrxl":
+                raise ConfigError(
+                    f"{name} needs a transformer; got {getattr(self, name)} and {self.memory}. Set "
+                    f'memory to "gtrxl", or leave {name} out.'
+                )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the only way in a frozen dataclass

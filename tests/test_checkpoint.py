@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from ppo_jax import Config, ConfigError, HParams, load_state, make_trainer, save_state
 from ppo_jax.algorithms import ALGORITHMS
+from ppo_jax.config import MemoryKind
 from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.runs.checkpoint import flatten
 from ppo_jax.runs.policy_files import load_policy, save_policy
@@ -34,7 +36,7 @@ def assert_same_bits(one, other):
 
 KINDS = [
     *({"algorithm": name} for name in ALGORITHMS),
-    *({"memory": name, "num_minibatches": 2} for name in ("gru", "lstm", "mingru", "lru")),
+    *({"memory": name, "num_minibatches": 2} for name in get_args(MemoryKind)),
     *({"optimizer": name} for name in sorted(OPTIMIZERS)),
     {"normalize_obs": True, "normalize_reward": True},
     {"lr_schedule": "kl_adaptive"},

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -11,6 +12,7 @@ from ppo_jax import Config, HParams
 from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.cli import _spell_out, main
 from ppo_jax.commands.common import new_run_dir
+from ppo_jax.config import MemoryKind
 from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.envs import suites
 from ppo_jax.envs.wrappers import WRAPPERS
@@ -252,7 +254,7 @@ def test_help_shows_the_choices(command, capsys):
         "optimizer": OPTIMIZERS,
         "lr-schedule": SCHEDULES,
         "network": ["mlp", "cnn", "impala_cnn"],
-        "memory": ["gru", "lstm", "mingru", "lru"],
+        "memory": get_args(MemoryKind),
     }.items():
         assert all(choice in options[name] for choice in choices), name
     if command == "train":

@@ -36,6 +36,8 @@ def test_step_counts_can_be_written_as_powers_of_ten():
             {"hidden_sizes": (64, 0)},
             "every entry of hidden_sizes must be a positive integer; got 0",
         ),
+        ({"memory_window": 8, "memory": "gru"}, "memory_window needs a transformer; got 8 and gru"),
+        ({"memory_heads": 0, "memory": "gtrxl"}, "memory_heads must be a positive integer; got 0"),
         ({"critic_hidden_sizes": 0}, "critic_hidden_sizes must be a positive integer; got 0"),
         ({"critic_hidden_sizes": "8"}, "critic_hidden_sizes must be a list or a tuple; got '8'"),
         ({"activation": "tan"}, "unknown activation 'tan'. Did you mean tanh"),
@@ -90,6 +92,10 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
         ),
         ({"env": "FrozenLake-misc", "normalize_obs": True}, "needs floating-point observations"),
         ({"actor_keys": ("position",)}, "need observations that are dicts"),
+        (
+            {"memory": "gtrxl", "memory_size": 12, "memory_heads": 5},
+            "divisible by memory_heads; got 12 and 5. Try 4 or 6 heads",
+        ),
         (
             {"critic_hidden_sizes": (8,), "shared_torso": True},
             "critic_hidden_sizes needs a critic with a torso of its own.*Leave critic_hidden_sizes",

@@ -41,7 +41,7 @@ def test_trainings_run_and_resume_in_double_precision(tmp_path):
         "run = ppo_jax.resume(sys.argv[1], total_timesteps=144, progress=False)\n"
         "assert_same_bits(run.state, whole.state)\n"
         "assert run.state.rollout.obs.dtype.itemsize in (4, 8)\n"
-        "for memory in ('gru', 'lstm', 'mingru', 'lru'):\n"
+        "for memory in ('gru', 'lstm', 'mingru', 'lru', 'gtrxl'):\n"
         "    trainer = ppo_jax.make_trainer(config.replace(memory=memory, num_minibatches=2))\n"
         "    state = jax.eval_shape(trainer.init, jax.random.key(0))\n"
         "    after, _ = jax.eval_shape(trainer.step, state)\n"

@@ -41,11 +41,12 @@ CONFIGS = {
     "lstm": Config(hidden_sizes=(8,), memory="lstm", memory_size=4),
     "mingru": Config(hidden_sizes=(8,), memory="mingru", memory_size=4),
     "lru": Config(hidden_sizes=(8,), memory="lru", memory_size=4),
+    "gtrxl": Config(hidden_sizes=(8,), memory="gtrxl", memory_size=4, memory_window=3),
     "dict": Config(
         hidden_sizes=(8,), wrappers={"previous_action_reward": True}, normalize_obs=True
     ),
 }
-WITHOUT_DENSE = {"convolutions", "gru", "lstm", "mingru", "lru", "dict"}
+WITHOUT_DENSE = {"convolutions", "gru", "lstm", "mingru", "lru", "gtrxl", "dict"}
 
 
 @functools.cache

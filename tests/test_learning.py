@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import memories
 from ppo_jax import Config, HParams, evaluate, make_trainer, presets
 from tests.conftest import optimized_jit
 
@@ -80,6 +81,15 @@ def test_a_linear_recurrent_unit_remembers_a_hundred_steps(memory, is_long_enoug
     run = optimized_jit(jax.vmap(lambda key: trainer.run(key, hparams)[1]["episode/return"]))
     returns = run(jax.random.split(jax.random.key(0), 4))[:, -20:].mean(axis=1)
     assert (returns > 0.9).all() if is_long_enough else (returns < 0.5).all(), returns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "is_large_enough"), [("gtrxl", True), ("lru", False)])
+def test_a_transformer_remembers_many_things_at_once(memory, is_large_enough):
+    trainer = make_trainer(memories.config_of(memories.REPEAT, memory, total_timesteps=500_000))
+    run = optimized_jit(lambda key: trainer.run(key, memories.HPARAMS)[1]["episode/return"])
+    last = run(jax.random.key(0))[-5:].mean()
+    assert last > 0.8 if is_large_enough else last < 0.3, last
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from ppo_jax import Config, ConfigError, HParams, evaluate, make_trainer
 from ppo_jax.ops.gated_recurrence import output_of
 from ppo_jax.policy.initializers import draw
-from ppo_jax.policy.recurrent import RecurrentLayer, initial_state
+from ppo_jax.policy.recurrent import RecurrentLayer
 from ppo_jax.stages.collect import _values_in_sequence
 from ppo_jax.stages.rollout import rollout
 from tests.probes import PROBES, probe, probe_name
@@ -29,10 +29,9 @@ def test_a_sequence_is_its_steps_with_resets_in_random_places(kind):
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (T, N, F))
     start = jax.random.bernoulli(keys[1], 0.3, (T, N))
-    memory = jax.tree.map(
-        lambda m: jax.random.normal(keys[2], m.shape), initial_state(kind, SIZE, (N,))
-    )
     cell = RecurrentLayer(kind, SIZE)
+    zeros = cell.initial_state((N,))
+    memory = jax.tree.map(lambda m: jax.random.normal(keys[2], m.shape), zeros)
     params = initial_params(cell, keys[3], memory, x, start)
     together = cell.apply(params, memory, x, start)
     for t in range(T):
@@ -50,7 +49,7 @@ def test_a_sequence_is_its_steps_with_resets_in_random_places(kind):
 def test_nothing_of_an_episode_is_remembered_in_the_next(kind):
     keys = jax.random.split(jax.random.key(0), 2)
     cell = RecurrentLayer(kind, SIZE)
-    memory = initial_state(kind, SIZE, (1,))
+    memory = cell.initial_state((1,))
     x = jax.random.normal(keys[0], (4, 1, F))
     start = jnp.array([[True], [False], [True], [False]])
     params = initial_params(cell, keys[1], memory, x, start)
@@ -85,7 +84,7 @@ def test_lru_is_the_paper_s_recurrence():
     keys = jax.random.split(jax.random.key(2), 2)
     memory = tuple(
         jax.random.normal(key, x.shape)
-        for key, x in zip(keys, initial_state("lru", SIZE, (N,)), strict=True)
+        for key, x in zip(keys, cell.initial_state((N,)), strict=True)
     )
     params = initial_params(cell, jax.random.key(3), memory, x, start)
     p = jax.tree.map(np.asarray, params["params"]["LRU_0"])
@@ -110,7 +109,7 @@ def test_the_gradient_of_lru_is_that_of_its_steps_one_by_one():
     cell = RecurrentLayer("lru", SIZE)
     x = jax.random.normal(jax.random.key(0), (20, N, F))
     start = jax.random.uniform(jax.random.key(1), (20, N)) < 0.2
-    memory = initial_state("lru", SIZE, (N,))
+    memory = cell.initial_state((N,))
     params = initial_params(cell, jax.random.key(3), memory, x, start)
 
     def together(params, x):
@@ -156,7 +155,7 @@ def solve(name, **changes):
 
 
 @pytest.mark.parametrize(
-    ("kind", "shared_torso"), [*((kind, False) for kind in KINDS), ("gru", True)]
+    ("kind", "shared_torso"), [*((kind, False) for kind in (*KINDS, "gtrxl")), ("gru", True)]
 )
 def test_what_was_seen_is_recalled(kind, shared_torso):
     trainer, state, metrics = solve("recall", memory=kind, shared_torso=shared_torso)

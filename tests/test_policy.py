@@ -47,7 +47,7 @@ def test_orthogonal_matrices_have_no_preferred_direction_and_nothing_to_do_with_
     np.testing.assert_allclose(products, np.zeros((3, 3, 3, 3)), atol=0.02)
 
 
-@pytest.mark.parametrize("memory", [None, "gru", "lstm", "mingru", "lru"])
+@pytest.mark.parametrize("memory", [None, "gru", "lstm", "mingru", "lru", "gtrxl"])
 def test_every_kernel_is_drawn_and_units_vary_as_their_inputs_do(memory):
     spec = PolicySpec(
         observation_space=Box((4,)),
@@ -59,9 +59,10 @@ def test_every_kernel_is_drawn_and_units_vary_as_their_inputs_do(memory):
     kernels = {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if leaf.ndim == 2
+        if leaf.ndim == 2 and "bias" not in path[-1].key
     }
-    assert all(name.endswith("['kernel']") for name in kernels)  # and none is still a box
+    # None is still a box. Those of attention have names of their own.
+    assert all(name.endswith("['kernel']") or "['attention']" in name for name in kernels)
     assert all(np.abs(kernel).min() > 0.0 for kernel in kernels.values())
     # Mean squares of a unit's weights times its inputs: what inputs of deviation 1 make of it.
     variances = {name: (k**2).mean() * k.shape[0] for name, k in kernels.items()}

@@ -83,6 +83,7 @@ CASES = {
     "lstm-normalized": (VECTOR, BOUNDED, {"memory": "lstm", "normalize_obs": True}),
     "mingru": (MANY, MultiDiscrete((2, 4)), {"memory": "mingru"}),
     "lru": (MANY, MultiDiscrete((2, 4)), {"memory": "lru"}),
+    "gtrxl": (masked(4), Discrete(4), {"memory": "gtrxl", "memory_window": 3}),
     "gru-own-module": (VECTOR, Discrete(3), {"memory": "gru", "network": Doubled()}),
 }
 

@@ -15,7 +15,7 @@ from ppo_jax.errors import ConfigError, unknown_name
 from ppo_jax.ops.gated_recurrence import output_of
 from ppo_jax.policy.distributions import MASKED, Head
 from ppo_jax.policy.initializers import orthogonal
-from ppo_jax.policy.recurrent import RecurrentLayer, run
+from ppo_jax.policy.recurrent import Memory, run
 
 Convolutions = tuple[tuple[int, int, int], ...]
 """Features, width of the kernel and stride of each layer."""
@@ -279,8 +279,8 @@ class ActorCritic(nn.Module):
     actor_torso: nn.Module
     critic_torso: nn.Module | None
     # Parameters in saved policies have the names of these fields.
-    actor_memory: RecurrentLayer | None
-    critic_memory: RecurrentLayer | None
+    actor_memory: Memory | None
+    critic_memory: Memory | None
     has_critic: bool = True
 
     def setup(self) -> None:

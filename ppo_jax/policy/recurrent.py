@@ -29,6 +29,7 @@ from ppo_jax.ops.gated_recurrence import (
 )
 from ppo_jax.ops.recurrence import linear_recurrence
 from ppo_jax.policy.initializers import orthogonal
+from ppo_jax.policy.transformer import GatedTransformer
 
 
 class _Weights(NamedTuple):
@@ -74,6 +75,13 @@ class RecurrentLayer(nn.Module):
 
     kind: str
     size: int
+
+    def initial_state(self, batch_shape: tuple[int, ...]) -> Any:
+        """Returns the recurrent state at the start of an episode, zeros `[*batch_shape, *]`."""
+        zeros = jnp.zeros((*batch_shape, self.size), jnp.float32)
+        if self.kind == "lru":
+            return jnp.zeros((*batch_shape, 2 * self.size), jnp.float32), zeros
+        return (zeros, zeros) if self.kind == "lstm" else zeros
 
     def __call__(self, state: Any, x: jax.Array, start: jax.Array) -> Any:
         """Returns the recurrent state after every step.
@@ -185,13 +193,17 @@ def _affine(gates: Iterable[tuple[jax.Array, jax.Array]]) -> Affine:
     return Affine(list(kernels), list(biases))
 
 
+Memory = RecurrentLayer | GatedTransformer
+"""A layer over sequences, whose state is cleared where episodes start."""
+
+
 def run(
-    layers: Sequence[RecurrentLayer],
+    layers: Sequence[Memory],
     states: Sequence[Any],
     inputs: Sequence[jax.Array],
     start: jax.Array,
 ) -> list[Any]:
-    """Returns the states of layers of one kind and size after every step; see `RecurrentLayer`.
+    """Returns the states of layers of one kind and size after every step.
 
     A GPU runs one loop, which launches as many kernels for several layers as for one. Elsewhere
     each layer has a loop: a CPU multiplies a batch of small matrices more slowly than one after the
@@ -205,8 +217,10 @@ def run(
       inputs: of each layer, `[T, N, F]`; F may differ.
       start: `[T, N]`.
     """
+    each = zip(layers, states, inputs, strict=True)
+    if not isinstance(layers[0], RecurrentLayer):
+        return [layer(state, x, start) for layer, state, x in each]
     if layers[0].kind == "lru":
-        each = zip(layers, states, inputs, strict=True)
         return [_lru(layer.weights(x.shape[-1]), state, x, start) for layer, state, x in each]
     steps: Callable[..., Any] = partial(_steps, kind=layers[0].kind, size=layers[0].size)
     weights = [layer.weights(x.shape[-1]) for layer, x in zip(layers, inputs, strict=True)]
@@ -310,11 +324,3 @@ def _complex_of(parts: jax.Array) -> jax.Array:
 
 def _parts_of(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x.real, x.imag], axis=-1)
-
-
-def initial_state(kind: str, size: int, batch_shape: tuple[int, ...]) -> Any:
-    """Returns the recurrent state at the start of an episode, zeros `[*batch_shape, *]`."""
-    zeros = jnp.zeros((*batch_shape, size), jnp.float32)
-    if kind == "lru":
-        return jnp.zeros((*batch_shape, 2 * size), jnp.float32), zeros
-    return (zeros, zeros) if kind == "lstm" else zeros

@@ -19,18 +19,21 @@ from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.spaces import Box, Dict, Discrete, Leaf, MultiDiscrete, Space
 from ppo_jax.errors import ConfigError, require_new_name
 from ppo_jax.ops import running_stats
+from ppo_jax.ops.blocks import nearest_divisors
 from ppo_jax.ops.running_stats import RunningStats
-from ppo_jax.policy import networks, recurrent
+from ppo_jax.policy import networks
 from ppo_jax.policy.distributions import BOX_HEADS, Head, checked_head, make_head
 from ppo_jax.policy.initializers import draw
 from ppo_jax.policy.networks import ActorCritic, View
-from ppo_jax.policy.recurrent import RecurrentLayer
+from ppo_jax.policy.recurrent import Memory, RecurrentLayer
+from ppo_jax.policy.transformer import GatedTransformer
 
 ObsStats = tuple[RunningStats | None, ...]
 """One entry for each array of an observation, in the order of `jax.tree.leaves`; None for arrays
 that are not floating-point."""
 
 _DEFAULT_MEMORY_SIZE = 128
+_TRANSFORMER_DEFAULTS = {"memory_window": 64, "memory_layers": 2, "memory_heads": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,15 @@ class PolicySpec(PolicySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory is not None and self.memory_size is None:
-            self._set("memory_size", _DEFAULT_MEMORY_SIZE)
+        if self.memory is None:
+            return
+        defaults = {"memory_size": _DEFAULT_MEMORY_SIZE}
+        # Recurrent cells have a size alone.
+        if self.memory == "gtrxl":
+            defaults |= _TRANSFORMER_DEFAULTS
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                self._set(name, value)
 
     @property
     def has_critic_torso(self) -> bool:
@@ -106,13 +116,11 @@ def initial_recurrent_state(spec: PolicySpec, batch_shape: tuple[int, ...]) -> A
     A mapping from "actor", and "critic" if it has a cell of its own, to their states; None without
     a memory.
     """
-    if spec.memory is None:
+    memory = _make_memory(spec)
+    if memory is None:
         return None
-    assert spec.memory_size is not None, "a spec completes it"
     parts = ["actor", "critic"] if spec.has_critic_torso else ["actor"]
-    return {
-        part: recurrent.initial_state(spec.memory, spec.memory_size, batch_shape) for part in parts
-    }
+    return {part: memory.initial_state(batch_shape) for part in parts}
 
 
 @functools.cache
@@ -144,7 +152,7 @@ def network_of(spec: PolicySpec) -> ActorCritic:
     critic_sizes = spec.critic_hidden_sizes
     if critic_sizes is None:
         critic_sizes = spec.hidden_sizes
-    cell = None if spec.memory is None else RecurrentLayer(spec.memory, spec.memory_size)
+    memory = _make_memory(spec)
     return ActorCritic(
         head=head_of(spec),
         space=spec.observation_space,
@@ -154,9 +162,9 @@ def network_of(spec: PolicySpec) -> ActorCritic:
         critic_torso=(
             _make_torso(spec, critic_view, critic_sizes) if spec.has_critic_torso else None
         ),
-        actor_memory=cell,
+        actor_memory=memory,
         # A flax module that stands in two places would share its parameters.
-        critic_memory=cell.copy() if cell is not None and spec.has_critic_torso else None,
+        critic_memory=memory.copy() if memory is not None and spec.has_critic_torso else None,
         has_critic=spec.has_critic,
     )
 
@@ -197,6 +205,22 @@ def images_in_cache(spec: PolicySpec) -> int | None:
     images = filter(networks.is_image, spaces.leaves(torso.space))
     largest = max(make_image().bytes_of_patches(spaces.shape_of(leaf)) for leaf in images)
     return max(1, _CACHE // largest)
+
+
+def _make_memory(spec: PolicySpec) -> Memory | None:
+    size = spec.memory_size
+    if spec.memory is None or size is None:
+        return None
+    if spec.memory != "gtrxl":
+        return RecurrentLayer(spec.memory, size)
+    window, layers, heads = (getattr(spec, name) for name in _TRANSFORMER_DEFAULTS)
+    if size % heads:
+        near = " or ".join(map(str, nearest_divisors(size, heads)))
+        raise ConfigError(
+            f"memory_size must be divisible by memory_heads; got {size} and {heads}. Try {near} "
+            "heads."
+        )
+    return GatedTransformer(size, window, layers, heads)
 
 
 def _make_torso(spec: PolicySpec, view: View, hidden_sizes: tuple[int, ...]) -> nn.Module:
