@@ -42,7 +42,7 @@ TRAIN = [
     "--quiet",
 ]
 SHORT = ["--total-timesteps", "2048"]
-MEDIUM = ["--total-timesteps", "102400"]
+MEDIUM = ["--total-timesteps", "38400"]
 # A training that lasts until it is stopped, on however fast a machine.
 LONG = ["--total-timesteps", "12800000"]
 # Stated in docs/machines.md: the others end at once, apart from the pause of the first process.

@@ -208,7 +208,7 @@ def run(
     A GPU runs one loop, which launches as many kernels for several layers as for one. Elsewhere
     each layer has a loop: a CPU multiplies a batch of small matrices more slowly than one after the
     other, and the compiler for TPUs keeps arrays of both layers in the main memory. An update of
-    CartPole with two GRUs would move 124 instead of 20 GiB there, in 239 instead of 127 ms
+    CartPole with two GRUs would move 124 instead of 19 GiB there, in 239 instead of 127 ms
     (predicted for a v5e).
 
     Args:
