@@ -35,10 +35,10 @@ class Cards(NamedTuple):
 
 
 def repeat_previous(steps: int, length: int) -> Environment:
-    """Shows a card each step; the action that is right is the suit shown `steps` steps before.
+    """Shows a suit each step; the action that is right is the one shown `steps` steps before.
 
-    RepeatPrevious of POPGym (Morad et al. 2023, arXiv:2303.01859): returns are in [-1, 1], and
-    random actions have one of -0.5. Its medium difficulty has 32 steps and 104 cards.
+    Modelled on RepeatPrevious of POPGym (Morad et al. 2023, arXiv:2303.01859), which shuffles whole
+    decks and shows when an action counts. Returns are in [-1, 1]; random actions have one of -0.5.
     """
 
     def observe(state: Cards) -> jax.Array:
@@ -63,8 +63,6 @@ def repeat_previous(steps: int, length: int) -> Environment:
 
 
 REPEAT = "repeat_previous_32"
-envs.register(REPEAT, lambda: repeat_previous(32, 104), overwrite=True)
-
 TASKS: dict[str, dict[str, Any]] = {
     "MemoryChain-bsuite": {"env_params": {"memory_length": 100}},
     REPEAT: {},
@@ -76,7 +74,8 @@ HPARAMS = HParams(learning_rate=1e-3, value_clip_eps=0.2)
 
 
 def config_of(task: str, memory: str, **changes: Any) -> Config:
-    """Returns the training of a task with a memory."""
+    """Returns the training of a task with a memory; registers the task."""
+    envs.register(REPEAT, lambda: repeat_previous(32, 104), overwrite=True)
     config = Config(
         env=task,
         memory=typing.cast(MemoryKind, memory),

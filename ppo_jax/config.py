@@ -26,7 +26,8 @@ Network = Literal["mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"]
 ComputeDtype = Literal["float32", "bfloat16"]
 MemoryKind = Literal["gru", "lstm", "mingru", "lru", "gtrxl"]
 
-_OF_TRANSFORMERS = ("memory_window", "memory_layers", "memory_heads")
+TRANSFORMER_DEFAULTS = {"memory_window": 64, "memory_layers": 2, "memory_heads": 4}
+"""Settings of a transformer, for what is None."""
 _LARGEST_COUNT = 2**31 - 1
 
 
@@ -113,7 +114,8 @@ class PolicySettings:
     conv_layers: tuple[tuple[int, int, int], ...] = ()
     """Features, kernel and stride of each convolution of network "cnn"."""
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers of actor and critic."""
+    """Widths of the hidden layers of actor and critic; of the actor alone where
+    critic_hidden_sizes is set."""
     critic_hidden_sizes: tuple[int, ...] | None = None
     """Widths of the critic's hidden layers. None: those of hidden_sizes."""
     activation: Activation = "tanh"
@@ -125,7 +127,7 @@ class PolicySettings:
     compute_dtype: ComputeDtype = "float32"
     """Type in which hidden layers and convolutions multiply, and keep what their derivatives need.
     "bfloat16" halves that memory, and is faster on accelerators, most of all for wide layers.
-    Parameters, recurrent cells, the layers of actions and values, losses and the optimiser are
+    Parameters, memories, the layers of actions and values, losses and the optimiser are
     float32 in either case."""
     shared_torso: bool = False
     """Actor and critic share their hidden layers, and their memory."""
@@ -139,12 +141,11 @@ class PolicySettings:
     memory_size: int | None = None
     """Width of the cell, or of each layer of the transformer. None: 128."""
     memory_window: int | None = None
-    """Transformer only, here and below: steps before the current one that a layer sees. None:
-    64."""
+    """Transformer only: steps before the current one that a layer sees. None: 64."""
     memory_layers: int | None = None
-    """Layers of the transformer. None: 2."""
+    """Transformer only: number of layers. None: 2."""
     memory_heads: int | None = None
-    """Heads of each attention; they divide memory_size. None: 4."""
+    """Transformer only: heads of each attention, which divide memory_size. None: 4."""
     action_distribution: str | None = None
     """Distribution of continuous actions: "gaussian", "tanh_gaussian" or "beta". None: gaussian,
     clipped by the environment."""
@@ -170,7 +171,7 @@ class PolicySettings:
                 "network must be a name or a flax.linen module; got "
                 f"{type(self.network).__name__}. Names are {', '.join(get_args(Network))}."
             )
-        sizes = ("embedding_size", "memory_size", *_OF_TRANSFORMERS)
+        sizes = ("embedding_size", "memory_size", *TRANSFORMER_DEFAULTS)
         require_positive_integers({name: getattr(self, name) for name in sizes})
         _require_choice("activation", self.activation, Activation)
         _require_choice("compute_dtype", self.compute_dtype, ComputeDtype)
@@ -189,12 +190,11 @@ class PolicySettings:
                 f"memory_size needs a memory; got {self.memory_size} and none. Set memory, to "
                 f"{', '.join(get_args(MemoryKind))}, or leave memory_size out."
             )
-
-        for name in _OF_TRANSFORMERS:
+        for name in TRANSFORMER_DEFAULTS:
             if getattr(self, name) is not None and self.memory != "gtrxl":
                 raise ConfigError(
-                    f"{name} needs a transformer; got {getattr(self, name)} and {self.memory}. Set "
-                    f'memory to "gtrxl", or leave {name} out.'
+                    f"{name} needs a transformer; got {getattr(self, name)} and "
+                    f'memory={self.memory}. Set memory to "gtrxl", or leave {name} out.'
                 )
 
     def _set(self, name: str, value: Any) -> None:

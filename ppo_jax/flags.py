@@ -137,9 +137,9 @@ def space_flags(config: Config, hparams: HParams, *, has_several_algorithms: boo
         fields.append((name, Annotated[str | None, shown], None))
     flags = dataclasses.make_dataclass("SpaceFlags", fields, frozen=True, kw_only=True)
     flags.__doc__ = """The settings of `train`, which explains them. Values with commas,
-    uniform(LOW,HIGH), loguniform(LOW,HIGH) and choice(VALUES) are varied. hidden_sizes are written
-    64x64,128x128. Parameters of the environment, env_params.NAME, can be varied in a --config
-    file."""
+    uniform(LOW,HIGH), loguniform(LOW,HIGH) and choice(VALUES) are varied. hidden_sizes and
+    critic_hidden_sizes are written 64x64,128x128. Parameters of the environment, env_params.NAME,
+    can be varied in a --config file."""
     return flags()
 
 

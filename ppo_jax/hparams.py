@@ -101,7 +101,7 @@ class HParams:
     """Largest absolute reward that is learned from, after all scaling. None: no clipping."""
     hidden_gain: Any = hyperparameter()
     """Gain of the orthogonal initialisation of hidden layers and convolutions. The weights inside a
-    recurrent cell have a gain of 1, whatever this is."""
+    memory have a gain of 1, whatever this is."""
     actor_gain: Any = hyperparameter()
     """Gain of the actor's last layer; a small one makes the first policy nearly uniform."""
     critic_gain: Any = hyperparameter()

@@ -277,7 +277,7 @@ _ARGUMENTS = ("env_kwargs", "env_params")
 
 
 def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
-    """Returns the settings tuned for `algorithm` in `env`, or the defaults where there are none.
+    """Returns the preset of `algorithm` in `env`, or the defaults where there is none.
 
     Args:
       env: an environment's name.
@@ -292,10 +292,10 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     >>> config.num_envs
     16
     """
-    tuned = _tuned(env).get(algorithm, _Preset({}, {}))
-    settings = {**tuned.config, **with_arguments(tuned.config, changes)}
+    start = _presets_of(env).get(algorithm, _Preset({}, {}))
+    settings = {**start.config, **with_arguments(start.config, changes)}
     config = Config(env=env, algorithm=algorithm).replace(**settings)
-    return config, HParams(**tuned.hparams)
+    return config, HParams(**start.hparams)
 
 
 def with_arguments(start: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,10 +319,10 @@ def names() -> tuple[str, ...]:
 
 def algorithms(env: str) -> tuple[str, ...]:
     """Returns the names of the algorithms that have a preset for `env`."""
-    return tuple(_tuned(env))
+    return tuple(_presets_of(env))
 
 
-def _tuned(env: str) -> dict[str, _Preset]:
+def _presets_of(env: str) -> dict[str, _Preset]:
     """Returns the presets of an environment, or of its suite, by algorithm."""
     presets = _PRESETS | _ON_HOST
     if env in presets:

@@ -104,7 +104,8 @@ def from_brax(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, f
     An update of Brax collects `batch_size * num_minibatches` segments of `unroll_length` steps, and
     computes the advantages of each segment alone. Here the segments of an environment are one
     rollout, so that advantages see beyond the ends of segments. Minibatches have as many samples,
-    which are drawn one by one instead of in segments.
+    which are drawn one by one instead of in segments. Brax rounds the number of updates up to a
+    multiple of its evaluations and of the resets between them; here it is rounded down.
     """
     # Every environment contributes the same number of segments to an update.
     segments = arguments["batch_size"] * arguments["num_minibatches"] // arguments["num_envs"]
@@ -118,7 +119,8 @@ def from_brax(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, f
         "normalize_obs": True,
         "hidden_sizes": (32,) * 4,
         "critic_hidden_sizes": (256,) * 5,
-        # Below, defaults of Brax.
+        "optimizer_kwargs": {"eps": 1e-8},
+        # Below, defaults of Brax's networks.
         "activation": "silu",
         "action_distribution": "tanh_gaussian",
         "state_dependent_std": True,

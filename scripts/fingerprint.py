@@ -51,6 +51,8 @@ _CASES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "ppo gru": ({"memory": "gru"}, {}),
     "ppo lstm shared": ({"memory": "lstm", "shared_torso": True}, {}),
     "ppo mingru": ({"memory": "mingru", "memory_size": 16}, {}),
+    "ppo lru": ({"memory": "lru", "memory_size": 16}, {}),
+    "ppo gtrxl": ({"memory": "gtrxl", "memory_size": 16, "memory_window": 4}, {}),
     "trpo gru": ({"memory": "gru", "memory_size": 16}, {}),
     "ppo target": ({"lr_schedule": "constant"}, {"learning_rate": 0.01, "target_kl": 0.01}),
     "ppo clips": (

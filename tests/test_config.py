@@ -36,7 +36,7 @@ def test_step_counts_can_be_written_as_powers_of_ten():
             {"hidden_sizes": (64, 0)},
             "every entry of hidden_sizes must be a positive integer; got 0",
         ),
-        ({"memory_window": 8, "memory": "gru"}, "memory_window needs a transformer; got 8 and gru"),
+        ({"memory_window": 8, "memory": "gru"}, "needs a transformer; got 8 and memory=gru"),
         ({"memory_heads": 0, "memory": "gtrxl"}, "memory_heads must be a positive integer; got 0"),
         ({"critic_hidden_sizes": 0}, "critic_hidden_sizes must be a positive integer; got 0"),
         ({"critic_hidden_sizes": "8"}, "critic_hidden_sizes must be a list or a tuple; got '8'"),

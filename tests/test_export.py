@@ -72,17 +72,19 @@ def policy_of(name):
 def inputs_of(policy):
     rng = np.random.default_rng(0)
 
-    def draw(x):
+    def draw(x, largest=1):
         if x.dtype == bool:
             return rng.random(x.shape) < 0.5
         if jnp.issubdtype(x.dtype, jnp.integer):
-            return rng.integers(0, 2, x.shape).astype(x.dtype)
+            return rng.integers(0, largest + 1, x.shape).astype(x.dtype)
         return rng.normal(size=x.shape).astype(x.dtype)
 
-    example = [obs_shapes(policy, BATCH)]
+    example = [jax.tree.map(draw, obs_shapes(policy, BATCH))]
     if policy.spec.memory is not None:
-        example.append(state_shapes(policy, BATCH))
-    return jax.tree.map(draw, example)
+        # The integers of a state are how many steps a transformer remembers, here at most 3.
+        draw_state = functools.partial(draw, largest=3)
+        example.append(jax.tree.map(draw_state, state_shapes(policy, BATCH)))
+    return example
 
 
 WITHOUT_PACKAGE = """

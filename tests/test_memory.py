@@ -155,7 +155,8 @@ def solve(name, **changes):
 
 
 @pytest.mark.parametrize(
-    ("kind", "shared_torso"), [*((kind, False) for kind in (*KINDS, "gtrxl")), ("gru", True)]
+    ("kind", "shared_torso"),
+    [*((kind, False) for kind in (*KINDS, "gtrxl")), ("gru", True), ("gtrxl", True)],
 )
 def test_what_was_seen_is_recalled(kind, shared_torso):
     trainer, state, metrics = solve("recall", memory=kind, shared_torso=shared_torso)

@@ -48,9 +48,11 @@ MANY = {"num_envs": 32, "num_steps": 4}  # packed with the environments as the l
         ("image", {"algorithm": "ppo_adaptive"}, as_accelerators_do),
         pytest.param("gaussian", {"algorithm": "trpo"}, as_accelerators_do, marks=pytest.mark.slow),
         ("gru", {}, as_accelerators_do),
+        ("gru", {}, as_tpus_do),
         pytest.param("lstm", {}, as_accelerators_do, marks=pytest.mark.slow),
         ("mingru", {}, as_accelerators_do),
         ("lru", {}, as_accelerators_do),
+        ("gtrxl", {}, as_accelerators_do),
     ],
 )
 def test_an_accelerator_s_program_trains_as_a_cpu_s(case, changes, platform_dependent, monkeypatch):

@@ -21,6 +21,7 @@ def test_the_settings_of_ant_are_those_of_braxs_notebook():
     assert config.batch_size // config.num_minibatches == 10_240
     assert config.total_timesteps == 50_000_000
     assert dict(config.env_kwargs) == {"backend": "positional"}
+    assert dict(config.optimizer_kwargs) == {"eps": 1e-8}
     assert (config.hidden_sizes, config.critic_hidden_sizes) == ((32,) * 4, (256,) * 5)
     given = {"learning_rate": 3e-4, "gamma": 0.97, "ent_coef": 0.01, "reward_scale": 10.0}
     assert given.items() <= hparams.given().items()
@@ -42,7 +43,8 @@ def test_an_update_has_the_samples_and_gradient_steps_of_brax(name):
     config = Config(**from_brax(arguments)[0])
     minibatch = arguments["batch_size"] * arguments["unroll_length"]
     assert config.batch_size == minibatch * arguments["num_minibatches"]
-    assert config.num_updates >= 1
+    assert config.num_minibatches == arguments["num_minibatches"]
+    assert config.num_epochs == arguments["num_updates_per_batch"]
 
 
 def test_what_was_tuned_here_comes_first_and_other_algorithms_have_no_published_settings():

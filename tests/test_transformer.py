@@ -15,14 +15,14 @@ T, N, F, D, M, L, H = 11, 3, 5, 8, 4, 2, 2
 def sequence():
     """A layer with parameters that are nowhere zero, a sequence of several episodes, and states."""
     layer = GatedTransformer(size=D, window=M, num_layers=L, num_heads=H)
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys = jax.random.split(jax.random.key(0), 6)
     x = jax.random.normal(keys[0], (T, N, F))
     start = jax.random.bernoulli(keys[1], 0.2, (T, N)).at[0].set([True, False, False])
     # Without a start the first step sees a full memory and one of two steps.
     past = jax.random.normal(keys[2], (N, L, M, D))
     state = past, jnp.array([3, M, 2]), jnp.zeros((N, D))
     params = draw(keys[3], layer.init(keys[4], state, x, start))
-    noise = iter(jax.random.split(keys[4], len(jax.tree.leaves(params))))
+    noise = iter(jax.random.split(keys[5], len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(next(noise), p.shape), params)
     return layer, params, state, x, start
 
@@ -129,6 +129,22 @@ def test_a_step_sees_its_episode_and_its_window_and_nothing_else():
     for t, seen in {1: [0, 1], 4: [2, 3, 4], 6: [2, 3, 4, 5, 6], 9: [5, 6, 7, 8, 9]}.items():
         influence = np.abs(jax.grad(output)(x, t)).max(axis=(1, 2))
         assert list(np.flatnonzero(influence)) == seen
+
+
+@pytest.mark.parametrize("num_steps", [1, T])
+def test_a_step_that_is_not_finite_is_no_part_of_the_next_episode(sequence, num_steps):
+    layer, params, state, x, _ = sequence
+    outputs = []
+    for t in range(0, T, num_steps):
+        start = jnp.zeros((num_steps, N), bool)
+        if t <= 4 < t + num_steps:
+            start = start.at[4 - t].set(True)
+        part = x.at[3].set(jnp.nan)[t : t + num_steps]
+        after = layer.apply(params, state, part, start)
+        state = jax.tree.map(lambda leaf: leaf[-1], after)
+        outputs.append(after[-1])
+    is_finite = np.isfinite(np.concatenate(outputs)).all(axis=(1, 2))
+    assert list(np.flatnonzero(~is_finite)) == [3]
 
 
 def test_rows_of_scores_move_to_the_inputs_at_their_distance():

@@ -90,8 +90,8 @@ class ProcessOptions:
 class TrainCommand:
     """Train a policy, evaluate it, and keep both in a run directory.
 
-    A known environment and algorithm start from their tuned preset, others from the algorithm's
-    defaults; flags override either.
+    A known environment and algorithm start from their preset, others from the algorithm's defaults;
+    flags override either.
     """
 
     config: tyro.conf.OmitArgPrefixes[Any]

@@ -266,9 +266,9 @@ def make_view(space: Space, names: tuple[str, ...] | None) -> View:
 class ActorCritic(nn.Module):
     """An actor and a critic over observations of any batch shape.
 
-    Each has a torso, and a recurrent cell if any, of its own, unless the critic shares the actor's.
-    The two are methods because a rollout needs only the actor: values come from batched calls
-    afterwards. With cells, observations are sequences `[T, N, ...]`, and `state` holds the
+    Each has a torso, and a memory if any, of its own, unless the critic shares the actor's. The two
+    are methods because a rollout needs only the actor: values come from batched calls afterwards.
+    With memories, observations are sequences `[T, N, ...]`, and `state` holds the
     recurrent state of each part before them, `{"actor": …, "critic": …}`.
     """
 
@@ -322,15 +322,15 @@ class ActorCritic(nn.Module):
     def _features(
         self, part: str, obs: Any, state: Any, start: jax.Array | None
     ) -> tuple[jax.Array, Any]:
-        view, torso, cell = {
+        view, torso, memory = {
             "actor": (self.actor_view, self.actor_torso, self.actor_memory),
             "critic": (self.critic_view, self.critic_torso, self.critic_memory),
         }[part]
         x = self._apply_torso(torso, view, obs)
-        if cell is None:
+        if memory is None:
             return x, None
         assert start is not None, "a sequence has starts"
-        states = cell(state[part], x, start)
+        states = memory(state[part], x, start)
         return output_of(states), {part: states}
 
     def _features_of_both(

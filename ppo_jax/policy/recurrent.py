@@ -1,4 +1,4 @@
-"""Recurrent layers over whole sequences, whose state is cleared where episodes start.
+"""Memories: layers over whole sequences, whose state is cleared where episodes start.
 
 A recurrent state is what a layer carries from step to step, `[N, size]`. An LSTM and a linear
 recurrent unit carry a tuple whose last entry is the output.

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import Config, PolicySettings
+from ppo_jax.config import TRANSFORMER_DEFAULTS, Config, PolicySettings
 from ppo_jax.envs import spaces
 from ppo_jax.envs.checks import example
 from ppo_jax.envs.environment import Environment
@@ -33,7 +33,6 @@ ObsStats = tuple[RunningStats | None, ...]
 that are not floating-point."""
 
 _DEFAULT_MEMORY_SIZE = 128
-_TRANSFORMER_DEFAULTS = {"memory_window": 64, "memory_layers": 2, "memory_heads": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +50,14 @@ class PolicySpec(PolicySettings):
         defaults = {"memory_size": _DEFAULT_MEMORY_SIZE}
         # Recurrent cells have a size alone.
         if self.memory == "gtrxl":
-            defaults |= _TRANSFORMER_DEFAULTS
+            defaults |= TRANSFORMER_DEFAULTS
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 self._set(name, value)
 
     @property
     def has_critic_torso(self) -> bool:
-        """The critic has hidden layers, and a recurrent cell if any, of its own."""
+        """The critic has hidden layers, and a memory if any, of its own."""
         return self.has_critic and not self.shared_torso
 
 
@@ -113,8 +112,8 @@ def init_params(
 def initial_recurrent_state(spec: PolicySpec, batch_shape: tuple[int, ...]) -> Any:
     """Returns the recurrent state of actor and critic at the start of an episode.
 
-    A mapping from "actor", and "critic" if it has a cell of its own, to their states; None without
-    a memory.
+    A mapping from "actor", and "critic" if it has a memory of its own, to their states; None
+    without a memory.
     """
     memory = _make_memory(spec)
     if memory is None:
@@ -208,12 +207,13 @@ def images_in_cache(spec: PolicySpec) -> int | None:
 
 
 def _make_memory(spec: PolicySpec) -> Memory | None:
-    size = spec.memory_size
-    if spec.memory is None or size is None:
+    if spec.memory is None:
         return None
+    size = spec.memory_size
+    assert size is not None, "a spec completes it"
     if spec.memory != "gtrxl":
         return RecurrentLayer(spec.memory, size)
-    window, layers, heads = (getattr(spec, name) for name in _TRANSFORMER_DEFAULTS)
+    window, layers, heads = (getattr(spec, name) for name in TRANSFORMER_DEFAULTS)
     if size % heads:
         near = " or ".join(map(str, nearest_divisors(size, heads)))
         raise ConfigError(

@@ -26,8 +26,8 @@ the episode, int32 `[N]`; and the output `[N, D]`.
 class GatedTransformer(nn.Module):
     """Layers of attention to the last steps of the episode, each with a gated residual.
 
-    The memory has the inputs of each layer as they were when the policy acted, so that a sequence
-    that continues an earlier one sees what parameters before the last update computed.
+    The memory keeps each layer's inputs as they were computed when the policy acted. They are
+    constants in an update, also after the parameters have changed.
     """
 
     size: int
@@ -67,7 +67,7 @@ class GatedTransformer(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention and two dense layers, each normalised before it and gated after it."""
+    """Attention and a two-layer MLP; each normalises its input and is followed by a gate."""
 
     num_heads: int
 
@@ -76,6 +76,9 @@ class _Layer(nn.Module):
         """Returns outputs `[T, N, D]` of inputs `[M + T, N, D]`; for `visible` see `_visible`."""
         size = inputs.shape[-1]
         x = inputs[-len(visible) :]
+        # What a step does not see has weight 0, and 0 times NaN would be NaN. The step that is not
+        # finite itself has such an output all the same, by `x`.
+        inputs = jnp.where(jnp.isfinite(inputs), inputs, 0.0)
         attended = _Attention(self.num_heads, name="attention")(
             nn.LayerNorm(name="attention_norm")(inputs), visible
         )
@@ -120,10 +123,10 @@ class _Attention(nn.Module):
         positions = jnp.einsum("md,dhk->mhk", _positions(window, size), by_head("position"))
         scores = _shifted(jnp.einsum("tnhk,mhk->nhtm", by_position, positions), num_steps)
         if num_steps == 1:
-            # One step multiplies its query, and what it attends to, by the kernels instead of all
-            # inputs: D times as much work would be done for each step of the memory.
-            by_content = jnp.einsum("tnhk,dhk->tnhd", by_content, key_kernel)
-            scores += jnp.einsum("tnhd,snd->nhts", by_content, inputs)
+            # One step multiplies its query, and what it attends to, by the kernels. A remembered
+            # step then takes H·D products; multiplying its input by a kernel would take D².
+            by_input = jnp.einsum("tnhk,dhk->tnhd", by_content, key_kernel)
+            scores += jnp.einsum("tnhd,snd->nhts", by_input, inputs)
         else:
             keys = jnp.einsum("snd,dhk->snhk", inputs, key_kernel)
             scores += jnp.einsum("tnhk,snhk->nhts", by_content, keys)
@@ -141,7 +144,7 @@ class _Attention(nn.Module):
 
 
 class _Gate(nn.Module):
-    """The gated recurrent unit in place of a residual sum: Parisotto et al. 2019, section 3.2.2."""
+    """The gated recurrent unit in place of a residual sum: Parisotto et al. 2019, section 3.2."""
 
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
