@@ -234,6 +234,19 @@ _PRESETS: dict[str, dict[str, _Preset]] = {
             {**_CLIPPED_VALUE, "gamma": 0.95},
         ),
     },
+    "jaxtari:pong": {
+        # Objects, not pictures. A game to 21 points takes fewer than 5,000 actions of four frames.
+        "ppo": _Preset(
+            {
+                **_GRID.config,
+                "num_envs": 64,
+                "normalize_obs": True,
+                "wrappers": {"action_repeat": 4, "time_limit": 5_000},
+                "total_timesteps": 4_000_000,
+            },
+            _CLIPPED_VALUE,
+        ),
+    },
     "jumanji:Snake-v1": {"ppo": _LONG_GRID},
     "navix:Navix-Empty-Random-6x6-v0": {"ppo": _GRID},
     "navix:Navix-DoorKey-5x5-v0": {"ppo": _LONG_GRID},

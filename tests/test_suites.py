@@ -548,6 +548,7 @@ BARS = {
     "jumanji:Snake-v1": 9.0,
     "navix:Navix-DoorKey-5x5-v0": 0.9,
     "navix:Navix-Empty-Random-6x6-v0": 0.9,
+    "jaxtari:pong": 10.0,
     "octax:wipe_off": 30.0,
     "pgx:connect_four": 0.8,
     "pgx:tic_tac_toe": 0.7,
