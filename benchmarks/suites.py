@@ -22,7 +22,8 @@ from benchmarks import machine
 from ppo_jax import evaluate, make_trainer, presets
 from ppo_jax.runs.run import train
 
-TASKS = tuple(name for name in presets.names() if ":" in name)
+# Of the tasks with published settings, one that a CPU trains in minutes.
+TASKS = ("brax:inverted_pendulum", *(name for name in presets.names() if ":" in name))
 
 
 def sampled_return(policy: Any, env: Any, seed: int, num_episodes: int) -> float:
