@@ -25,10 +25,11 @@ from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.runs.run import train
 
 SUITS = 4
+REPEAT = "repeat_previous"
 
 
 class Cards(NamedTuple):
-    """A deck, and how many of its cards have been shown before the current one."""
+    """Suits of all cards of an episode, and how many were shown before the current one."""
 
     suits: jax.Array  # int32 [length + 1]
     time: jax.Array  # int32 []
@@ -59,10 +60,9 @@ def repeat_previous(steps: int, length: int) -> Environment:
         return Step(observe(state), state, reward, state.time >= length, jnp.array(False))
 
     space, actions = Box((SUITS,)), Discrete(SUITS)
-    return Environment("repeat_previous", reset, step, (), space, actions)
+    return Environment(REPEAT, reset, step, (), space, actions)
 
 
-REPEAT = "repeat_previous_32"
 TASKS: dict[str, dict[str, Any]] = {
     "MemoryChain-bsuite": {"env_params": {"memory_length": 100}},
     REPEAT: {},
