@@ -27,7 +27,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 MemoryKind = Literal["gru", "lstm", "mingru", "lru", "gtrxl"]
 
 TRANSFORMER_DEFAULTS = {"memory_window": 64, "memory_layers": 2, "memory_heads": 4}
-"""What a transformer's settings are where they are None."""
+"""Values of a transformer's settings that are None."""
 _LARGEST_COUNT = 2**31 - 1
 
 
