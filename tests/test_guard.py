@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import struct
 
@@ -18,6 +19,7 @@ from ppo_jax.ops import running_stats
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.stages.update_rules import SKIPPED, _FlatLearner, _guarded
 from tests.test_checkpoint import assert_same_bits
+from tests.test_platforms import as_accelerators_do
 
 pytestmark = pytest.mark.xdist_group("guard")
 
@@ -105,15 +107,41 @@ def test_a_nan_in_one_minibatch_skips_the_update(target_kl):
 
 def test_a_nan_in_a_step_that_is_not_applied_skips_nothing():
     """`target_kl` ends the update at its second step; what later steps compute is not used."""
-    start = _FlatLearner(jnp.zeros(2), ())
-    end = _FlatLearner(jnp.ones(2), ())
+    start = _FlatLearner(jnp.zeros(2), jnp.zeros(2))
+    end = _FlatLearner(jnp.ones(2), jnp.ones(2))
     metrics = {SKIPPED: jnp.array([0.0, 1.0]), "train/entropy": jnp.array([1.0, jnp.nan])}
-    learner, means = _guarded(start, end, metrics, jnp.array([True, False]))
-    assert_same_bits(learner, end)
+    counts = jnp.array([True, False])
+    *learner, means = _guarded(start, end, lambda flat: flat, metrics, counts)
+    assert_same_bits(learner, [end.params, end.opt_state])
     assert means == {SKIPPED: 0.0, "train/entropy": 1.0}
-    learner, means = _guarded(start, end, metrics)
-    assert_same_bits(learner, start)
+    *learner, means = _guarded(start, end, lambda flat: flat, metrics, jnp.array([True, True]))
+    assert_same_bits(learner, [start.params, start.opt_state])
     assert means[SKIPPED] == 1.0
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "actor_critic", "trpo"])
+def test_an_accelerator_takes_no_step_from_a_gradient_that_is_not_finite(algorithm, monkeypatch):
+    """It skips the update without a copy of the optimiser's state from before it."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_accelerators_do)
+    trainer = make_trainer(config(algorithm=algorithm))
+    state = trainer.init(jax.random.key(0), env_params=Params(bad_rewards=1.0))
+    new, metrics = jax.jit(trainer.step)(state)
+    assert metrics["train/skipped_fraction"] == 1.0
+    assert_same_bits(new.learner, state.learner)
+
+
+def test_an_accelerator_keeps_the_optimiser_s_finite_steps_of_a_skipped_update(monkeypatch):
+    # A few of 64 rewards; minibatches of one sample.
+    whole = config(num_envs=8, num_minibatches=64, num_epochs=1, normalize_advantage="none")
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_accelerators_do)
+    trainer = make_trainer(whole)
+    state = trainer.init(jax.random.key(0), env_params=Params(bad_rewards=0.05))
+    new, metrics = jax.jit(trainer.step)(state)
+    assert metrics["train/skipped_fraction"] == 1.0
+    assert_same_bits(new.learner.params, state.learner.params)
+    steps = optax.tree.get(new.learner.rule_state, "count")
+    assert 0 < steps < 64
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.learner.rule_state))
 
 
 def test_an_overflow_in_the_optimiser_is_skipped():

@@ -315,6 +315,20 @@ class ActorCritic(nn.Module):
         return self._value(features), states
 
     @property
+    def is_separable(self) -> bool:
+        """True if computing actor and critic together would save nothing.
+
+        It saves the torso that both use, kernels of the loops of two memories, and patches of
+        images.
+        """
+        return (
+            self.has_critic
+            and self.critic_torso is not None
+            and self.critic_memory is None
+            and not any(map(is_image, leaves(self.critic_view.space)))
+        )
+
+    @property
     def _value_part(self) -> str:
         """The part whose features the value is computed from."""
         return "actor" if self.critic_torso is None else "critic"
