@@ -1,6 +1,7 @@
 """Runs that are stopped, killed and damaged, and go on as if nothing had happened."""
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -94,19 +95,21 @@ def assert_same_run(one, other):
         assert (one.run_dir / name).read_bytes() == (other.run_dir / name).read_bytes()
 
 
-def check_resume(config, tmp_path, stopped_after, **arguments):
+def check_resume(config, tmp_path, stopped_after, pieces=(1, 3), **arguments):
+    """Compares a run with one that is stopped after the numbers of pieces, in turn, to its end."""
     arguments = {"eval_every": 3, **arguments}
     whole = train(config, tmp_path / "whole", **arguments)
-    stopped_after(1)
+    stops = itertools.cycle(pieces)
+    stopped_after(next(stops))
     path = tmp_path / "stopped"
     run = train(config, path, **arguments)
-    count = 0
+    count = 1
     while run.evaluation is None:
         assert run.signal == signal.SIGTERM
         count += 1
-        stopped_after(1 + count % 2)
+        stopped_after(next(stops))
         run = train(config, path, resume=True, **arguments)
-    assert count > 3
+    assert count > 2, "resumed twice at least"
     assert_same_run(run, whole)
     assert list(run.evaluations["update"].unique()) == [3, 6, 9]
     return run
@@ -141,7 +144,9 @@ def test_a_run_that_was_stopped_again_and_again_ends_as_one_that_was_not(
 def test_runs_of_every_kind_resume_exactly(kind, num_seeds, tmp_path, stopped_after):
     if kind.get("env") == "brax:fast":
         kind = {**kind, "env_params": {}}
-    check_resume(CONFIG.replace(**kind), tmp_path, stopped_after, num_seeds=num_seeds)
+    check_resume(
+        CONFIG.replace(**kind), tmp_path, stopped_after, pieces=(1, 2), num_seeds=num_seeds
+    )
 
 
 @pytest.mark.slow
