@@ -110,11 +110,11 @@ def test_a_nan_in_a_step_that_is_not_applied_skips_nothing():
     start = _FlatLearner(jnp.zeros(2), jnp.zeros(2))
     end = _FlatLearner(jnp.ones(2), jnp.ones(2))
     metrics = {SKIPPED: jnp.array([0.0, 1.0]), "train/entropy": jnp.array([1.0, jnp.nan])}
-    counts = jnp.array([True, False])
-    *learner, means = _guarded(start, end, lambda flat: flat, metrics, counts)
+    applied = jnp.array([True, False])
+    *learner, means = _guarded(start, end, lambda flat: flat, metrics, applied)
     assert_same_bits(learner, [end.params, end.opt_state])
     assert means == {SKIPPED: 0.0, "train/entropy": 1.0}
-    *learner, means = _guarded(start, end, lambda flat: flat, metrics, jnp.array([True, True]))
+    *learner, means = _guarded(start, end, lambda flat: flat, metrics)
     assert_same_bits(learner, [start.params, start.opt_state])
     assert means[SKIPPED] == 1.0
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,18 @@ _DRAWN_BYTES_CPU = 2**19  # they should stay in the cache of a core
 # and 14.8 ms. Compiling Craftax with eight steps takes 150 s instead of 54 s, and saves nothing.
 _UNROLLED_STEPS = 8
 _UNROLLED_OPERATIONS = 10_000
+
+
+class _Plan(NamedTuple):
+    """A loop over steps as a platform runs it best."""
+
+    make_packing: Callable[[], packing.Packing | packing.NoPacking]
+    """Returns a new packing of what the loop carries and stores. Accelerators launch a kernel for
+    each array."""
+    unroll: int
+    """Steps in one iteration of the loop, at most."""
+    drawn_bytes: int
+    """Memory of the new episodes that are drawn together, if they do not come from a pool."""
 
 
 def reset(
@@ -126,11 +138,8 @@ def rollout(
         obs, env_state = many.reset(keys, env_params)
         return obs, strongly_typed(env_state)
 
-    none_ended = EpisodeStats(
-        return_sum=jnp.zeros(num_envs, jnp.float32),
-        length_sum=jnp.zeros(num_envs, jnp.int32),
-        num_episodes=jnp.zeros(num_envs, jnp.int32),
-    )
+    none = jnp.zeros(num_envs, jnp.int32)
+    none_ended = EpisodeStats(none.astype(jnp.float32), length_sum=none, num_episodes=none)
     act = jax.jit(act)  # traced once, for both platforms
     if reset_pool is None:
         # Drawing only where an episode ends would need a branch, and under `vmap` both sides of a
@@ -147,13 +156,16 @@ def rollout(
     carry = (state, none_ended, used)
     first = jax.eval_shape(lambda: (noise[0], env_keys[0, :, 0]))
     unroll = _unrolled_steps(jax.make_jaxpr(act)(new_episodes, carry, first).jaxpr)
-    narrow = partial(packing.Packing, packs_wide=False)
+    # A trajectory holds each observation and its true successor.
+    trajectory_bytes = 2 * _num_bytes(state.obs) * num_steps
+    plan = _Plan(packing.Packing, unroll, max(_DRAWN_BYTES, trajectory_bytes // 8))
+    narrow = plan._replace(make_packing=partial(packing.Packing, packs_wide=False))
     (state, ended, _), trajectory = jax.lax.platform_dependent(
         carry,
         (noise, env_keys),
-        cpu=partial(loop, make_packing=packing.NoPacking, unroll=1),
-        tpu=partial(loop, make_packing=narrow, unroll=unroll),
-        default=partial(loop, make_packing=packing.Packing, unroll=unroll),
+        cpu=partial(loop, plan=_Plan(packing.NoPacking, 1, _DRAWN_BYTES_CPU)),
+        tpu=partial(loop, plan=narrow),
+        default=partial(loop, plan=plan),
     )
     return state, trajectory, jax.tree.map(jnp.sum, ended)
 
@@ -165,8 +177,7 @@ def _act_in_groups(
     carry: Carry,
     inputs: tuple[jax.Array, jax.Array],
     *,
-    make_packing: Callable[[], packing.Packing | packing.NoPacking],
-    unroll: int,
+    plan: _Plan,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; draws the new episodes of several blocks of steps together.
 
@@ -178,27 +189,21 @@ def _act_in_groups(
       size: steps of a block, which share new episodes.
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps and of draws `[T, N, 2]`.
-      make_packing: returns a new packing of what the loop carries and stores. Accelerators launch a
-        kernel for each array.
-      unroll: at most so many steps in one iteration of the loop.
+      plan: of the platform.
     """
     num_steps = len(inputs[1])
     state, *_ = carry
-    drawn = _num_bytes((state.obs, state.env_state))
-    # Bytes of the new episodes that are drawn together.
-    trajectory_bytes = 2 * _num_bytes(state.obs) * num_steps
-    memory = max(_DRAWN_BYTES, trajectory_bytes // 8)
-    if make_packing is packing.NoPacking:
-        memory = _DRAWN_BYTES_CPU
+    episode_bytes = _num_bytes((state.obs, state.env_state))
     # At least four groups: with the episodes of all blocks at once, W1 is 5 % slower on a CPU.
     num_blocks = largest_divisor(
-        num_steps // size, at_most=max(1, min(memory // drawn, num_steps // size // 4))
+        num_steps // size,
+        at_most=max(1, min(plan.drawn_bytes // episode_bytes, num_steps // size // 4)),
     )
-    carries, episodes = make_packing(), make_packing()
+    carries, episodes = plan.make_packing(), plan.make_packing()
     # XLA copies the arrays of a carry that a step both reads and replaces. Packed, and with several
     # steps in an iteration, it copies one or two arrays an iteration.
-    scan: Any = partial(packing.packed_scan, make_packing=make_packing)
-    steps = largest_divisor(num_blocks * size, at_most=unroll)
+    scan: Any = partial(packing.packed_scan, make_packing=plan.make_packing)
+    steps = largest_divisor(num_blocks * size, at_most=plan.unroll)
 
     def act_in_group(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
         noise, keys = inputs
@@ -226,8 +231,7 @@ def _act_from_pool(
     carry: Carry,
     inputs: tuple[jax.Array, jax.Array],
     *,
-    make_packing: Callable[[], packing.Packing | packing.NoPacking],
-    unroll: int,
+    plan: _Plan,
 ) -> tuple[Carry, Trajectory]:
     """Acts at every step; new episodes are those of a pool.
 
@@ -236,10 +240,9 @@ def _act_from_pool(
       pool: observations and states of new episodes.
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps `[T, N, 2]`, the second of which are not used.
-      make_packing: as in `_act_in_groups`.
-      unroll: as in `_act_in_groups`.
+      plan: of the platform.
     """
-    carries = make_packing()
+    carries = plan.make_packing()
 
     def act_at(packed: Any, inputs: tuple) -> tuple[Any, Trajectory]:
         carry, transition = act(pool, carries.unpack(packed), inputs)
@@ -250,8 +253,8 @@ def _act_from_pool(
         act_at,
         carries.pack(carry),
         (noise, keys[:, :, 0]),
-        unroll=largest_divisor(len(keys), at_most=unroll),
-        make_packing=make_packing,
+        unroll=largest_divisor(len(keys), at_most=plan.unroll),
+        make_packing=plan.make_packing,
     )
     return carries.unpack(packed), trajectory
 

@@ -50,7 +50,6 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
     computed but not applied, so that the trip count stays fixed under `vmap`. Metrics are means
     over the minibatches that were applied.
     """
-    joint_gradient = _joint_gradient(losses)
 
     def init(params: Any, hparams: HParams) -> Any:
         # The optimiser's state is that of one vector; see `_gradient_step`.
@@ -64,23 +63,34 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
         clip = None
         if config.separate_grad_norms:
             clip = partial(clip_actor_and_critic, max_norm=hparams.max_grad_norm)
-        step = _gradient_step(
-            losses, joint_gradient, tx, unravel, hparams, clip=clip, target_kl=hparams.target_kl
-        )
+        step = _gradient_step(losses, _joint_gradient(losses), tx, unravel, hparams, clip=clip)
+
+        def step_while_near(
+            carry: tuple[_FlatLearner, jax.Array], biases: Any, samples: Batch
+        ) -> tuple[tuple[_FlatLearner, jax.Array], tuple[Scalars, jax.Array]]:
+            old, active = carry
+            new, metrics = step(old, biases, samples)
+            if hparams.target_kl is not None:
+                # The KL is that of the parameters before this step, so the step that exceeds the
+                # bound is the first that is not applied. A KL of NaN exceeds nothing: the guard
+                # skips its update.
+                active &= ~(metrics["train/approx_kl"] > hparams.target_kl)
+                new = _where(active, new, old)
+            return (new, active), (metrics, active)
+
         start = _FlatLearner(flat, state)
-        end, outputs = _run_epochs(
-            step,
-            start,
+        (end, _), (metrics, applied) = _run_epochs(
+            step_while_near,
+            (start, jnp.array(True)),
             inputs,
-            biases_of=lambda learner: torso_biases(unravel(learner.params)),
+            biases_of=lambda carry: torso_biases(unravel(carry[0].params)),
             config=config,
             losses=losses,
         )
-        # The first minibatch always counts, because the KL before it is 0.
-        params, state, means = _guarded(start, end, unravel, *outputs)
+        # The first minibatch is always within the bound, because the KL before it is 0.
+        params, state, means = _guarded(start, end, unravel, metrics, applied)
         if hparams.target_kl is not None:
-            num_steps = jnp.sum(outputs[1])
-            means["train/gradient_steps"] = _unless_skipped(means, num_steps, jnp.int32(0))
+            means["train/gradient_steps"] = _unless_skipped(means, jnp.sum(applied), jnp.int32(0))
         return params, state, means
 
     return UpdateRule(init, update)
@@ -111,8 +121,8 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         step = _gradient_step(losses, policy_gradient, tx, unravel, hparams)
         # One step only: after it, the batch is off-policy.
         start = _FlatLearner(flat, actor_state)
-        end, outputs = step(start, {}, batch)
-        actor, actor_state, metrics = _guarded(start, end, unravel, *outputs)
+        end, metrics = step(start, {}, batch)
+        actor, actor_state, metrics = _guarded(start, end, unravel, metrics)
         if hparams.critic_learning_rate is not None:
             critic, critic_state, critic_metrics = fit_critic(critic, critic_state, inputs)
             metrics |= critic_metrics
@@ -214,7 +224,7 @@ class _FlatLearner(NamedTuple):
 
     params: jax.Array  # [P], all parameters concatenated
     opt_state: Any
-    is_active: jax.Array | bool = True  # [], no step so far has ended the update
+    is_finite: jax.Array | bool = True  # [], on accelerators: all gradients so far were
 
 
 def _gradient_step(
@@ -225,16 +235,14 @@ def _gradient_step(
     hparams: HParams,
     *,
     clip: Callable[[Any], Any] | None = None,
-    target_kl: Any = None,
-) -> Callable[[_FlatLearner, Any, Batch], tuple[_FlatLearner, tuple[Scalars, jax.Array | bool]]]:
+) -> Callable[[_FlatLearner, Any, Batch], tuple[_FlatLearner, Scalars]]:
     """Returns a function that takes one step of the optimiser on a minibatch.
 
     Parameters stay one vector from step to step. Optimisers work elementwise except for norms, and
     the norm of a vector is one kernel, while that of a tree is one for each leaf.
 
-    A step returns its metrics, and whether they count because no step before it has ended the
-    update. A KL above `target_kl` ends it, and so does a gradient that is not finite, unless the
-    guard is off. A metric tells `_guarded` of such a gradient.
+    Unless the guard is off, a metric tells `_guarded` whether the gradient is not finite, and an
+    accelerator takes no step from such a gradient on.
 
     Args:
       losses: the losses of the algorithm, which know the devices that share the minibatch.
@@ -243,38 +251,33 @@ def _gradient_step(
       unravel: turns the vector of parameters into a tree.
       hparams: complete.
       clip: transforms a gradient as a tree, before the optimiser; None leaves it as it is.
-      target_kl: bound of the approximate KL; None for no bound.
     """
-    is_guarded = bool(losses.config.max_skipped_updates)
 
-    def step(
-        old: _FlatLearner, biases: Any, minibatch: Batch
-    ) -> tuple[_FlatLearner, tuple[Scalars, jax.Array | bool]]:
+    def step(old: _FlatLearner, biases: Any, minibatch: Batch) -> tuple[_FlatLearner, Scalars]:
         params = with_biases(unravel(old.params), biases)
         grads, metrics = mean_over(gradient(params, minibatch, hparams), losses.shard.axis_name)
         # Averaging before clipping: the norm of a device's share is not that of the gradient.
         flat, _ = ravel_pytree(grads if clip is None else clip(grads))
         updates, opt_state = tx.update(flat, old.opt_state, old.params)
-        new = _FlatLearner(jnp.add(old.params, updates), opt_state)
-        counts = old.is_active
-        if target_kl is not None:
-            # The KL is that of the parameters before this step, so the step that exceeds the bound
-            # is the first that is not applied. A KL of NaN exceeds nothing: the guard skips its
-            # update.
-            counts &= ~(metrics["train/approx_kl"] > target_kl)
-        is_active = counts
-        if is_guarded:
+        new = _FlatLearner(jnp.add(old.params, updates), opt_state, old.is_finite)
+        if losses.config.max_skipped_updates:
             metrics[SKIPPED] = _is_not_finite(flat)
-            is_active &= metrics[SKIPPED] == 0.0
-        if target_kl is not None:
-            new = _where(is_active, new, old)
-        elif is_guarded:
             new = jax.lax.platform_dependent(
-                is_active, new, old, cpu=lambda is_active, new, old: new, default=_where
+                metrics[SKIPPED],
+                new,
+                old,
+                cpu=lambda is_not_finite, new, old: new,
+                default=_while_finite,
             )
-        return new._replace(is_active=is_active), (metrics, counts)
+        return new, metrics
 
     return step
+
+
+def _while_finite(is_not_finite: jax.Array, new: _FlatLearner, old: _FlatLearner) -> _FlatLearner:
+    """Returns `new`, or `old` from the first gradient on that is not finite."""
+    is_finite = old.is_finite & (is_not_finite == 0.0)
+    return _where(is_finite, new, old)._replace(is_finite=is_finite)
 
 
 def _where(condition: jax.Array | bool, new: Any, old: Any) -> Any:
@@ -295,7 +298,7 @@ def _guarded(
     end: _FlatLearner,
     unravel: Callable[[jax.Array], Any],
     metrics: Scalars,
-    counts: jax.Array | bool,
+    applied: jax.Array | None = None,
 ) -> tuple[Any, Any, Scalars]:
     """Skips an update if the gradient of a step was not finite.
 
@@ -309,15 +312,15 @@ def _guarded(
       end: the learner after its last step.
       unravel: turns the vector of parameters into a tree.
       metrics: of every step, `[...]`.
-      counts: bool `[...]`, the steps whose metrics count.
+      applied: bool `[...]`, the steps that count; None for all.
 
     Returns:
       Parameters, the optimiser's state, and means of the metrics over the steps that count.
     """
-    means = jax.tree.map(lambda x: jnp.mean(x, where=counts), metrics)
+    means = jax.tree.map(lambda x: jnp.mean(x, where=applied), metrics)
     if SKIPPED not in metrics:
         return unravel(end.params), end.opt_state, means
-    means[SKIPPED] = jnp.max(metrics[SKIPPED], where=counts, initial=0.0)
+    means[SKIPPED] = jnp.max(metrics[SKIPPED], where=applied, initial=0.0)
 
     def whole(is_finite: jax.Array, end: _FlatLearner, start: _FlatLearner) -> tuple[Any, Any]:
         kept = _where(is_finite, end, start)
@@ -423,9 +426,8 @@ def _make_critic_fit(
         flat, unravel = ravel_pytree(params)
         tx = optimizer(hparams.critic_learning_rate * inputs.anneal, hparams)
         step = _gradient_step(losses, value_gradient, tx, unravel, hparams)
-        # All minibatches count: `target_kl` stops the policy, which this does not change.
         start = _FlatLearner(flat, opt_state)
-        end, outputs = _run_epochs(
+        end, metrics = _run_epochs(
             step,
             start,
             inputs,
@@ -433,7 +435,8 @@ def _make_critic_fit(
             config=config,
             losses=losses,
         )
-        params, opt_state, metrics = _guarded(start, end, unravel, *outputs)
+        # All minibatches count: `target_kl` stops the policy, which this does not change.
+        params, opt_state, metrics = _guarded(start, end, unravel, metrics)
         if SKIPPED in metrics:  # the policy's steps have the name
             metrics[CRITIC_SKIPPED] = metrics.pop(SKIPPED)
         return params, opt_state, metrics
