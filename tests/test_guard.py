@@ -17,7 +17,7 @@ from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.ops import running_stats
 from ppo_jax.resolve import complete_hparams
-from ppo_jax.stages.update_rules import SKIPPED, _FlatLearner, _guarded
+from ppo_jax.stages.update_rules import SKIPPED, _FlatLearner, _guarded, _while_finite
 from tests.test_checkpoint import assert_same_bits
 from tests.test_platforms import as_accelerators_do
 
@@ -142,6 +142,17 @@ def test_an_accelerator_keeps_the_optimiser_s_finite_steps_of_a_skipped_update(m
     steps = optax.tree.get(new.learner.rule_state, "count")
     assert 0 < steps < 64
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.learner.rule_state))
+
+
+def test_an_accelerator_takes_no_step_after_a_gradient_that_is_not_finite():
+    learner = _FlatLearner(jnp.zeros(2), jnp.zeros(2))
+    steps = []
+    for i, is_not_finite in enumerate([0.0, 1.0, 0.0]):
+        new = _FlatLearner(jnp.full(2, i + 1.0), jnp.full(2, i + 1.0), learner.is_finite)
+        learner = _while_finite(jnp.array(is_not_finite), new, learner)
+        steps.append(float(learner.opt_state[0]))
+    assert steps == [1.0, 1.0, 1.0]
+    assert not learner.is_finite
 
 
 def test_an_overflow_in_the_optimiser_is_skipped():

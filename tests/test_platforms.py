@@ -5,8 +5,14 @@ import numpy as np
 import pytest
 
 from ppo_jax import make_trainer
+from ppo_jax.algorithms import get_algorithm
+from ppo_jax.policy.spec import network_of
+from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.stages.losses import Losses
+from ppo_jax.stages.update_rules import _joint_gradient
+from ppo_jax.types import Shard
 from tests.test_checkpoint import assert_same_bits
-from tests.test_spaces import config_of
+from tests.test_spaces import collected, config_of
 
 
 def as_accelerators_do(*arguments, default, **platforms):
@@ -68,3 +74,24 @@ def test_an_accelerator_s_program_trains_as_a_cpu_s(case, changes, platform_depe
             assert_same_bits(x, y)
     for x, y in zip(*map(jax.tree.leaves, (metrics, other_metrics)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["critic-widths", "masked", "gaussian", "beta"])
+def test_the_critic_after_the_actor_has_the_gradient_of_the_joint_loss(case, monkeypatch):
+    spec, policy, batch = collected(case)
+    assert network_of(spec).is_separable
+    config = complete_config(config_of(case))
+    losses = Losses(config, spec, get_algorithm(config.algorithm).objective, Shard(config.num_envs))
+    hparams = complete_hparams(None, config).replace(vf_coef=0.3)
+    together = jax.jit(_joint_gradient(losses))(policy.params, batch, hparams)
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_accelerators_do)
+    in_turn = jax.jit(_joint_gradient(losses))(policy.params, batch, hparams)
+    assert jax.tree.structure(in_turn) == jax.tree.structure(together)
+    for x, y in zip(*map(jax.tree.leaves, (in_turn, together)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_what_actor_and_critic_have_in_common_is_computed_together():
+    """They share layers, their memories have a loop each, or the critic sees images."""
+    joint = ("own-module-shared", "gru", "gtrxl", "image", "asymmetric")
+    assert not any(network_of(collected(case).spec).is_separable for case in joint)

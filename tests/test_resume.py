@@ -96,7 +96,7 @@ def assert_same_run(one, other):
 
 
 def check_resume(config, tmp_path, stopped_after, pieces=(1, 3), **arguments):
-    """Compares a run with one that is stopped after the numbers of pieces, in turn, to its end."""
+    """Compares a whole run with one that is stopped again and again, after `pieces` in turn."""
     arguments = {"eval_every": 3, **arguments}
     whole = train(config, tmp_path / "whole", **arguments)
     stops = itertools.cycle(pieces)

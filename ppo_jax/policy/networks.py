@@ -316,10 +316,11 @@ class ActorCritic(nn.Module):
 
     @property
     def is_separable(self) -> bool:
-        """True if computing actor and critic together would save nothing.
+        """True if the critic can be differentiated after the actor at little cost.
 
-        It saves the torso that both use, kernels of the loops of two memories, and patches of
-        images.
+        Together they save a torso that both use, kernels of the loops of two memories, and
+        patches of images. Flat images count as images: of Breakout with an MLP activations are
+        not what takes the memory.
         """
         return (
             self.has_critic

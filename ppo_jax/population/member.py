@@ -22,7 +22,7 @@ class Guard(NamedTuple):
     """Record of the updates of a training that were not finite."""
 
     consecutive_skips: jax.Array | np.ndarray
-    """[], the updates since the last one in which a gradient step was taken."""
+    """[], consecutive updates that were skipped, up to the last one."""
     failed_at: jax.Array | np.ndarray
     """[], index of the update with which the training failed; −1 while it has not."""
 
@@ -144,11 +144,12 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
             fails |= consecutive_skips >= limit
         had_failed = guard.failed_at >= 0
         failed_at = jnp.where(~had_failed & fails, index, guard.failed_at)
-        # A select instead of a branch: members of a vmap take both sides anyway. Learner and
-        # statistics make the policy; a copy of the whole state would cost more.
+        # A select instead of a branch: members of a vmap take both sides anyway. Parameters and
+        # statistics make the policy; a copy of the optimiser's state would take twice the memory.
         keep = partial(jnp.where, had_failed | fails)
+        params = jax.tree.map(keep, state.learner.params, new.learner.params)
         new = new.replace(
-            learner=jax.tree.map(keep, state.learner, new.learner),
+            learner=new.learner.replace(params=params),
             statistics=jax.tree.map(keep, state.statistics, new.statistics),
         )
         return new, Guard(consecutive_skips, failed_at), metrics
