@@ -15,11 +15,7 @@ def examples(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-LONG = ("README.md",)
-"""Pages whose programs run for longer than they compile: these compile with all optimisations."""
-
-
-def outputs(codes, folder, *flags, is_long=False):
+def outputs(codes, folder, *flags, is_optimized=False):
     """Runs each program as a file in an empty directory, as a user would; returns what they print.
 
     One process runs all of them, which saves imports; each has a namespace of its own.
@@ -33,7 +29,7 @@ def outputs(codes, folder, *flags, is_long=False):
         text=True,
         check=False,
         cwd=folder,
-        env={k: v for k, v in os.environ.items() if not (is_long and k == "XLA_FLAGS")},
+        env={k: v for k, v in os.environ.items() if not (is_optimized and k == "XLA_FLAGS")},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.split("END\n")[:-1]
@@ -55,7 +51,8 @@ def outputs(codes, folder, *flags, is_long=False):
 def test_examples_of_a_page(page, tmp_path):
     codes = examples(page)
     assert codes
-    printed = outputs(codes, tmp_path, is_long=page in LONG)
+    # Programs of the README run for longer than they compile, the others do not.
+    printed = outputs(codes, tmp_path, is_optimized=page == "README.md")
     for code, out in zip(codes, printed, strict=True):
         for expected in re.findall(
             r"print\(.*  # (\(.*\)|[\d.]+)(?::|$)", code, flags=re.MULTILINE

@@ -318,9 +318,9 @@ class ActorCritic(nn.Module):
     def is_separable(self) -> bool:
         """True if the critic can be differentiated after the actor at little cost.
 
-        Together they save a torso that both use, kernels of the loops of two memories, and
-        patches of images. Flat images count as images: of Breakout with an MLP activations are
-        not what takes the memory.
+        Computed together, actor and critic save a torso that both use, kernels of the loops of two
+        memories, and patches of images. Flat images count as images: in Breakout with an MLP they
+        take most of the memory, and activations little.
         """
         return (
             self.has_critic

@@ -48,9 +48,7 @@ class Scores(NamedTuple):
     """The members after a round."""
 
     scores: jax.Array  # [S]; −∞ where a member is not healthy
-    is_healthy: (
-        jax.Array
-    )  # [S]; the learner is finite, and some update of the round was not skipped
+    is_healthy: jax.Array  # [S]; the learner is finite, and not all updates were skipped
     metrics: Metrics  # [S], sums over the round
     is_last: jax.Array  # []
 

@@ -138,8 +138,8 @@ def rollout(
         obs, env_state = many.reset(keys, env_params)
         return obs, strongly_typed(env_state)
 
-    none = jnp.zeros(num_envs, jnp.int32)
-    none_ended = EpisodeStats(none.astype(jnp.float32), length_sum=none, num_episodes=none)
+    zeros = jnp.zeros(num_envs, jnp.int32)
+    none_ended = EpisodeStats(zeros.astype(jnp.float32), length_sum=zeros, num_episodes=zeros)
     act = jax.jit(act)  # traced once, for both platforms
     if reset_pool is None:
         # Drawing only where an episode ends would need a branch, and under `vmap` both sides of a
