@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         say(f"ppo-jax: error: {error}")
         return 2
+    except KeyboardInterrupt:  # a training that has begun ends by itself
+        say("ppo-jax: stopped")
+        return 130
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has seen enough. Python would write to the pipe once
         # more when it exits, unless standard output goes elsewhere.
@@ -50,16 +53,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> Any:
     """Returns the command that `argv` gives, with its options."""
-    argv = _spell_out(argv)
-    return tyro.cli(
-        _commands(argv),
-        prog="ppo-jax",
-        description=(
-            "Policy-gradient training, compiled end to end with JAX. --import MODULE imports a "
-            "Python module first, which can register environments, algorithms and other parts."
-        ),
-        args=argv or ["--help"],
-    )
+
+    def parse(env: str | None) -> Any:
+        return tyro.cli(
+            _commands(argv, env),
+            prog="ppo-jax",
+            description=(
+                "Policy-gradient training, compiled end to end with JAX. --import MODULE imports a "
+                "Python module first, which can register environments, algorithms and other parts."
+            ),
+            args=argv or ["--help"],
+            registry=_REGISTRY,
+        )
+
+    # An environment may follow an option that takes no value, such as --quiet.
+    command = parse(_named_env(argv))
+    if isinstance(command, TrainCommand) and command.config.env != command.config.start.env:
+        command = parse(command.config.env)
+    return command
+
+
+def _named_env(argv: list[str]) -> str | None:
+    """Returns the environment that a command line names; None if no word is surely a name."""
+    words = itertools.pairwise(part for word in argv for part in word.split("=", 1))
+    # A word behind an option may be its value, such as a directory of that name.
+    return next((x for before, x in words if envs.is_name(x) and before[:1] != "-"), None)
 
 
 def _launch(argv: list[str], modules: list[str]) -> int:
@@ -84,6 +102,7 @@ def _import_modules(argv: list[str]) -> list[str]:
     have to be known then. The words are removed from `argv`, and the names are returned.
     """
     names: list[str] = []
+    argv[:] = [x for word in argv for x in _split_import(word)]
     while "--import" in argv:
         position = argv.index("--import")
         if position + 1 == len(argv):
@@ -107,15 +126,22 @@ def _import_modules(argv: list[str]) -> list[str]:
     return names
 
 
-def _commands(argv: list[str]) -> Any:
-    """Returns the union of all commands, with the options that `argv` gives `train` and `sweep`."""
+def _split_import(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--import=") else [word]
+
+
+def _commands(argv: list[str], env: str | None) -> Any:
+    """Returns the union of all commands, with the options that `argv` gives `train` and `sweep`.
+
+    The preset is that of `env`; of None, that of the `--config` file or the default.
+    """
     # Read before parsing: the preset and the file decide the defaults that `--help` shows.
     words = [part for word in argv for part in word.split("=", 1)]
     named = dict(itertools.pairwise(words))
     is_train = argv[:1] == ["train"]
     given = _read_settings(Path(named["--config"])) if is_train and "--config" in named else {}
-    env = given.pop("env", "CartPole-v1")
-    env = next((word for word in words if envs.is_name(word)), env)
+    of_file = given.pop("env", "CartPole-v1")
+    env = of_file if env is None else env
     algorithm = named.get("--algorithm", given.pop("algorithm", "ppo"))
     # A sweep may name several algorithms, and is told of a misspelt one when its space is read.
     has_several = not is_train and algorithm not in flags.algorithms()
@@ -168,6 +194,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in known:
             raise unknown_name("setting", name, known)
+        if name in ("env", "algorithm") and not isinstance(value, str):
+            raise ConfigError(f"{name} must be a name; {path} gives {value!r}.")
         if isinstance(value, str):
             entry = search_space.parse(value)
             if not isinstance(entry, list) or len(entry) != 1:
@@ -176,21 +204,48 @@ def _read_settings(path: Path) -> dict[str, Any]:
                     f"{value}. Sweep it, or choose one value."
                 )
             settings[name] = entry[0]
+        else:
+            settings[name] = search_space.read_value(value)
     return settings
 
 
-def _spell_out(argv: list[str]) -> list[str]:
-    """Returns `argv` as tyro reads it: 1e6 as 1000000, and for `train` 64x64 as two words."""
-    words: list[str] = []
-    for word in argv:
-        flag, equals, value = word.rpartition("=")
-        if re.fullmatch(r"\d+(\.\d+)?[eE]\d+", value) and float(value).is_integer():
-            words.append(f"{flag}{equals}{int(float(value))}")
-        elif argv[0] == "train" and re.fullmatch(r"\d+(x\d+)+", word):
-            words += word.split("x")
-        else:
-            words.append(word)
-    return words
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+"""Rules for words that are numbers: 1e6 is a whole number, and 64x64 are two layers."""
+
+
+@_REGISTRY.primitive_rule
+def _whole_number(kind: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    if kind.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: _to_int(words[0]),
+        is_instance=lambda x: isinstance(x, int) and not isinstance(x, bool),
+        str_from_instance=lambda x: [str(x)],
+    )
+
+
+@_REGISTRY.primitive_rule
+def _sizes(kind: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    if kind.type_origin is not tuple or get_args(kind.type) != (int, ...):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[INT [INT ...]]",
+        instance_from_str=lambda words: tuple(
+            _to_int(x) for word in words for x in word.split("x")
+        ),
+        is_instance=lambda x: isinstance(x, tuple) and all(isinstance(y, int) for y in x),
+        str_from_instance=lambda x: [str(y) for y in x],
+    )
+
+
+def _to_int(word: str) -> int:
+    """Returns a whole number, which may be written as 1e6."""
+    if re.fullmatch(r"\d+(\.\d+)?[eE]\d+", word) and float(word).is_integer():
+        return int(float(word))
+    return int(word)
 
 
 if __name__ == "__main__":

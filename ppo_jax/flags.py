@@ -123,7 +123,9 @@ def space_flags(config: Config, hparams: HParams, *, has_several_algorithms: boo
     names = [
         name
         for name, kind in types.items()
-        if name != "env" and (name.endswith("hidden_sizes") or not str(kind).startswith("tuple"))
+        if name in vars(config)
+        and name != "env"
+        and (name.endswith("hidden_sizes") or not str(kind).startswith("tuple"))
     ]
     choices = {"algorithm": algorithms(), "optimizer": OPTIMIZERS}
     fields = []

@@ -39,7 +39,8 @@ class HParams:
 
     `None`, the default, leaves a value to the algorithm. For `target_kl`, `value_clip_eps`,
     `max_grad_norm` and others the algorithm's default may be None as well; then that part of the
-    update does not exist. Only values that are set are leaves of the pytree, so
+    update does not exist. Infinity switches it off where the algorithm has another default. Only
+    values that are set are leaves of the pytree, so
     `jax.vmap(run, in_axes=(None, 0))(key, HParams(learning_rate=rates))` is a sweep. It is an error
     to set a value that the algorithm does not use.
 
@@ -64,7 +65,7 @@ class HParams:
     clip_eps: Any = hyperparameter(high=math.inf)
     """ε of the clipped surrogate: the ratio is clipped to [1 − ε, 1 + ε]."""
     value_clip_eps: Any = hyperparameter(high=math.inf)
-    """Clip range of a new value around the rollout's; in units of the value. None: no clipping."""
+    """Clip range of a new value around the rollout's; in units of the value. inf: no clipping."""
     ent_coef: Any = hyperparameter()
     """Weight of the entropy bonus."""
     vf_coef: Any = hyperparameter()
@@ -73,14 +74,14 @@ class HParams:
     """Step size of the critic where it is fitted separately from the policy."""
     max_grad_norm: Any = hyperparameter(high=math.inf)
     """Largest global norm of a gradient: of actor and critic together where they are learned
-    together, unless `Config.separate_grad_norms` is set. None: no clipping."""
+    together, unless `Config.separate_grad_norms` is set. inf: no clipping."""
     max_grad_value: Any = hyperparameter(high=math.inf)
-    """Largest absolute entry of a gradient, after its norm was clipped. None: no clipping. In
+    """Largest absolute entry of a gradient, after its norm was clipped. inf: no clipping. In
     TRPO, this and the norm apply to the critic alone."""
     target_kl: Any = hyperparameter(high=math.inf)
-    """Stop an update's remaining minibatches once the approximate KL exceeds this. None: never."""
+    """Stop an update's remaining minibatches once the approximate KL exceeds this. inf: never."""
     dual_clip: Any = hyperparameter(low=1.0, high=math.inf)
-    """PPO: lower bound of the objective, in advantages, where they are negative. None: no bound."""
+    """PPO: lower bound of the objective, in advantages, where they are negative. inf: no bound."""
     kl_coef: Any = hyperparameter()
     """β, weight of the KL penalty; its first value where it is adapted."""
     d_targ: Any = hyperparameter()
@@ -98,7 +99,7 @@ class HParams:
     reward_scale: Any = hyperparameter()
     """Factor of every reward before anything is learned from it. Reported returns are unscaled."""
     reward_clip: Any = hyperparameter(high=math.inf)
-    """Largest absolute reward that is learned from, after all scaling. None: no clipping."""
+    """Largest absolute reward that is learned from, after all scaling. inf: no clipping."""
     hidden_gain: Any = hyperparameter()
     """Gain of the orthogonal initialisation of hidden layers and convolutions. The weights inside a
     memory have a gain of 1, whatever this is."""
@@ -110,7 +111,7 @@ class HParams:
     def __post_init__(self) -> None:
         _register_pytree(type(self))
         for name, (low, high) in self.ranges().items():
-            value = _concrete(getattr(self, name))
+            value = _concrete(name, getattr(self, name))
             if value is None:
                 continue
             if not np.all((value >= low) & (value <= high)):  # NaN fails both
@@ -175,15 +176,18 @@ def _register_pytree(cls: type[HParams]) -> None:
     _pytrees.add(cls)
 
 
-def _concrete(value: Any) -> np.ndarray | None:
+def _concrete(name: str, value: Any) -> np.ndarray | None:
     """Returns the numbers in `value`, or None where there are none: unset, or a tracer."""
     if value is None:
         return None
-    if isinstance(value, (bool, str, bytes, list, tuple, dict)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return np.asarray(value)
+    # Of integers, floats and bfloat16 (V). Tracers and shapes have one, but no numbers yet.
+    if getattr(getattr(value, "dtype", None), "kind", None) not in ("i", "u", "f", "V"):
         raise ConfigError(
-            f"a hyperparameter must be a number, or an array of numbers; got {value!r}."
+            f"a hyperparameter must be a number, or an array of numbers; got {name}={value!r}."
         )
-    if isinstance(value, (int, float, np.ndarray, np.generic)):
+    if isinstance(value, (np.ndarray, np.generic)):
         return np.asarray(value)
     jax = sys.modules.get("jax")  # an array of JAX can only exist once it is imported
     if jax is not None and isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):

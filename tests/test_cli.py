@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from ppo_jax import Config, HParams
+from ppo_jax import Config, HParams, cli, flags
 from ppo_jax.algorithms import ALGORITHMS
-from ppo_jax.cli import _spell_out, main
+from ppo_jax.cli import _parse, main
 from ppo_jax.commands.common import new_run_dir
 from ppo_jax.config import MemoryKind
 from ppo_jax.defaults import OPTIMIZERS
@@ -114,19 +115,63 @@ def test_a_file_of_settings_is_between_the_preset_and_the_flags(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "env", "rate"),
+    [
+        ("Acrobot-v1", "Acrobot-v1", 3e-3),
+        ("--run-dir Acrobot-v1", "Pendulum-v1", 5e-4),
+        ("--run-dir=Acrobot-v1 CartPole-v1", "CartPole-v1", 1e-3),
+        ("--quiet Acrobot-v1", "Acrobot-v1", 3e-3),  # behind an option, but not its value
+        ("--run-dir 8x8 --hidden-sizes 8x4 --total-timesteps 1e3", "Pendulum-v1", 5e-4),
+    ],
+)
+def test_the_environment_is_the_word_that_names_it(words, env, rate, tmp_path, monkeypatch):
+    """Not a directory of that name; and the preset is that of the environment."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yaml").write_text("env: Pendulum-v1\n")
+    command = _parse(["train", "--config", "settings.yaml", *words.split()])
+    assert (command.config.env, command.hparams.learning_rate) == (env, rate)
+    if "8x8" in words:
+        assert command.run_dir == Path("8x8")
+        assert (command.config.hidden_sizes, command.config.total_timesteps) == ((8, 4), 1000)
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parse", interrupted)
+    assert main(["eval", "run"]) == 130
+    assert capsys.readouterr().err == "ppo-jax: stopped\n"
+
+
+def test_every_option_of_a_sweep_is_a_setting():
+    command = _parse(["sweep", "CartPole-v1"])
+    assert vars(command.space).keys() <= {*vars(Config()), *flags.hparam_names()}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("learning_rat: 1e-3", "unknown setting 'learning_rat'. Did you mean learning_rate"),
         ("learning_rate: 1e-3,1e-2", "a single value of every setting"),
         ("gamma: 2.0", "gamma"),
         ("- 1", "must map settings to values"),
+        ("env: 5", "env must be a name; .*settings.yaml gives 5"),
+        ("algorithm:", "algorithm must be a name; .*settings.yaml gives None"),
+        ("gamma: 2023-01-01", r"must be a number, .* got gamma=datetime.date\(2023, 1, 1\)"),
+        ("optimizer_kwargs: {eps: abc}", "optax.adam must be a number .* got eps='abc' and 1e-08"),
+        (
+            "env_params: {length: abc}",
+            "of CartPole-v1 must be a number .* got length='abc'",
+        ),
     ],
 )
 def test_a_file_of_settings_is_checked(text, message, tmp_path, capsys):
     file = tmp_path / "settings.yaml"
     file.write_text(text)
-    assert main(["train", "CartPole-v1", "--config", str(file)]) == 2
-    assert message in capsys.readouterr().err
+    path = str(tmp_path / "run")
+    assert main(["train", "CartPole-v1", "--config", str(file), "--run-dir", path]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_sweep_is_no_training_for_a_directory_named_train(tmp_path, monkeypatch, capsys):
@@ -135,7 +180,6 @@ def test_a_sweep_is_no_training_for_a_directory_named_train(tmp_path, monkeypatc
     words = ["--hidden-sizes", "8x8,16x16", "--config", "space.yaml", "--run-dir", "train"]
     assert main(["sweep", "CartPole-v1", *words, "--seeds", "0"]) == 2
     assert "seeds must be one or more" in capsys.readouterr().err
-    assert _spell_out(["sweep", "--hidden-sizes", "8x8", *words[4:]])[2] == "8x8"
 
 
 def test_run_directories_of_the_same_second_differ():

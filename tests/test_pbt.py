@@ -98,7 +98,8 @@ def test_a_learner_that_is_no_longer_finite_is_no_parent():
         ({"names": ["actor_gain"]}, "must act throughout; got actor_gain"),
         ({"replaced": 0.6}, r"must be in \(0, 0.5\]; got 0.6"),
         ({"num_rounds": 0}, "num_rounds must be a positive integer; got 0"),
-        ({"factor": 1.0}, "factor must be above 1; got 1.0"),
+        ({"factor": 1.0}, "factor must be a finite number above 1; got 1.0"),
+        ({"factor": float("nan")}, "factor must be a finite number above 1; got nan"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(changes, message):

@@ -203,6 +203,16 @@ def test_a_resumed_run_with_nothing_to_resume_is_started(tmp_path, stopped_after
     assert not (without.run_dir / "checkpoints").exists()
     with pytest.raises(ConfigError, match="checkpoint_every=0 and has none"):
         ppo_jax.resume(without.run_dir, checkpoint_every=60, progress=False)
+    # As the best run of a sweep, which has no options.
+    change_options(without.run_dir, lambda options: options.clear())
+    with pytest.raises(ConfigError, match="a member of a sweep, and no checkpoint. Train with its"):
+        ppo_jax.resume(without.run_dir, progress=False)
+
+
+def change_options(path, change):
+    record = json.loads((path / "config.json").read_text())
+    change(record["options"])
+    (path / "config.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(
@@ -634,6 +644,24 @@ def test_the_best_policy_of_the_evaluations_is_kept(tmp_path):
     without = train(CONFIG, tmp_path / "without")
     with pytest.raises(ConfigError, match="has none. Train with eval_every"):
         ppo_jax.load(without.run_dir, best=True)
+
+
+def test_the_best_policy_of_another_history_is_forgotten(tmp_path, stopped_after):
+    """A killed run had evaluations after its last checkpoint, which a shorter run does not have."""
+    stopped_after(2)
+    path = train(CONFIG, tmp_path / "run", eval_every=1).run_dir
+    directory = RunDirectory.open(path)
+    assert [row["update"] for row in rows_of(path, "evaluations.jsonl")] == [1, 2]
+    later = directory.read_best()._replace(returns=np.array([1e3]), updates=np.array([8]))
+    directory.write_best(later)
+    stopped_after(0)
+    train(CONFIG, path, eval_every=1, resume=True)
+    assert directory.read_best().updates == [8]  # the same run comes to it again
+    stopped_after(None)
+    run = ppo_jax.resume(path, total_timesteps=4 * 16, progress=False)
+    best = directory.read_best()
+    top = run.evaluations.loc[run.evaluations["eval/return"][2:].idxmax()]
+    assert (best.returns, best.updates) == (top["eval/return"], top["update"])
 
 
 def test_a_sweep_that_is_stopped_after_a_chunk_keeps_the_checkpoint_of_the_next(

@@ -131,6 +131,7 @@ def test_a_run_is_never_overwritten_unasked(run):
 
 
 def test_overwriting_replaces_a_runs_files_and_no_others(tmp_path):
+    RunDirectory.create(tmp_path, overwrite=False).write_config(Config(), HPARAMS, seeds=0)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.jsonl").write_text("old")
     directory = RunDirectory.create(tmp_path, overwrite=True)
@@ -140,6 +141,30 @@ def test_overwriting_replaces_a_runs_files_and_no_others(tmp_path):
     directory.metrics.append([{"a": np.float32(1.5), "b": float("nan")}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"a": 1.5, "b": null}\n'
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "found"), [("config.json", "no run"), ("sweep.json", "a sweep")])
+def test_overwriting_leaves_all_but_runs_alone(name, found, tmp_path):
+    """Such as a project with checkpoints of its own, or the best run of a sweep."""
+    (tmp_path / name).write_text("{}")
+    for folder in ("checkpoints", "best"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.bin").write_text("mine")
+    with pytest.raises(ConfigError, match=f"overwrite replaces the run.*holds.*{found}. Choose"):
+        ppo_jax.train(CONFIG, run_dir=tmp_path, overwrite=True, progress=False)
+    assert (tmp_path / "checkpoints" / "model.bin").exists()
+    assert (tmp_path / "best" / "model.bin").exists()
+
+
+def test_the_largest_seed_is_trained():
+    run = ppo_jax.train(CONFIG, seed=2**32 - 1, eval_episodes=2, progress=False)
+    state, _ = exact_jit(make_trainer(CONFIG).run)(jax.random.key(2**32 - 1))
+    assert (run.seeds, run.state.updates_done) == ((2**32 - 1,), 11)
+    np.testing.assert_array_equal(
+        jax.random.key_data(run.state.key), jax.random.key_data(state.key)
+    )
+    with pytest.raises(ConfigError, match=f"a seed must be .* got {2**32}"):
+        ppo_jax.train(CONFIG, seed=2**32 - 1, num_seeds=2, progress=False)
 
 
 def test_spaces_of_numpy_integers_are_saved(tmp_path):

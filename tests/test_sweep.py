@@ -75,6 +75,7 @@ def test_draws_follow_their_distributions(sampler):
         ({"gamma": Uniform(0.0, 1.0)}, None, "got None and gamma"),
         ([{"gamma": 0.9}], 3, "num_draws needs distributions"),
         ({"gamma": Uniform(0.0, 1.0)}, 0, "num_draws must be a positive integer; got 0"),
+        ({"hidden_sizes": [64, 64]}, None, r"must differ; .* two layers of 64 units are \(64, 64"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(space, draws, message):
@@ -88,6 +89,7 @@ def test_entries_of_a_command_line():
     assert parse("choice(relu,tanh)") == Choice(("relu", "tanh"))
     assert parse("none,true,64x64") == [None, True, (64, 64)]
     assert parse([0.1, "1e-3", [64, 64]]) == [0.1, 1e-3, (64, 64)]
+    assert parse({"eps": "1e-5"}) == [{"eps": 1e-5}]
     with pytest.raises(ConfigError, match="uniform takes a low and a high value"):
         parse("uniform(1)")
     with pytest.raises(ConfigError, match="needs 0 < low < high; got 0 and 1"):
@@ -98,6 +100,13 @@ def test_whole_episodes_must_fit_whatever_is_swept():
     config = CONFIG.replace(algorithm="reinforce", env_params={"max_steps_in_episode": 16})
     with pytest.raises(ConfigError, match="num_steps must be at least the longest.*got 16 and 20"):
         sweep(config, {"env_params.max_steps_in_episode": [10, 20]})
+
+
+def test_none_switches_a_bound_off_or_is_refused():
+    make_plan(Config(), HParams(), [{"value_clip_eps": None}], seeds=(0,))
+    message = "None leaves max_grad_norm to the algorithm, whose value is 0.5. Write inf"
+    with pytest.raises(ConfigError, match=message):
+        make_plan(Config(), HParams(), [{"max_grad_norm": None}], seeds=(0,))
 
 
 def test_only_what_is_compiled_in_makes_groups():
@@ -296,8 +305,11 @@ def test_shares_that_do_not_belong_together_are_refused(tmp_path):
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ConfigError, match="another .*differ"):
         merge([first], whole)
-    with pytest.raises(ConfigError, match="hold the same sweep"):
-        sweep(CONFIG, SPACE, seeds=2, shard=(2, 3), run_dir=first)
+    for shard in (None, (2, 3)):
+        with pytest.raises(ConfigError, match=r"hold the same sweep.*\(shard differ\)"):
+            sweep(CONFIG, SPACE, seeds=2, shard=shard, run_dir=first)
+    with pytest.raises(ConfigError, match="a directory that is none of the shards; got .*first|1"):
+        merge([first, second], first)
     with pytest.raises(ConfigError, match="one process at a time"), owned(second):
         merge([first, second], tmp_path / "merged")
 
@@ -386,6 +398,23 @@ def test_later_batches_follow_what_did_well():
 
     assert distance(batches[-1]) < 0.5 * distance(batches[0])
     assert all(1e-5 <= row["learning_rate"] <= 1e-1 for rows in batches for row in rows)
+
+
+def test_a_score_that_is_no_number_is_the_worst():
+    """Optuna takes it for a trial that failed, for which another one would be drawn."""
+    proposals = make_proposals(DRAWN, num_draws=3, sampler="tpe", batch=1)
+    numbers = []
+    while asked := proposals.ask():
+        numbers += asked
+        proposals.tell([float("nan")])
+    assert numbers == [0, 1, 2]
+
+
+def test_seeds_and_sizes_of_numpy_are_numbers(tmp_path):
+    arguments = {"eval_episodes": np.int64(2), "hparams": HParams(ent_coef=np.float32(0.01))}
+    again = functools.partial(sweep, CONFIG, {"gamma": [0.9]}, run_dir=tmp_path, **arguments)
+    assert list(again(seeds=np.arange(2)).members["seed"]) == [0, 1]
+    assert again(seeds=np.int64(2)).run_seconds == 0.0  # the same sweep
 
 
 def test_what_a_later_batch_may_draw_is_checked_before_anything_is_written(tmp_path):
@@ -571,6 +600,13 @@ SPACES = {
         )
     ],
 }
+
+
+def test_a_report_without_a_score_has_no_best_value():
+    values = [{"gamma": 0.9}, {"gamma": 0.99}]
+    report = reports.make_report(*table_of(values, 2, lambda row, seed: float("nan")))
+    assert list(report.sensitivity["name"]) == ["gamma"]
+    assert "best" not in report.sensitivity
 
 
 @pytest.mark.parametrize("seeds", [1, 6])

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ppo_jax.envs.suites import GYMNAX_NAMES, HOST_SUITES, SUITES
 from ppo_jax.errors import ConfigError, require_known, require_new_name, unknown_name
 from ppo_jax.lazy import submodules_of
@@ -188,6 +190,18 @@ def override_params(name: str, params: Any, changes: dict[str, Any]) -> Any:
             f"{type(params).__name__}. Make them a flax.struct.PyTreeNode, or leave env_params out."
         )
     known = [f.name for f in dataclasses.fields(params)]
-    for field in changes:
+    for field, value in changes.items():
         require_known(f"parameter of {name}", field, known)
+        default = getattr(params, field)
+        if _is_number(default) and not _is_number(value):
+            raise ConfigError(
+                f"a parameter of {name} must be a number if its default is one; got "
+                f"{field}={value!r} and {default}."
+            )
     return dataclasses.replace(params, **changes)
+
+
+def _is_number(value: Any) -> bool:
+    """Returns whether a value is a number or an array of numbers, bools included."""
+    dtype = getattr(value, "dtype", None)  # a tracer has no more
+    return np.asarray(value).dtype.kind in "biuf" if dtype is None else dtype.kind in "biuf"

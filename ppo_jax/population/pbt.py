@@ -4,6 +4,7 @@ Jaderberg et al. 2017 (arXiv:1711.09846), section 4: after every round, the wors
 learners of the best and perturb their hyperparameters.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -120,8 +121,8 @@ def make_pbt(
         )
     if not 0 < replaced <= 0.5:
         raise ConfigError(f"the share that is replaced must be in (0, 0.5]; got {replaced}.")
-    if factor <= 1:
-        raise ConfigError(f"factor must be above 1; got {factor}.")
+    if not 1 < factor < math.inf:
+        raise ConfigError(f"factor must be a finite number above 1; got {factor}.")
 
     def start(keys: jax.Array, hparams: HParams | None) -> Start:
         num_members = keys.shape[0]

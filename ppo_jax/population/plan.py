@@ -1,10 +1,12 @@
 """From configurations and seeds to groups, each of which is one compiled program."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ppo_jax.algorithms import hparam_names
 from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.search_space import ENV_PARAMS, Row
 from ppo_jax.resolve import complete_hparams
@@ -111,9 +113,21 @@ def make_plan(
         }
         row_config = config.replace(**static)
         row_hparams = complete_hparams({**hparams.given(), **traced}, row_config)
+        _require_switched_off(traced, row_hparams)
         # Whether a value is set changes the pytree, and so the program.
         program = row_config, (tuple(row_hparams.given()), tuple(sorted(env_params)))
         for number, seed in enumerate(seeds, start=configuration * len(seeds)):
             member = Member(number, configuration, seed, row, row_hparams, env_params)
             groups.setdefault(program, []).append(member)
     return [Group(*program, tuple(found), len(found)) for program, found in groups.items()]
+
+
+def _require_switched_off(asked: Mapping[str, Any], hparams: HParams) -> None:
+    """Checks that a None, with which a row switches something off, does so."""
+    for name, value in asked.items():
+        default = getattr(hparams, name)
+        if value is None and default is not None and hparams.ranges()[name][1] == math.inf:
+            raise ConfigError(
+                f"None leaves {name} to the algorithm, whose value is {default}. Write inf to "
+                "switch it off, or the value."
+            )

@@ -1,7 +1,7 @@
 """Sources of a sweep's configurations: all at once, or in batches that follow the results."""
 
 import datetime
-import json
+import math
 import re
 import time
 import uuid
@@ -207,7 +207,7 @@ class _TreeParzen:
     def start(self, description: Mapping[str, Any]) -> str | None:
         if self._storage is None:
             return None
-        wanted = json.loads(json.dumps(description))
+        wanted = dict(description)
         if self._is_maker:
             self._study.set_user_attr("identity", uuid.uuid4().hex)
             self._study.set_user_attr("sweep", wanted)
@@ -275,6 +275,8 @@ class _TreeParzen:
 
     def tell(self, scores: Sequence[float]) -> None:
         for number, score in zip(self._asked, scores, strict=True):
+            # Optuna takes a NaN for a trial that failed, and another one would be drawn for it.
+            score = -math.inf if math.isnan(score) else score
             # Clocks of hosts differ: another worker may have taken this one for dead.
             self._study.tell(number, score, skip_if_finished=True)
 

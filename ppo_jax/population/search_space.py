@@ -127,6 +127,13 @@ def rows(
     for name, values in listed.items():
         if not values:
             raise ConfigError(f"every list of a space must hold a value; {name} holds none.")
+        if any(value in values[:i] for i, value in enumerate(values)):
+            raise ConfigError(
+                f"values of a list must differ; {name} has {values}. Leave one out; two layers of "
+                "64 units are (64, 64), or 64x64 in a shell."
+                if name.endswith("hidden_sizes")
+                else f"values of a list must differ; {name} has {values}. Leave one out."
+            )
     # One empty draw, so that the product below is the grid alone.
     draws: list[Row] = [{}]
     if drawn:
@@ -198,7 +205,7 @@ def parse(entry: Any) -> list[Any] | Distribution:
     [(64, 64), 256]
     """
     if not isinstance(entry, str):
-        return [_read(x) for x in entry] if isinstance(entry, list) else [entry]
+        return [read_value(x) for x in entry] if isinstance(entry, list) else [read_value(entry)]
     text = entry
     name, bracket, inside = text.partition("(")
     if bracket and inside.endswith(")"):
@@ -212,10 +219,12 @@ def parse(entry: Any) -> list[Any] | Distribution:
     return [_scalar(word) for word in text.split(",")]
 
 
-def _read(value: Any) -> Any:
-    """Parses an item of a list in a file: YAML takes 1e-3 for a word, and knows no tuples."""
+def read_value(value: Any) -> Any:
+    """Parses a value in a file: YAML takes 1e-3 for a word, and knows no tuples."""
     if isinstance(value, list):
-        return tuple(map(_read, value))
+        return tuple(map(read_value, value))
+    if isinstance(value, dict):
+        return {name: read_value(x) for name, x in value.items()}
     return _scalar(value) if isinstance(value, str) else value
 
 

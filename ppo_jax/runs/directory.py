@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ppo_jax.runs.periodic_evaluation import Best
 
 CONFIG = "config.json"
+_SWEEP = "sweep.json"  # the name in `sweep_store`, which imports this module
 METRICS = "metrics.jsonl"
 METRICS_TABLE = "metrics.csv"
 POLICY = "policy"
@@ -50,7 +51,7 @@ _LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
 EXPORT = "export"
 PAGE = "report.html"
 PLOTS = ("curves.png", "curves.svg")
-_FILES = (CONFIG, METRICS, METRICS_TABLE, EVALUATION, EVALUATIONS, _OLD_POLICY, PAGE, *PLOTS)
+_FILES = (METRICS, METRICS_TABLE, EVALUATION, EVALUATIONS, _OLD_POLICY, PAGE, *PLOTS)
 _FOLDERS = (POLICY, BEST, CHECKPOINTS, TENSORBOARD, WANDB, EXPORT)
 
 
@@ -69,7 +70,7 @@ class RunDirectory:
 
     @staticmethod
     def check(path: str | Path, *, overwrite: bool) -> None:
-        """Raises a `ConfigError` unless `path` is free, empty, or may be overwritten."""
+        """Raises a `ConfigError` unless `path` is free or empty, or `overwrite` a run in it."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run_dir must be a directory; {path} is a file. Choose another.")
@@ -80,6 +81,12 @@ class RunDirectory:
             raise ConfigError(
                 f"run_dir must be new or empty; {path} holds files. Choose another, pass resume "
                 "(ppo-jax resume) to continue that run, or overwrite (--overwrite) to replace it."
+            )
+        # Folders of a user's own may have the names of ours, such as checkpoints.
+        if is_used and not _is_run(path):
+            what = "a sweep" if (path / _SWEEP).exists() else "files that are no run"
+            raise ConfigError(
+                f"overwrite replaces the run in run_dir; {path} holds {what}. Choose another."
             )
 
     @classmethod
@@ -102,7 +109,7 @@ class RunDirectory:
     def open(cls, path: str | Path) -> "RunDirectory":
         """Returns an existing run; a `ConfigError` if there is none."""
         path = Path(path)
-        if (path / "sweep.json").is_file():
+        if (path / _SWEEP).is_file():
             raise ConfigError(
                 f"{path} is a sweep and not a run. Its best policy is the run {path / 'best'}; "
                 f"ppo-jax report {path} compares its configurations."
@@ -168,7 +175,8 @@ class RunDirectory:
         """
         from ppo_jax.runs import provenance
 
-        # Only files that a run writes: a user may keep notes in the directory.
+        # Only files that a run writes: a user may keep notes in the directory. The settings stay
+        # until others replace them, so that the directory is that of a run all the time.
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
@@ -230,6 +238,11 @@ class RunDirectory:
                 f"{self.path} differs in {', '.join(differences.values())}. Leave them as they "
                 "were, or start another run."
             )
+
+    def is_repeated_by(self, config: Config) -> bool:
+        """Returns whether the run with this config repeats what it did after its checkpoint."""
+        found = self._read_record()["config"]
+        return all(found.get(name) == getattr(config, name) for name in _CHANGEABLE)
 
     def warn_of_other_devices(self, config: Config) -> None:
         """Warns the caller of `train` if a run continues on another number of devices."""
@@ -335,6 +348,15 @@ class RunDirectory:
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Writes the result of an evaluation."""
         _write_json(self.path / EVALUATION, record)
+
+
+def _is_run(path: Path) -> bool:
+    """Returns whether a directory is that of a run, and not of a sweep."""
+    try:
+        RunDirectory.open(path)._read_record()
+    except ConfigError:
+        return False
+    return True
 
 
 def _settings(config: Config, hparams: HParams) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Best(NamedTuple):
     returns: np.ndarray  # [seeds]
     updates: np.ndarray  # [seeds], with which the policies were evaluated
 
+    def until(self, updates: int) -> "Best":
+        """Returns the same with the next policy to come in the place of each later one."""
+        is_later = self.updates > updates
+        return self._replace(returns=np.where(is_later, -np.inf, self.returns))
+
 
 class PeriodicEvaluation:
     """Evaluates the policy every few updates, and keeps the best of each seed."""

@@ -42,10 +42,10 @@ def iqm(x: Any, axis: int | None = None) -> Any:
 def interval(x: np.ndarray, statistic: Callable[..., Any] = iqm) -> Interval:
     """Returns a statistic of `[seeds]` with its percentile bootstrap interval over seeds.
 
-    The bounds are NaN for a single seed.
+    The bounds are NaN for a single seed, or where a value is NaN.
     """
     x = np.asarray(x, float)
-    if len(x) < 2:
+    if len(x) < 2 or np.isnan(x).any():
         return Interval(float(statistic(x)), np.nan, np.nan)
     bounds = scipy.stats.bootstrap(
         (x,),
@@ -168,16 +168,17 @@ def _sensitivity(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
             row |= {"rank_correlation": correlation if known else np.nan}
         else:
             values = table[name].map(lambda x: f"{x:.6g}" if isinstance(x, float) else str(x))
-            means = table.groupby(values)["iqm"].mean()
+            means = table.groupby(values)["iqm"].mean().dropna()
             difference = means.max() - means.min()
-            row |= {
-                "effect": difference / whole_range if whole_range > 0 else 0.0,
-                "best": means.idxmax(),
-                "iqm_at_best": means.max(),
-                "worst": means.idxmin(),
-                "iqm_at_worst": means.min(),
-                "difference": difference,
-            }
+            row |= {"effect": difference / whole_range if whole_range > 0 else 0.0}
+            if len(means):  # every return can be NaN
+                row |= {
+                    "best": means.idxmax(),
+                    "iqm_at_best": means.max(),
+                    "worst": means.idxmin(),
+                    "iqm_at_worst": means.min(),
+                    "difference": difference,
+                }
         rows.append(row)
     result = pd.DataFrame(rows)
     return result.sort_values("effect", ascending=False, ignore_index=True) if rows else result

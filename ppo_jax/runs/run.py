@@ -189,12 +189,10 @@ def train(
             "member_devices": member_devices,
         }
     )
-    if eval_every is not None and eval_every > config.num_updates and not resume:
-        raise ConfigError(
-            f"eval_every must be at most the updates of the training; got {eval_every:,} and "
-            f"{config.num_updates:,}. Try {max(1, config.num_updates // 10)}."
-        )
+    if not resume:  # a run that goes on may have few updates left
+        _check_eval_every(eval_every, config)
     require_seed(seed)
+    require_seed(seed + (num_seeds or 1) - 1)
     _check_files(run_dir, checkpoint_every, resume=resume, overwrite=overwrite)
     sinks = make_sinks(log, on_rows, stop_at_return, run_dir=run_dir, eval_every=eval_every)
     hparams = complete_hparams(hparams, config)
@@ -268,6 +266,7 @@ def _opened(
                 directory = RunDirectory.open(run_dir)
                 directory.require_same_run(plan.config, plan.hparams, plan.seeds_on_disk)
             else:
+                _check_eval_every(plan.eval_every, plan.config)
                 directory = RunDirectory.create(run_dir, overwrite=overwrite)
             stack.enter_context(directory.owned())
             return is_resumed
@@ -422,8 +421,17 @@ class _Plan(NamedTuple):
 
     def keys(self) -> jax.Array:
         """Returns the key of the training, or those of its seeds."""
-        keys = jax.vmap(jax.random.key)(jnp.array(self.seeds))
+        keys = jax.vmap(jax.random.key)(np.array(self.seeds, np.uint32))
         return keys if self.has_seed_axis else keys[0]
+
+
+def _check_eval_every(eval_every: int | None, config: Config) -> None:
+    """Checks that a training that starts will be evaluated."""
+    if eval_every is not None and eval_every > config.num_updates:
+        raise ConfigError(
+            f"eval_every must be at most the updates of the training; got {eval_every:,} and "
+            f"{config.num_updates:,}. Try {max(1, config.num_updates // 10)}."
+        )
 
 
 def _check_files(
@@ -458,10 +466,14 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
             device_memory.exhaustion_explained(training.num_bytes, config.num_envs),
         ):
             stack.callback(training.close)
+            # Otherwise other evaluations will take the places of those after the checkpoint.
+            is_repeated = directory is None or not is_resumed or directory.is_repeated_by(config)
             start = _start(plan, training, directory, is_resumed=is_resumed)
             policy = processes.fetch(plan.trainer.policy(start.state))
             if is_resumed and directory is not None:
                 _continue_best(periodic, directory, config.network)
+                if not is_repeated:
+                    periodic.best = periodic.best.until(start.updates)
             sinks = plan.sinks
             with (
                 _writer(plan, directory, policy) as writer,
@@ -617,8 +629,16 @@ def _start(
 
 def _require_checkpoints(directory: RunDirectory | None) -> None:
     """Checks that a run without a checkpoint was killed before its first one."""
+    if directory is None:
+        return
+    options = directory.read_options()
+    if "checkpoint_every" not in options:
+        raise ConfigError(
+            f"a run continues from a checkpoint; {directory.path} holds the policy of a member of "
+            "a sweep, and no checkpoint. Train with its settings in another run_dir."
+        )
     # A run that writes none could lose hours unnoticed.
-    if directory is not None and not directory.read_options().get("checkpoint_every"):
+    if not options["checkpoint_every"]:
         raise ConfigError(
             f"a run continues from a checkpoint; {directory.path} was made with "
             "checkpoint_every=0 and has none. Train again, with overwrite (--overwrite)."

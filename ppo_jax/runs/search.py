@@ -303,7 +303,13 @@ def _distributions(
     found = {}
     for name, entry in space.items():
         found[name] = entry if isinstance(entry, Distribution) else Choice(tuple(entry))
-        for value in extremes(found[name]):
+        values = extremes(found[name])
+        if None in values:
+            raise ConfigError(
+                f"a search varies numbers; {name} has none among {values}. Leave it out, or write "
+                "inf, which switches a bound off."
+            )
+        for value in values:
             complete_hparams({name: value}, config)  # used, and within its range, or an error
     return found
 
@@ -329,7 +335,7 @@ def _options(method: Method, factor: float | None, replaced: float | None) -> di
         }
     if replaced is not None:
         raise ConfigError(f"replaced belongs to pbt; got {replaced} and halving. Leave it out.")
-    if factor is not None and factor != int(factor):
+    if factor is not None and not float(factor).is_integer():
         raise ConfigError(f"the factor of halving must be a whole number; got {factor}.")
     return {"factor": 3 if factor is None else int(factor)}
 

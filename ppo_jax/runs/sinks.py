@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -183,6 +184,8 @@ def make_sinks(
             f"stop_at_return needs evaluations; got {stop_at_return} and no eval_every. Set "
             "eval_every (--eval-every)."
         )
+    if stop_at_return is not None and not math.isfinite(stop_at_return):
+        raise ConfigError(f"stop_at_return must be a finite number; got {stop_at_return}.")
     sinks: dict[str, Sink] = {}
     for name in log:
         require_known("tracker", name, TRACKERS)

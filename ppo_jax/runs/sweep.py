@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ppo_jax.config import Config
@@ -23,7 +24,7 @@ from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.sink import RunInfo
 from ppo_jax.runs.sinks import make_sinks
 from ppo_jax.runs.sweep_runner import PlannedGroup, SweepRunner, plan_group
-from ppo_jax.runs.sweep_store import SweepStore
+from ppo_jax.runs.sweep_store import SweepStore, to_json
 from ppo_jax.runs.sweep_tables import to_cell
 
 
@@ -139,7 +140,7 @@ def sweep(
         "num_rows": num_rows,
         **({} if shard is None else {"shard": shard}),
     }
-    study = proposals.start(description)
+    study = proposals.start(to_json(description))
     if study is not None:  # not the storage, whose URL may have a password
         description["study"] = study
     say = say or _silent
@@ -209,9 +210,10 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _listed(seeds: int | Sequence[int]) -> tuple[int, ...]:
     """Returns the seeds of every configuration, checked."""
-    seeds = tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    seeds = tuple(range(seeds) if isinstance(seeds, (int, np.integer)) else seeds)
     for seed in seeds:
         require_seed(seed)
+    seeds = tuple(map(int, seeds))
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be one or more different numbers; got {seeds}.")
     return seeds

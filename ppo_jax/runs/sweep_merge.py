@@ -40,6 +40,10 @@ def merge(shards: Sequence[str | Path], run_dir: str | Path) -> Merged:
     paths = [Path(path) for path in shards]
     if not paths:
         raise ConfigError("merge needs the directories of shards; got none. Name them.")
+    if Path(run_dir).resolve() in [path.resolve() for path in paths]:
+        raise ConfigError(
+            f"merge needs a directory that is none of the shards; got {run_dir}. Choose a new one."
+        )
     descriptions = [SweepStore.describe(path) for path in paths]
     whole = _common(paths, descriptions)
     with ExitStack() as stack:

@@ -126,11 +126,13 @@ class SweepStore:
         """Reads the store in a directory, or makes it there."""
         from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 
-        wanted = json.loads(json.dumps(description))
+        wanted = to_json(description)
         if (path / SWEEP).is_file():
             found = cls.describe(path)
             if found != wanted:
-                changed = [name for name in wanted if found.get(name) != wanted[name]]
+                # A name that is in one of them alone differs, such as `shard`.
+                names = sorted(wanted.keys() | found.keys())
+                changed = [name for name in names if found.get(name) != wanted.get(name)]
                 raise ConfigError(
                     f"run_dir must be new or hold the same sweep; {path} holds another "
                     f"({', '.join(changed)} differ). Choose another directory."
@@ -295,6 +297,11 @@ class SweepStore:
             if self.path is not None:
                 self._attempt(name, functools.partial(_write_table, self.path, name, table))
         return tables[0], tables[1]
+
+
+def to_json(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a description of a sweep as JSON reads it, without the numbers of NumPy."""
+    return json.loads(json.dumps(description, default=lambda number: number.item()))
 
 
 def _write_part(folder: Path, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:

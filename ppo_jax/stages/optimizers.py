@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from ppo_jax.config import Config
 from ppo_jax.defaults import OPTIMIZERS
-from ppo_jax.errors import require_known
+from ppo_jax.errors import ConfigError, require_known
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.networks import merge_params, split_params
 
@@ -67,9 +67,17 @@ def make_optimizer(config: Config) -> Optimizer:
     require_known("optimizer", config.optimizer, OPTIMIZERS)
     # The signature of the optax function is the list of arguments; ours would go out of date.
     factory = getattr(optax, config.optimizer)
-    known = [name for name in inspect.signature(factory).parameters if name != "learning_rate"]
-    for name, _ in config.optimizer_kwargs:
-        require_known(f"argument of optax.{config.optimizer}", name, known)
+    parameters = dict(inspect.signature(factory).parameters)
+    del parameters["learning_rate"]
+    for name, value in config.optimizer_kwargs:
+        require_known(f"argument of optax.{config.optimizer}", name, parameters)
+        # optax itself would fail while it is traced.
+        default = parameters[name].default
+        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+            raise ConfigError(
+                f"an argument of optax.{config.optimizer} must be a number if its default is one; "
+                f"got {name}={value!r} and {default}."
+            )
     kwargs = {**OPTIMIZERS[config.optimizer], **dict(config.optimizer_kwargs)}
 
     def optimizer(learning_rate: Any, hparams: HParams) -> optax.GradientTransformation:
