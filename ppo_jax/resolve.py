@@ -85,12 +85,15 @@ def complete_config(config: Config) -> Config:
     return config.replace(**missing)
 
 
-def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config) -> HParams:
+def complete_hparams(
+    hparams: HParams | Mapping[str, Any] | None, config: Config, algorithm: Algorithm | None = None
+) -> HParams:
     """Fills unset hyperparameters with the algorithm's defaults.
 
     Args:
       hparams: values that are set, as a record or by name; None sets nothing.
       config: names the algorithm; algorithm settings may be unset.
+      algorithm: the row of a trainer that was made; None for the row that has the name now.
 
     Returns:
       A record of the algorithm's `hparams_type`.
@@ -101,7 +104,7 @@ def complete_hparams(hparams: HParams | Mapping[str, Any] | None, config: Config
     >>> complete_hparams(HParams(clip_eps=0.1), Config()).gamma
     0.99
     """
-    algorithm = get_algorithm(config.algorithm)
+    algorithm = get_algorithm(config.algorithm) if algorithm is None else algorithm
     used = used_hparams(config, algorithm)
     given = hparams.given() if isinstance(hparams, HParams) else dict(hparams or {})
     if given.get("hidden_gain") is not None and "hidden_gain" not in used:

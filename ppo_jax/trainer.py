@@ -198,7 +198,7 @@ def make_host_trainer(config: Config) -> HostTrainer:
     def learn(
         state: TrainState, hparams: HParams | None, rollout: Rollout
     ) -> tuple[TrainState, Metrics]:
-        complete = complete_hparams(hparams, resolved.config)
+        complete = complete_hparams(hparams, resolved.config, resolved.algorithm)
         complete = _without_folding_in_loops(complete, state.updates_done)
         _, *keys = jax.random.split(state.key, 3)
         collected = to_batch(
@@ -252,7 +252,7 @@ def _init_learner(
       hparams: hyperparameters, or None.
     """
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
-    hparams = _without_folding(complete_hparams(hparams, config))
+    hparams = _without_folding(complete_hparams(hparams, config, stages.resolved.algorithm))
     network_key, key = keys
     # New arrays for every state, because a caller may donate one.
     statistics = Statistics(
@@ -278,7 +278,7 @@ def _init_learner(
 def _step(stages: Stages, state: TrainState, hparams: HParams | None) -> tuple[TrainState, Metrics]:
     """Returns the state after one update, and its metrics."""
     # Completed in every call, because a caller may pass other values to each step.
-    complete = complete_hparams(hparams, stages.resolved.config)
+    complete = complete_hparams(hparams, stages.resolved.config, stages.resolved.algorithm)
     complete = _without_folding_in_loops(complete, state.updates_done)
     if stages.mesh is None:
         return _step_on_one_device(stages, state, complete)

@@ -114,6 +114,16 @@ def test_tanh_gaussian_is_distrax_s_where_tanh_can_be_inverted():
     np.testing.assert_allclose(head.distribution(params).log_prob(action), expected, rtol=1e-4)
 
 
+def test_a_beta_takes_random_keys_of_both_kinds():
+    head = make_head(Box((2,), low=(-1.0, -1.0), high=(1.0, 1.0)), distribution="beta")
+    params = head.parametrize(jnp.zeros((3, 4)), None)
+    new, old = (
+        head.sample(params, head.noise(make_key(0), (3,)))
+        for make_key in (jax.random.key, jax.random.PRNGKey)
+    )
+    np.testing.assert_array_equal(new, old)
+
+
 def test_the_mode_of_a_beta_that_has_become_uniform_is_the_middle():
     head = make_head(SPACE, "beta")
     for x in (-16.0, -20.0, -100.0):
@@ -212,6 +222,11 @@ def test_a_mask_gives_exactly_no_probability_and_finite_gradients():
             Box((1,), low=(-np.inf,), high=(1.0,)),
             {"distribution": "tanh_gaussian"},
             "finite bounds; got .*inf",
+        ),
+        (
+            Box((2,), low=(-1.0, 0.5), high=(1.0, 0.5)),
+            {"distribution": "beta"},
+            r"needs low < high for every action; got \(-1.0, 0.5\) and \(1.0, 0.5\)",
         ),
         (Discrete(2), {"state_dependent_std": True}, "left out where actions are integers"),
     ],

@@ -181,6 +181,17 @@ def test_policy_gradients_are_unbiased_discounted_or_not(algorithm, gamma):
     check(Fixture(algorithm), gamma)
 
 
+def test_a_loss_of_whole_episodes_is_the_mean_over_those_that_count():
+    """Where an environment has no limit of steps, the rollout's end can cut its first episode."""
+    fixture = Fixture("reinforce", num_envs=8)
+    hparams = fixture.hparams(ent_coef=0.0)
+    batch = fixture.batch(jax.random.key(3), hparams)
+    batch = batch._replace(mask=batch.mask.at[:, ::2].set(False))
+    loss, _ = fixture.losses.policy(fixture.params, batch, hparams)
+    of_episodes = jnp.sum(batch.mask * batch.log_prob * batch.advantages, axis=0)
+    np.testing.assert_allclose(loss, -np.sum(of_episodes) / 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "algorithm", [name for name, row in ALGORITHMS.items() if not row.whole_episodes]
 )

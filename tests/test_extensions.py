@@ -26,11 +26,13 @@ from ppo_jax.cli import main
 from ppo_jax.envs import wrappers
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.ops import advantages
 from ppo_jax.policy.distributions import BOX_HEADS
 from ppo_jax.population.halving import make_halving
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.search_space import Uniform
 from ppo_jax.resolve import complete_hparams
+from ppo_jax.types import Estimates
 
 SMALL = {"num_envs": 2, "num_steps": 8, "hidden_sizes": (8,), "total_timesteps": 4 * 16}
 
@@ -69,6 +71,58 @@ def test_a_hyperparameter_of_an_algorithm_is_traced_and_has_its_default(offset):
         np.testing.assert_allclose(swept[1], alone, rtol=1e-4, atol=1e-6)
     kernels = states.learner.params["params"]["actor_out"]["kernel"]
     assert not np.allclose(kernels[0], kernels[2])
+
+
+def test_a_trainer_keeps_the_algorithm_with_which_it_was_made(offset):
+    trainer = make_trainer(offset)
+    before, _ = jax.jit(trainer.step)(trainer.init(jax.random.key(0)))
+    row = ppo_jax.algorithms.ALGORITHMS["offset"]
+    changed = row._replace(hparams={**row.hparams, "learning_rate": 1.0})
+    register_algorithm("offset", changed, overwrite=True)
+    jax.clear_caches()
+    after, _ = jax.jit(trainer.step)(trainer.init(jax.random.key(0)))
+    for x, y in zip(
+        jax.tree.leaves(before.learner.params), jax.tree.leaves(after.learner.params), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_an_algorithm_needs_no_critic_for_minibatches(monkeypatch):
+    """Such as one whose advantages are returns, standardised within the batch."""
+
+    def estimate(config, trajectory, values, hparams):
+        del config, values
+        zeros = jnp.zeros_like(trajectory.reward)
+        ends = (trajectory.terminated, trajectory.truncated)
+        rates = {"gamma": hparams.gamma, "gae_lambda": 1.0}
+        returns = advantages.gae(trajectory.reward, zeros, zeros, *ends, **rates)
+        return Estimates(returns, None, None)
+
+    monkeypatch.setattr("ppo_jax.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    ppo = ALGORITHMS["ppo"]
+    of_critic = ("vf_coef", "value_clip_eps")
+    hparams = {name: value for name, value in ppo.hparams.items() if name not in of_critic}
+    register_algorithm("alone", ppo._replace(has_critic=False, estimate=estimate, hparams=hparams))
+    _, metrics = jax.jit(make_trainer(Config(algorithm="alone", **SMALL)).run)(jax.random.key(0))
+    assert np.isfinite(metrics["train/policy_loss"]).all()
+    assert (metrics["train/skipped_fraction"] == 0).all()
+    assert "train/value_loss" not in metrics
+
+
+def test_observations_of_python_s_numbers_compile_nothing_twice():
+    """They are weakly typed after a reset, and not after a step."""
+    env = envs.make("CartPole-v1")
+
+    def reset(key, params):
+        _, state = env.reset(key, params)
+        return jnp.full((4,), 0.0), state
+
+    envs.register("weak", lambda: env._replace(reset=reset), overwrite=True)
+    trainer = make_trainer(Config(env="weak", **SMALL))
+    step = jax.jit(trainer.step)
+    state, _ = step(trainer.init(jax.random.key(0)))
+    step(state)
+    assert step._cache_size() == 1
 
 
 def test_a_hyperparameter_of_an_algorithm_is_refused_like_the_others(offset):

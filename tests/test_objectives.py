@@ -167,6 +167,8 @@ def test_simple_policy_is_best_where_the_ratio_has_moved_by_epsilon():
     for advantage, best in ((2.0, 1.2), (-2.0, 0.8)):
         value = objectives.simple_policy(ratios, jnp.full(1001, advantage), clip_eps=0.2)
         assert ratios[jnp.argmax(value)] == pytest.approx(best, abs=1e-3)
+    ones = jnp.ones(2)
+    np.testing.assert_array_equal(objectives.simple_policy(ones, 3.0 * ones, clip_eps=0.0), 3.0)
 
 
 def test_discovered_policy_drifts_only_against_going_too_far():

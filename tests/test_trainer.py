@@ -269,6 +269,20 @@ def test_env_params_of_the_config_are_used():
     np.testing.assert_allclose(metrics["episode/length"][1:], 5.0)
 
 
+def test_the_first_minibatch_is_within_every_target_kl():
+    """Its KL is 0, but for the rounding of a Beta distribution."""
+    config = Config(
+        env="Pendulum-v1",
+        action_distribution="beta",
+        num_envs=8,
+        num_steps=16,
+        num_minibatches=2,
+        total_timesteps=256,
+    )
+    _, metrics = jax.jit(make_trainer(config).run)(jax.random.key(0), HParams(target_kl=0.0))
+    np.testing.assert_array_equal(metrics["train/gradient_steps"], 1)
+
+
 def test_target_kl_stops_an_update_under_vmap():
     trainer = make_trainer(small("ppo", num_epochs=4, num_minibatches=4, lr_schedule="constant"))
     state = jax.jit(trainer.init)(jax.random.key(0))

@@ -101,10 +101,11 @@ def clipped_surrogate(
 def simple_policy(ratio: jax.Array, advantages: jax.Array, *, clip_eps: Scalar) -> jax.Array:
     """Computes r Â − |Â| (r − 1)² / (2 ε), a parabola in r with its maximum at 1 ± ε, `[B]`.
 
-    Simple Policy Optimization, Xie et al. 2025 (arXiv:2401.16025).
+    Simple Policy Optimization, Xie et al. 2025 (arXiv:2401.16025). An ε below 10⁻⁶ counts as 10⁻⁶.
     """
     chex.assert_equal_shape([ratio, advantages])
-    return ratio * advantages - jnp.abs(advantages) * jnp.square(ratio - 1.0) / (2.0 * clip_eps)
+    width = 2.0 * jnp.maximum(clip_eps, 1e-6)
+    return ratio * advantages - jnp.abs(advantages) * jnp.square(ratio - 1.0) / width
 
 
 def discovered_policy(

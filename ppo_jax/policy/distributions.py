@@ -325,8 +325,11 @@ def _beta(space: Box) -> Head:
             return jax.random.beta(key, params.alpha, params.beta)
 
         # `jax.random.beta` takes one key for an array; actions need independent draws each.
-        flat = jax.tree.map(lambda x: x.reshape(keys.size, *space.shape), params)
-        action = jax.vmap(one)(keys.reshape(-1), flat).reshape(params.alpha.shape)
+        batch = params.alpha.shape[: params.alpha.ndim - len(space.shape)]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *space.shape), params)
+        # Keys of the older kind have an axis of their own.
+        keys = keys.reshape(math.prod(batch), *keys.shape[len(batch) :])
+        action = jax.vmap(one)(keys, flat).reshape(params.alpha.shape)
         return jnp.clip(action, _EDGE, 1.0 - _EDGE)
 
     def mode(params: BetaParams) -> jax.Array:
@@ -405,6 +408,11 @@ def _bounds(space: Box, distribution: str) -> tuple[np.ndarray, np.ndarray]:
         raise ConfigError(
             f"action_distribution {distribution} needs actions with finite bounds; got "
             f"{space.low} and {space.high}. Use gaussian."
+        )
+    if not np.all(np.less(space.low, space.high)):
+        raise ConfigError(
+            f"action_distribution {distribution} needs low < high for every action; got "
+            f"{space.low} and {space.high}. Use gaussian, or leave out an action that cannot vary."
         )
     return np.reshape(space.low, space.shape), np.reshape(space.high, space.shape)
 

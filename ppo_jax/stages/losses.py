@@ -143,8 +143,10 @@ class Losses:
     def _mean_episode_length(self, batch: Batch, dtype: Any) -> jax.Array:
         """Returns the factor that turns a mean over steps into a sum over an episode's steps."""
         assert batch.mask is not None, "whole episodes come with a mask"
-        steps = mean_over(jnp.sum(batch.mask).astype(dtype), self.shard.axis_name)
-        return steps / self.shard.num_envs
+        # The first step of an environment counts if and only if its first episode does.
+        counts = (jnp.sum(batch.mask).astype(dtype), jnp.sum(batch.mask[0]).astype(dtype))
+        steps, episodes = mean_over(counts, self.shard.axis_name)
+        return steps / jnp.maximum(episodes, jnp.finfo(dtype).tiny)
 
     def _composed(
         self, samples: Samples, weights: Mapping[str, Any], batch: Batch

@@ -51,9 +51,9 @@ def reset(
       recurrent_state: of the policy, `[N, ...]`; None without a memory.
     """
     keys = jax.random.split(key, num_envs)
-    obs, env_state = vectorized(env).reset(keys, env_params)
+    obs, env_state = strongly_typed(vectorized(env).reset(keys, env_params))
     return RolloutState(
-        env_state=strongly_typed(env_state),
+        env_state=env_state,
         obs=obs,
         episode_return=jnp.zeros(num_envs, jnp.float32),
         episode_length=jnp.zeros(num_envs, jnp.int32),
@@ -135,8 +135,7 @@ def rollout(
         return (state, ended, used), transition
 
     def draw(keys: jax.Array) -> tuple[Any, Any]:
-        obs, env_state = many.reset(keys, env_params)
-        return obs, strongly_typed(env_state)
+        return strongly_typed(many.reset(keys, env_params))
 
     zeros = jnp.zeros(num_envs, jnp.int32)
     none_ended = EpisodeStats(zeros.astype(jnp.float32), length_sum=zeros, num_episodes=zeros)
