@@ -181,7 +181,13 @@ def _with_options(command: type, **groups: Any) -> Any:
         (name, Annotated[type(group), tyro.conf.OmitArgPrefixes], group)
         for name, group in groups.items()
     ]
-    made = dataclasses.make_dataclass(command.__name__, fields, bases=(command,), frozen=True)
+    made = dataclasses.make_dataclass(
+        command.__name__,
+        fields,
+        bases=(command,),
+        namespace={"__doc__": command.__doc__},  # the help shows it, and it is not inherited
+        frozen=True,
+    )
     return made(**groups)
 
 

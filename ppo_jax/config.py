@@ -132,9 +132,9 @@ class PolicySettings:
     shared_torso: bool = False
     """Actor and critic share their hidden layers, and their memory."""
     actor_keys: tuple[str, ...] | None = None
-    """Entries of a dict observation that the actor sees. None, here and below: all."""
+    """Entries of a dict observation that the actor sees. None: all of them."""
     critic_keys: tuple[str, ...] | None = None
-    """Entries of a dict observation that the critic sees."""
+    """Entries of a dict observation that the critic sees. None: all of them."""
     memory: MemoryKind | None = None
     """A recurrent cell, or a gated transformer ("gtrxl"), after the hidden layers; minibatches then
     consist of whole environments."""
@@ -384,7 +384,7 @@ def _is_word(hint: Any) -> bool:
 
 def _require_type(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
-        what = {bool: "True or False", str: "a word"}[kind]
+        what = {bool: "True or False", str: "a string"}[kind]
         raise ConfigError(f"{name} must be {what}; got {value!r}.")
 
 
@@ -393,6 +393,15 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
         raise ConfigError(f"{name} must be a list or a tuple; got {value!r}.")
     return tuple(value)
+
+
+def require_config(config: Any) -> None:
+    """Raises a `ConfigError` unless a training is described by a `Config`."""
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"a training is described by a Config; got {config!r}. Pass Config(env=…), or the "
+            "first of the two records that preset(name) returns."
+        )
 
 
 def _divisors(number: int, near: int) -> str:

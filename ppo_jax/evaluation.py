@@ -41,10 +41,10 @@ def evaluate(
     count short episodes more often than long ones. Pure: jit and vmap it.
 
     Args:
-      policy: acts.
+      policy: the policy to evaluate.
       env: the environment, as from `ppo_jax.make_env`.
       env_params: its parameters; `env.params` are the defaults.
-      key: random key; training's keys play no part.
+      key: random key, independent of those of the training.
       num_episodes: E, a static integer.
       greedy: take the most likely action (static); False samples.
       max_steps: bound on the steps of an episode, for environments that never end one.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ppo_jax import published
 from ppo_jax.config import Config
+from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 
 
@@ -305,6 +306,12 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     >>> config.num_envs
     16
     """
+    wrong = [name for name in changes if name in HParams.names()]
+    if wrong:
+        raise ConfigError(
+            f"changes of a preset must be settings of Config; {wrong[0]} is a hyperparameter. Use "
+            f"hparams.replace({wrong[0]}=…) with the preset's second record."
+        )
     start = _presets_of(env).get(algorithm, _Preset({}, {}))
     settings = {**start.config, **with_arguments(start.config, changes)}
     config = Config(env=env, algorithm=algorithm).replace(**settings)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ppo_jax.algorithms import get_algorithm
-from ppo_jax.config import ALGORITHM_SETTINGS, Config
+from ppo_jax.config import ALGORITHM_SETTINGS, Config, require_config
 from ppo_jax.defaults import used_hparams
 from ppo_jax.envs import make_env
 from ppo_jax.envs.environment import Environment
@@ -45,6 +45,7 @@ def resolve(config: Config) -> Resolved:
       ConfigError: unknown environment, algorithm or optimiser, an unsupported space, or settings
         that contradict each other.
     """
+    require_config(config)
     algorithm = get_algorithm(config.algorithm)
     config = complete_config(config)
     # Everything that can fail without building an environment comes first.

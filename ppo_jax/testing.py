@@ -259,7 +259,7 @@ def _compiled_twice(env: Environment, played: _Played) -> Iterator[str]:
 
 
 def _mixed_ends(env: Environment, played: _Played) -> Iterator[str]:
-    """Finds ends that are not bool, and time limits that are told as termination."""
+    """Finds ends that are not bool, and time limits that are reported as a termination."""
     for name in ("terminated", "truncated"):
         dtype = getattr(played.step, name).dtype
         if dtype != np.dtype(bool):
@@ -268,14 +268,14 @@ def _mixed_ends(env: Environment, played: _Played) -> Iterator[str]:
     if longest is None:
         return
     at_limit = np.asarray(played.length) == int(longest)
-    terminated, truncated = (
-        np.asarray(x, bool)[at_limit] for x in (played.step.terminated, played.step.truncated)
-    )
-    if len(terminated) >= _SUSPICIOUS and terminated.all() and not truncated.any():
+    # Also if it is truncated: no value follows a termination.
+    terminated = np.asarray(played.step.terminated, bool)[at_limit]
+    if len(terminated) >= _SUSPICIOUS and terminated.all():
         yield (
             "an episode that a time limit cuts must be truncated, not terminated, because its last "
             f"state keeps its value; all {len(terminated)} episodes of {env.name} that reach "
-            f"{longest:g} steps are terminated. Return truncated = time >= limit."
+            f"{longest:g} steps are terminated. Return truncated = time >= limit, and terminated "
+            "without the limit."
         )
 
 

@@ -144,6 +144,11 @@ def make_stages(config: Config, mesh: Mesh | None = None) -> Stages:
 
 def _mesh_of(config: Config, mesh: Mesh | None) -> Mesh | None:
     """Returns the mesh that divides environments; None for one device, which needs no backend."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ConfigError(
+            f"mesh must be a Mesh, as make_mesh returns it; got {type(mesh).__name__}. "
+            "Hyperparameters are an argument of the trainer's functions: run(key, hparams)."
+        )
     if mesh is not None and mesh.shape[ENV_AXIS] != config.num_devices:
         raise ConfigError(
             "num_devices must be the size of the mesh axis env; got "

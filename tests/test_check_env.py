@@ -143,6 +143,10 @@ FAULTS = {
         ),
         r"must be truncated, not terminated, .*; all \d+ episodes of mine that reach 6 steps",
     ),
+    "time limit twice": (
+        with_step(lambda after, _: after._replace(terminated=after.terminated | after.truncated)),
+        r"must be truncated, not terminated, .*; all \d+ episodes of mine that reach 6 steps",
+    ),
     "too short": (
         sound()._replace(shortest_episode=20),
         "at least shortest_episode steps, .*; mine says 20, and one ended after 6",

@@ -17,6 +17,7 @@ from ppo_jax.envs.host import HostError
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import init_params, make_spec
+from ppo_jax.results.render import play
 from ppo_jax.runs import periodic_evaluation
 from ppo_jax.runs.host_evaluation import evaluate_on_host
 from ppo_jax.stages import host_rollout
@@ -299,7 +300,7 @@ def test_processes_are_closed_and_leave_the_signals_of_the_training_alone(tmp_pa
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ppo_jax.train(counting(), num_seeds=2), "num_seeds needs an environment in JAX"),
+        (lambda: ppo_jax.train(counting(), num_seeds=2), r"num_seeds \(--seeds\) needs an"),
         (
             lambda: ppo_jax.train(counting(wrappers={"time_limit": 3})),
             "wrappers needs an environment in JAX.*its own suite",
@@ -309,7 +310,11 @@ def test_processes_are_closed_and_leave_the_signals_of_the_training_alone(tmp_pa
         (lambda: envs.make("gymnasium:Cartpole-v7"), "a name that Gymnasium has registered"),
         (lambda: envs.make(CARTPOLE, vectorization="none"), "unknown vectorization 'none'"),
         (lambda: envs.make(CARTPOLE, timeout=3.0), "timeout must be positive, and needs processes"),
-        (lambda: envs.make("gymnasium:nowhere:X-v0"), "needs a package that cannot be imported"),
+        (lambda: envs.make("gymnasium:nowhere:X-v0"), "there is no nowhere.*--import nowhere for"),
+        (
+            lambda: play(None, make_env(counting()), None, max_steps=9),
+            "drawn in an environment in JAX; gymnasium:t",
+        ),
         (lambda: envs.make("gymnasium:a:b:c"), "a name that Gymnasium has registered"),
         (lambda: envs.make(ENTRIES, actions="bytes"), "actions must be integers or floating"),
         (lambda: ppo_jax.train(counting(), debug_nans=True), "debug_nans repeats an update"),

@@ -129,6 +129,23 @@ def test_an_environment_that_is_an_object_is_to_be_registered():
         Config(env=envs.make("CartPole-v1"))
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ppo_jax.train("CartPole-v1"), "described by a Config; got 'CartPole-v1'"),
+        (lambda: make_trainer(ppo_jax.preset("CartPole-v1")), "the first of the two records"),
+        (lambda: make_trainer(CONFIG, ppo_jax.HParams()), "mesh must be a Mesh.* got HParams"),
+        (
+            lambda: ppo_jax.preset("CartPole-v1", learning_rate=1e-3),
+            r"learning_rate is a hyperparameter. Use hparams.replace\(learning_rate=…\)",
+        ),
+    ],
+)
+def test_an_argument_in_the_wrong_place_is_named(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
 def test_an_environment_of_gymnax_0_is_refused():
     class Old:
         default_params = ()

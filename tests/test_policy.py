@@ -295,3 +295,14 @@ def test_a_policy_takes_arrays_and_lists_single_and_in_batches(space, memory):
         return
     with pytest.raises(ConfigError, match="obs must have the shapes of the observation space"):
         policy.act([[0.0] * 7], policy.initial_recurrent_state())
+
+
+def test_a_policy_that_cannot_act_on_an_observation_says_why():
+    spec = PolicySpec(observation_space=Box((3,)), action_space=Discrete(5), memory="gru")
+    obs = jnp.ones((2, 3))
+    policy = Policy(init_params(spec, jax.random.key(0), obs), spec=spec)
+    with pytest.raises(ConfigError, match=r"axes of obs, \(2,\); .*recurrent_state\(\(2,\)\)"):
+        policy.act(obs, policy.initial_recurrent_state())
+    of_seeds = jax.tree.map(lambda x: jnp.stack([x, x]), policy)
+    with pytest.raises(ConfigError, match=r"one seed; .*jax.tree.map\(lambda x: x\[0\], policy\)"):
+        of_seeds.act(obs, policy.initial_recurrent_state((2,)))

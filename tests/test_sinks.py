@@ -337,7 +337,7 @@ def test_the_command_logs_and_stops(tmp_path, capsys):
         ({"log": "wandb", "run_dir": "x"}, r"must be a sequence of names; got 'wandb'"),
         ({"log": ("tensorboard",)}, r"log needs the run_dir"),
         ({"stop_at_return": 1.0, "eval_every": None}, "stop_at_return needs evaluations"),
-        ({"stop_at_return": float("nan")}, "stop_at_return must be a finite number; got nan"),
+        ({"stop_at_return": float("nan")}, "stop_at_return must be a number; got nan"),
         ({"eval_every": 21}, r"at most the updates of the training; got 21 and 20\. Try 2"),
         ({"eval_every": 21, "run_dir": "x", "resume": True}, "at most the updates .* got 21"),
     ],

@@ -71,7 +71,7 @@ def test_draws_follow_their_distributions(sampler):
         ({"learning_rat": [1.0]}, None, "unknown name in the space 'learning_rat'. Did you mean"),
         ([{"gama": 1.0}], None, "unknown name in the space 'gama'"),
         ({"gamma": []}, None, "every list of a space must hold a value; gamma holds none"),
-        ({"gamma": [0.9]}, 3, "num_draws must be given if and only if something is drawn; got 3"),
+        ({"gamma": [0.9]}, 3, r"num_draws \(--draws\) must be given if and only if .* got 3"),
         ({"gamma": Uniform(0.0, 1.0)}, None, "got None and gamma"),
         ([{"gamma": 0.9}], 3, "num_draws needs distributions"),
         ({"gamma": Uniform(0.0, 1.0)}, 0, "num_draws must be a positive integer; got 0"),
@@ -478,7 +478,7 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
     [
         ({"space": [{"gamma": 0.9}]}, "needs a space of distributions; got a list of rows"),
         ({"space": {"gamma": [0.9]}}, r"needs a distribution for every name; gamma is \[0.9\]"),
-        ({"num_draws": None}, "num_draws must be given"),
+        ({"num_draws": None}, "must be given if and only if something is drawn"),
         ({"batch": None}, "needs a batch of at least 1 configuration; got None"),
         ({"sampler": "sobol"}, "batch is for sampler tpe.*got 2 and sobol"),
         ({"sampler": "tps"}, "unknown sampler 'tps'. Did you mean tpe"),

@@ -329,6 +329,14 @@ def _print_result(result: Any, config: Config) -> None:
     from ppo_jax.runs.trained import summarize
 
     total = (result.timesteps - result.timesteps_before) * len(result.seeds)
+    if total == 0 and result.evaluation is not None and not result.is_stopped:
+        print(
+            f"the run was complete after {result.timesteps:,} steps and is evaluated again; "
+            "--total-timesteps extends it"
+        )
+        print_evaluation(summarize(result.evaluation, result.seeds, greedy=True))
+        print(f"run: {result.run_dir}")
+        return
     print(
         f"trained {config.env} with {config.algorithm}: {total:,} steps in "
         f"{result.run_seconds:.1f} s ({total / max(result.run_seconds, 1e-9):,.0f} steps/s), "

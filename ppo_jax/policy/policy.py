@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.errors import ScopeParamShapeError
 
 from ppo_jax.envs import spaces
 from ppo_jax.errors import ConfigError
@@ -71,10 +72,22 @@ class Policy(struct.PyTreeNode):
         head = head_of(self.spec)
         obs, batch_shape = self._checked(obs)
         ndim = len(batch_shape)
+        for x in jax.tree.leaves(recurrent_state):
+            if jnp.shape(x)[:ndim] != batch_shape:
+                raise ConfigError(
+                    f"recurrent_state must have the batch axes of obs, {batch_shape}; got an array "
+                    f"of shape {jnp.shape(x)}. Start from initial_recurrent_state({batch_shape})."
+                )
         obs, recurrent_state = jax.tree.map(
             lambda x: x.reshape(math.prod(batch_shape), *x.shape[ndim:]), (obs, recurrent_state)
         )
-        action_params, recurrent_state = self.step(obs, recurrent_state)
+        try:
+            action_params, recurrent_state = self.step(obs, recurrent_state)
+        except ScopeParamShapeError as error:
+            raise ConfigError(
+                "a policy acts with the parameters of one seed; these have another shape. Of "
+                "several seeds take one, jax.tree.map(lambda x: x[0], policy), or use jax.vmap."
+            ) from error
         if key is None:
             action = head.mode(action_params)
         else:

@@ -161,7 +161,8 @@ def check_draws(num_draws: int | None, drawn: Mapping[str, Distribution]) -> Non
     """Raises a `ConfigError` unless there is a number of draws where there are distributions."""
     if (num_draws is None) != (not drawn):
         raise ConfigError(
-            f"num_draws must be given if and only if something is drawn; got {num_draws} and "
+            "num_draws (--draws) must be given if and only if something is drawn; got "
+            f"{num_draws} and "
             f"{', '.join(drawn) or 'no distribution'}."
         )
     if num_draws is not None:

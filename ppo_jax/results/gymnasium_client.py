@@ -52,8 +52,8 @@ def require_same_environment(config: Config) -> None:
     """Raises a `ConfigError` unless Gymnasium has the environment of a config, unchanged."""
     if config.env not in NAMES:
         raise ConfigError(
-            f"gymnasium needs an environment that it has as well, {', '.join(NAMES)}; the run's is "
-            f"{config.env}. Leave gymnasium out."
+            "an evaluation in Gymnasium (--gymnasium) needs an environment that it has as well, "
+            f"{', '.join(NAMES)}; the run's is {config.env}. Leave gymnasium out."
         )
     for name in ("env_params", "env_kwargs", "wrappers"):
         if getattr(config, name):

@@ -86,6 +86,11 @@ def _episode(start: Any, states: Any, rewards: np.ndarray, done: np.ndarray) -> 
 
 
 def _renderer_of(env: Environment) -> Renderer:
+    if env.host is not None:
+        raise ConfigError(
+            f"episodes are drawn in an environment in JAX; {env.name} is stepped on the host. "
+            "Render it by its own package, with the policy that ppo_jax.load returns."
+        )
     if env.renderer is None:
         raise ConfigError(
             f"an environment must have a renderer to be drawn; {env.name} has none. Give it one: "

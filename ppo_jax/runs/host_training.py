@@ -34,9 +34,10 @@ def _check_config(config: Config, keys: jax.Array) -> None:
     for name, is_given in given.items():
         if is_given:
             instead = ", or use wrappers of its own suite" if name == "wrappers" else ""
+            flag = " (--seeds)" if name == "num_seeds" else ""
             raise ConfigError(
-                f"{name} needs an environment in JAX; {config.env} is stepped on the host. Leave "
-                f"{name} out{instead}."
+                f"{name}{flag} needs an environment in JAX; {config.env} is stepped on the host. "
+                f"Leave {name} out{instead}."
             )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 
-from ppo_jax.config import Config
+from ppo_jax.config import Config, require_config
 from ppo_jax.devices import make_mesh, population_mesh
 from ppo_jax.envs.host import HostError
 from ppo_jax.errors import ConfigError, require_positive_integers, require_seed
@@ -171,7 +171,7 @@ def train(
         True, the training stops and is evaluated. If it raises an error, it is warned of and not
         called again.
       stop_at_return: stop once the mean return of an evaluation, over all seeds, is at least this.
-        It needs `eval_every`.
+        It needs `eval_every`. A resumed run keeps it; infinity never stops.
       debug_nans: stop at the first update with a NaN, repeat it, and name the operation in
         `Run.failures`. Updates run one by one, which is slower.
       progress: show a progress bar on standard error.
@@ -180,6 +180,7 @@ def train(
       ConfigError: a setting breaks a rule, or `run_dir` holds files or is in use; before anything
         is traced. Or the training does not fit the device's memory; before anything is allocated.
     """
+    require_config(config)
     require_positive_integers(
         {
             "num_seeds": num_seeds,

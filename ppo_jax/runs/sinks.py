@@ -184,8 +184,8 @@ def make_sinks(
             f"stop_at_return needs evaluations; got {stop_at_return} and no eval_every. Set "
             "eval_every (--eval-every)."
         )
-    if stop_at_return is not None and not math.isfinite(stop_at_return):
-        raise ConfigError(f"stop_at_return must be a finite number; got {stop_at_return}.")
+    if stop_at_return is not None and math.isnan(stop_at_return):
+        raise ConfigError("stop_at_return must be a number; got nan. inf never stops.")
     sinks: dict[str, Sink] = {}
     for name in log:
         require_known("tracker", name, TRACKERS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from ppo_jax.envs import make_env
 from ppo_jax.errors import ConfigError, require_seed
@@ -19,7 +19,7 @@ from ppo_jax.runs.periodic_evaluation import make_evaluate
 def load(
     run_dir: str | Path, *, seed: int | None = None, best: bool = False, network: Any = None
 ) -> Policy:
-    """Returns the policy of a run, as a value that acts.
+    """Returns the policy of a run, which is callable and a pytree.
 
     Args:
       run_dir: directory that `train` wrote.
@@ -132,5 +132,5 @@ def _interval_of_mean(values: np.ndarray) -> list[float | None]:
         return [None, None]
     # Few episodes are no normal sample: t is wider than z.
     error = values.std(ddof=1) / np.sqrt(len(values))
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * error
+    half = scipy.special.stdtrit(len(values) - 1, 0.975) * error
     return [values.mean() - half, values.mean() + half]

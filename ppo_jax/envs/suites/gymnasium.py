@@ -53,6 +53,13 @@ def make(
     try:
         env = gymnasium.make(task, **kwargs)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
+        module, colon, _ = task.partition(":")
+        missing = getattr(error.__cause__, "name", None)  # Gymnasium's own error has no name
+        if colon and missing is not None and f"{module}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"gymnasium:MODULE:NAME needs a module that can be imported; there is no {module}. "
+                f"Install it, or pass --import {module} for one in the current directory."
+            ) from error
         raise ConfigError(
             f"{name} needs a package that cannot be imported: {first_line(error)}. Install it; "
             "pip install 'gymnasium[mujoco,box2d]' has those of Gymnasium's own environments."
