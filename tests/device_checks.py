@@ -174,15 +174,16 @@ def check_the_seeds_of_a_training_are_divided():
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
 
-def both_axes(num_members):
-    """Returns a training on eight devices, and its members trained alone on four of them."""
+@functools.cache
+def both_axes():
+    """Returns a training on eight devices, and its seeds trained alone on four of them."""
     described = config("ppo", 4, num_minibatches=2, normalize_obs=True, normalize_reward=True)
     alone = jax.jit(make_trainer(described).run)
-    return described, [alone(jax.random.key(seed)) for seed in range(num_members)]
+    return described, [alone(jax.random.key(seed)) for seed in range(4)]
 
 
 def check_seeds_and_environments_are_divided():
-    described, expected = both_axes(4)
+    described, expected = both_axes()
     result = train(described, num_seeds=4, eval_episodes=2, progress=False)
     for leaf in (result.state.rollout.obs, result.state.learner.params):
         assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(leaf))
@@ -205,7 +206,7 @@ def check_seeds_and_environments_are_divided():
 
 
 def check_members_and_their_environments_are_divided():
-    described, expected = both_axes(2)
+    described, expected = both_axes()
     result = sweep(
         described,
         {"learning_rate": [2.5e-4, 1e-3]},
@@ -215,7 +216,7 @@ def check_members_and_their_environments_are_divided():
         progress=False,
     )
     assert result.is_complete
-    for seed, (_, metrics) in enumerate(expected):
+    for seed, (_, metrics) in enumerate(expected[:2]):
         curve = result.curves[result.curves["member"] == seed]
         np.testing.assert_allclose(curve["train/entropy"], metrics["train/entropy"], rtol=1e-4)
     others = result.curves[result.curves["member"] == 2]["train/entropy"]

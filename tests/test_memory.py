@@ -156,7 +156,11 @@ def solve(name, **changes):
 
 @pytest.mark.parametrize(
     ("kind", "shared_torso"),
-    [*((kind, False) for kind in (*KINDS, "gtrxl")), ("gru", True), ("gtrxl", True)],
+    [
+        *((kind, False) for kind in (*KINDS, "gtrxl")),
+        ("gru", True),
+        pytest.param("gtrxl", True, marks=pytest.mark.slow),
+    ],
 )
 def test_what_was_seen_is_recalled(kind, shared_torso):
     trainer, state, metrics = solve("recall", memory=kind, shared_torso=shared_torso)
