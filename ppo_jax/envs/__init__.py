@@ -203,5 +203,5 @@ def override_params(name: str, params: Any, changes: dict[str, Any]) -> Any:
 
 def _is_number(value: Any) -> bool:
     """Returns whether a value is a number or an array of numbers, bools included."""
-    dtype = getattr(value, "dtype", None)  # a tracer has no more
-    return np.asarray(value).dtype.kind in "biuf" if dtype is None else dtype.kind in "biuf"
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    return getattr(dtype, "kind", None) in ("b", "i", "u", "f")  # that of random keys has none

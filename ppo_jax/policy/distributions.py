@@ -310,7 +310,8 @@ _EDGE = 1e-6
 def _beta(space: Box) -> Head:
     """Returns the head of Chou et al. 2017 (PMLR 70).
 
-    α and β are 1 + softplus(·), so that the mode is inside of the interval.
+    α and β are 1 + softplus(·), so that the mode is inside of the interval. In float32 the KL and
+    the log-probabilities have an absolute error of about 10⁻⁶ max(α, β).
     """
     size = math.prod(space.shape)
     low, high = _bounds(space, "beta")

@@ -127,7 +127,7 @@ def rows(
     for name, values in listed.items():
         if not values:
             raise ConfigError(f"every list of a space must hold a value; {name} holds none.")
-        if any(value in values[:i] for i, value in enumerate(values)):
+        if len(set(map(repr, values))) < len(values):  # arrays have no truth value
             raise ConfigError(
                 f"values of a list must differ; {name} has {values}. Leave one out; two layers of "
                 "64 units are (64, 64), or 64x64 in a shell."
