@@ -182,7 +182,7 @@ def test_policy_gradients_are_unbiased_discounted_or_not(algorithm, gamma):
 
 
 def test_a_loss_of_whole_episodes_is_the_mean_over_those_that_count():
-    """Where an environment has no limit of steps, the rollout's end can cut its first episode."""
+    """Without a limit of steps, the end of the rollout can cut the first episode of a column."""
     fixture = Fixture("reinforce", num_envs=8)
     hparams = fixture.hparams(ent_coef=0.0)
     batch = fixture.batch(jax.random.key(3), hparams)

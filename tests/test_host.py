@@ -300,7 +300,10 @@ def test_processes_are_closed_and_leave_the_signals_of_the_training_alone(tmp_pa
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ppo_jax.train(counting(), num_seeds=2), r"num_seeds \(--seeds\) needs an"),
+        (
+            lambda: ppo_jax.train(counting(), num_seeds=2),
+            r"num_seeds \(--seeds\) needs an environment in JAX",
+        ),
         (
             lambda: ppo_jax.train(counting(wrappers={"time_limit": 3})),
             "wrappers needs an environment in JAX.*its own suite",

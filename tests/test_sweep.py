@@ -308,7 +308,7 @@ def test_shares_that_do_not_belong_together_are_refused(tmp_path):
     for shard in (None, (2, 3)):
         with pytest.raises(ConfigError, match=r"hold the same sweep.*\(shard differ\)"):
             sweep(CONFIG, SPACE, seeds=2, shard=shard, run_dir=first)
-    with pytest.raises(ConfigError, match="a directory that is none of the shards; got .*first|1"):
+    with pytest.raises(ConfigError, match="none of the shards; got .*Choose a new one"):
         merge([first, second], first)
     with pytest.raises(ConfigError, match="one process at a time"), owned(second):
         merge([first, second], tmp_path / "merged")
@@ -478,7 +478,7 @@ def test_a_sweep_in_batches_is_compiled_once_and_goes_on_where_it_was_cut_off(
     [
         ({"space": [{"gamma": 0.9}]}, "needs a space of distributions; got a list of rows"),
         ({"space": {"gamma": [0.9]}}, r"needs a distribution for every name; gamma is \[0.9\]"),
-        ({"num_draws": None}, "must be given if and only if something is drawn"),
+        ({"num_draws": None}, r"num_draws \(--draws\) must be given"),
         ({"batch": None}, "needs a batch of at least 1 configuration; got None"),
         ({"sampler": "sobol"}, "batch is for sampler tpe.*got 2 and sobol"),
         ({"sampler": "tps"}, "unknown sampler 'tps'. Did you mean tpe"),

@@ -49,7 +49,7 @@ class Best(NamedTuple):
     updates: np.ndarray  # [seeds], with which the policies were evaluated
 
     def until(self, updates: int) -> "Best":
-        """Returns the best whose later policies are replaced by the next evaluation."""
+        """Returns a record in which the next evaluation replaces policies of later updates."""
         is_later = self.updates > updates
         return self._replace(returns=np.where(is_later, -np.inf, self.returns))
 
