@@ -190,6 +190,11 @@ def test_a_loss_of_whole_episodes_is_the_mean_over_those_that_count():
     loss, _ = fixture.losses.policy(fixture.params, batch, hparams)
     of_episodes = jnp.sum(batch.mask * batch.log_prob * batch.advantages, axis=0)
     np.testing.assert_allclose(loss, -np.sum(of_episodes) / 4, rtol=1e-6)
+    # The samples of minibatches have no axis of time.
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    np.testing.assert_allclose(
+        fixture.losses.policy(fixture.params, flat, hparams)[0], loss, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

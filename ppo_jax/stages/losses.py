@@ -11,7 +11,7 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives
-from ppo_jax.ops.collective import mean_over
+from ppo_jax.ops.collective import sum_over
 from ppo_jax.policy.distributions import Distribution, Head
 from ppo_jax.policy.networks import ActorCritic
 from ppo_jax.policy.spec import PolicySpec, head_of, network_of
@@ -143,10 +143,10 @@ class Losses:
     def _mean_episode_length(self, batch: Batch, dtype: Any) -> jax.Array:
         """Returns the factor that turns a mean over steps into a sum over an episode's steps."""
         assert batch.mask is not None, "whole episodes come with a mask"
-        # The first step of an environment counts if and only if its first episode does.
-        counts = (jnp.sum(batch.mask).astype(dtype), jnp.sum(batch.mask[0]).astype(dtype))
-        steps, episodes = mean_over(counts, self.shard.axis_name)
-        return steps / jnp.maximum(episodes, jnp.finfo(dtype).tiny)
+        # Each episode that counts has one end. This holds for minibatches of samples, too.
+        counts = jnp.stack([jnp.sum(batch.mask), jnp.sum(batch.mask & batch.done)])
+        steps, episodes = sum_over(counts.astype(dtype), self.shard.axis_name)
+        return steps / jnp.maximum(episodes, 1.0)
 
     def _composed(
         self, samples: Samples, weights: Mapping[str, Any], batch: Batch
