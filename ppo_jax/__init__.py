@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ppo_jax.evaluation import Evaluation, evaluate
     from ppo_jax.hparams import HParams, hyperparameter
     from ppo_jax.policy.policy import Policy
-    from ppo_jax.policy.spec import register_action_distribution
+    from ppo_jax.policy.spec import register_action_distribution, register_network
     from ppo_jax.presets import preset
     from ppo_jax.runs.checkpoint import load_state, save_state
     from ppo_jax.runs.run import resume, train
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ppo_jax.runs.trained import load
     from ppo_jax.stages.algorithm import Algorithm
     from ppo_jax.stages.metrics import Metrics
+    from ppo_jax.stages.optimizers import register_lr_schedule, register_optimizer
     from ppo_jax.trainer import Trainer, make_train, make_trainer
 
 __version__ = "0.1.0"
@@ -58,6 +59,9 @@ _MODULES = {
     "preset": "presets",
     "register_action_distribution": "policy.spec",
     "register_algorithm": "algorithms",
+    "register_lr_schedule": "stages.optimizers",
+    "register_network": "policy.spec",
+    "register_optimizer": "stages.optimizers",
     "resume": "runs.run",
     "save_state": "runs.checkpoint",
     "search": "runs.search",
@@ -85,6 +89,9 @@ __all__ = [
     "preset",
     "register_action_distribution",
     "register_algorithm",
+    "register_lr_schedule",
+    "register_network",
+    "register_optimizer",
     "resume",
     "save_state",
     "search",

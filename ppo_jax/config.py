@@ -4,7 +4,7 @@ This module needs no JAX, so that the command line can explain or refuse a setti
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,13 +19,20 @@ from ppo_jax.ops.blocks import nearest_divisors
 
 Value = int | float | bool | str
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu"]
-LearningRateSchedule = Literal["linear", "cosine", "constant", "kl_adaptive"]
 AdvantageNormalization = Literal["minibatch", "batch", "none"]
 ValueTarget = Literal["gae", "td"]
-Network = Literal["mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"]
 ComputeDtype = Literal["float32", "bfloat16"]
 MemoryKind = Literal["gru", "lstm", "mingru", "lru", "gtrxl"]
 
+NETWORKS: dict[str, Any] = dict.fromkeys(("mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"))
+"""Networks by name: the flax module of a registered one, and None for those of ours."""
+LR_SCHEDULES: dict[str, Mapping[str, float]] = {
+    "linear": {},
+    "cosine": {},
+    "constant": {},
+    "kl_adaptive": {"desired_kl": 0.01},
+}
+"""Learning-rate schedules by name: their hyperparameters, with defaults."""
 TRANSFORMER_DEFAULTS = {"memory_window": 64, "memory_layers": 2, "memory_heads": 4}
 """Values of a transformer's settings that are None."""
 _LARGEST_COUNT = 2**31 - 1
@@ -73,15 +80,16 @@ class TrainingSettings:
     normalize_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return."""
     optimizer: str = "adam"
-    """Name of an optax optimiser."""
+    """Name of an optax optimiser, or of one that `register_optimizer` added."""
     optimizer_kwargs: tuple[tuple[str, Value], ...] = ()
     """Arguments of the optimiser besides the learning rate; Adam's eps is 1e-5 unless given."""
     separate_grad_norms: bool = False
     """Clip the gradients of actor and critic each by its own norm. A joint norm is dominated by a
     critic that is far from its targets."""
-    lr_schedule: LearningRateSchedule = "linear"
-    """Decay of the learning rate to zero over the training; or "constant"; or "kl_adaptive", which
-    steers the rate so that an update moves the policy by a KL of about desired_kl."""
+    lr_schedule: str = "linear"
+    """Decay of the learning rate to zero over the training, "linear" or "cosine"; or "constant"; or
+    "kl_adaptive", which steers the rate so that an update moves the policy by a KL of about
+    desired_kl; or the name of a schedule that `register_lr_schedule` added."""
     normalize_advantage: AdvantageNormalization | None = _algorithm_setting()
     """Samples over which advantages are standardised to mean 0 and standard deviation 1."""
     value_target: ValueTarget | None = _algorithm_setting()
@@ -110,7 +118,7 @@ class PolicySettings:
     network: Any = "mlp"
     """Layers that images pass before the hidden layers: none ("mlp"), convolutions or a residual
     network, by name. Or a flax.linen module of your own in place of all hidden layers, from
-    observations [B, ...] to features [B, F]."""
+    observations [B, ...] to features [B, F], or the name by which `register_network` added one."""
     conv_layers: tuple[tuple[int, int, int], ...] = ()
     """Features, kernel and stride of each convolution of network "cnn"."""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -147,8 +155,8 @@ class PolicySettings:
     memory_heads: int | None = None
     """Transformer only: heads of each attention, which divide memory_size. None: 4."""
     action_distribution: str | None = None
-    """Distribution of continuous actions: "gaussian", "tanh_gaussian" or "beta". None: gaussian,
-    clipped by the environment."""
+    """Distribution of continuous actions: "gaussian", "tanh_gaussian", "beta", or one that
+    `register_action_distribution` added. None: gaussian, clipped by the environment."""
     state_dependent_std: bool = False
     """A Gaussian's standard deviation is an output of the network instead of a parameter."""
 
@@ -169,7 +177,7 @@ class PolicySettings:
         if not isinstance(self.network, str) and not hasattr(self.network, "apply"):
             raise ConfigError(
                 "network must be a name or a flax.linen module; got "
-                f"{type(self.network).__name__}. Names are {', '.join(get_args(Network))}."
+                f"{type(self.network).__name__}. Names are {', '.join(NETWORKS)}."
             )
         sizes = ("embedding_size", "memory_size", *TRANSFORMER_DEFAULTS)
         require_positive_integers({name: getattr(self, name) for name in sizes})
@@ -177,7 +185,7 @@ class PolicySettings:
         _require_choice("compute_dtype", self.compute_dtype, ComputeDtype)
         _require_choice("memory", self.memory, MemoryKind)
         if isinstance(self.network, str):
-            _require_choice("network", self.network, Network)
+            require_known("network", self.network, NETWORKS)
         self._check_conv_layers()
         # Options that would be ignored are refused.
         if self.compute_dtype != "float32" and not self.has_hidden_layers:
@@ -275,7 +283,7 @@ got 4 * 128 and 3. Try 2 or 4.
             )
         names = ("num_epochs", "num_minibatches", "n_step", "cg_iterations", "line_search_steps")
         require_positive_integers({name: getattr(self, name) for name in (*names, "reset_pool")})
-        _require_choice("lr_schedule", self.lr_schedule, LearningRateSchedule)
+        require_known("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _require_choice("normalize_advantage", self.normalize_advantage, AdvantageNormalization)
         _require_choice("value_target", self.value_target, ValueTarget)
         self._check_division()
@@ -393,6 +401,11 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
         raise ConfigError(f"{name} must be a list or a tuple; got {value!r}.")
     return tuple(value)
+
+
+def module_of(network: Any) -> Any:
+    """Returns the flax module that the setting `network` is or names; None for networks of ours."""
+    return NETWORKS[network] if isinstance(network, str) else network
 
 
 def require_config(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Defaults of algorithms, schedules, optimisers and initialisation, by name.
+"""Defaults of algorithms, optimisers and initialisation, by name.
 
 This module needs no JAX, so that `--help` can show them at once. The functions that belong to the
 names are in `algorithms`, `stages.optimizers` and `policy.initializers`.
@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ppo_jax.config import Config
+from ppo_jax.config import LR_SCHEDULES, Config, module_of
 
 
 class AlgorithmDefaults(NamedTuple):
@@ -101,9 +101,6 @@ COMMON_HPARAMS: Mapping[str, float | None] = {
 }
 """Hyperparameters that every algorithm uses, with their defaults."""
 
-SCHEDULE_HPARAMS: Mapping[str, Mapping[str, float]] = {"kl_adaptive": {"desired_kl": 0.01}}
-"""Hyperparameters of the learning-rate schedules that have any, with their defaults."""
-
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adabelief": {},
     "adagrad": {},
@@ -120,7 +117,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "rmsprop": {"decay": 0.99, "eps": 1e-5, "initial_scale": 1.0},
     "sgd": {},
 }
-"""Names of optax optimisers, and the arguments in which our defaults differ from optax's."""
+"""Optimisers by name: the arguments in which our defaults differ from those of its function."""
 
 
 def used_hparams(config: Config, algorithm: Any) -> dict[str, float | None]:
@@ -136,13 +133,12 @@ def used_hparams(config: Config, algorithm: Any) -> dict[str, float | None]:
     used = {
         **algorithm.hparams,
         **COMMON_HPARAMS,
-        **SCHEDULE_HPARAMS.get(config.lr_schedule, {}),
+        **LR_SCHEDULES[config.lr_schedule],
     }
     if not algorithm.has_critic:
         del used["critic_gain"]
     # A user's module, and a network without hidden layers, have no gain that we could set.
-    is_ours = isinstance(config.network, str)
-    if not is_ours or not config.has_hidden_layers:
+    if module_of(config.network) is not None or not config.has_hidden_layers:
         del used["hidden_gain"]
     if config.n_step is not None:
         used.pop("gae_lambda", None)

@@ -12,12 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 import tyro
 
 from ppo_jax import envs, presets
-from ppo_jax.config import ALGORITHM_SETTINGS, Config, Network
-from ppo_jax.defaults import ALGORITHM_DEFAULTS, OPTIMIZERS, SCHEDULE_HPARAMS, used_hparams
+from ppo_jax.config import ALGORITHM_SETTINGS, LR_SCHEDULES, NETWORKS, Config
+from ppo_jax.defaults import ALGORITHM_DEFAULTS, OPTIMIZERS, used_hparams
 from ppo_jax.errors import require_known
 from ppo_jax.hparams import HParams
-
-ActionDistribution = Literal["gaussian", "tanh_gaussian", "beta"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,11 +24,9 @@ class ConfigFlags(Config):
 
     env: tyro.conf.Positional[str] = "CartPole-v1"
     """Name of the environment (`ppo-jax envs` lists them)."""
-    network: Network = "mlp"
+    network: str = "mlp"
     """Layers that images pass before the hidden layers: none ("mlp"), convolutions or a residual
-    network. In Python also a module of your own."""
-    action_distribution: ActionDistribution | None = None
-    """Distribution of continuous actions. None: gaussian, clipped by the environment."""
+    network; or a network that an imported module registered."""
 
     start: ClassVar[Config] = Config()
     """The settings of the preset and of a `--config` file."""
@@ -49,9 +45,7 @@ def algorithms() -> Mapping[str, Any]:
 
     The values have `settings`, `hparams` and `has_critic`.
     """
-    # Only a module that is imported already can have registered more, and it has loaded the table.
-    loaded = sys.modules.get("ppo_jax.algorithms")
-    return ALGORITHM_DEFAULTS if loaded is None else loaded.ALGORITHMS
+    return _loaded("algorithms", "ALGORITHMS", ALGORITHM_DEFAULTS)
 
 
 def hparams_type(algorithm: str) -> type[HParams]:
@@ -68,10 +62,10 @@ def hparam_names() -> tuple[str, ...]:
 def config_flags(config: Config, hparams: HParams) -> Any:
     """Returns the options of a training's `Config`, which is their default."""
     hints = _resolved_defaults(config, hparams)
+    wrappers = _loaded("envs.wrappers", "WRAPPERS", envs.WRAPPER_NAMES)
     metavars = {
-        "algorithm": _braced(algorithms()),
-        "optimizer": _braced(OPTIMIZERS),
-        "wrappers": f"[{_braced(_wrapper_names())} VALUE ...]",
+        **{name: _braced(words) for name, words in _choices().items()},
+        "wrappers": f"[{_braced(wrappers)} VALUE ...]",
         "env_kwargs": "[NAME VALUE ...]",
         "env_params": "[NAME VALUE ...]",
         "optimizer_kwargs": "[NAME VALUE ...]",
@@ -127,10 +121,9 @@ def space_flags(config: Config, hparams: HParams, *, has_several_algorithms: boo
         and name != "env"
         and (name.endswith("hidden_sizes") or not str(kind).startswith("tuple"))
     ]
-    choices = {"algorithm": algorithms(), "optimizer": OPTIMIZERS}
     fields = []
     for name in (*names, *hparam_names()):
-        words = choices.get(name) or _literals(types.get(name))
+        words = _choices().get(name) or _literals(types.get(name))
         shown = tyro.conf.arg(
             metavar="VALUES",
             help=f"Of {', '.join(words)}." if words else None,
@@ -150,7 +143,7 @@ def _resolved_defaults(config: Config, hparams: HParams) -> dict[str, str]:
     row = algorithms()[config.algorithm]
     used = {**row.settings, **used_hparams(config, row)}
     given = {**vars(config), **hparams.given()}
-    schedule_hparams = set().union(*SCHEDULE_HPARAMS.values())
+    schedule_hparams = set().union(*LR_SCHEDULES.values())
     hints = {}
     for name in (*vars(config), *hparams.names()):
         belongs_to_some = name in ALGORITHM_SETTINGS or name not in vars(config)
@@ -170,9 +163,27 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _wrapper_names() -> Iterable[str]:
-    loaded = sys.modules.get("ppo_jax.envs.wrappers")
-    return envs.WRAPPER_NAMES if loaded is None else loaded.WRAPPERS
+def _choices() -> dict[str, Iterable[str]]:
+    """Returns the words of the settings that a module can register more of."""
+    return {
+        "algorithm": algorithms(),
+        "network": NETWORKS,
+        "action_distribution": _loaded("policy.distributions", "BOX_HEADS", _DISTRIBUTIONS),
+        "optimizer": OPTIMIZERS,
+        "lr_schedule": LR_SCHEDULES,
+    }
+
+
+_DISTRIBUTIONS = ("gaussian", "tanh_gaussian", "beta")
+
+
+def _loaded(module: str, table: str, names: Any) -> Any:
+    """Returns a table of a module, or the names that it has at first if it is not imported.
+
+    Only a module that is imported already can have registered more, and it has loaded the table.
+    """
+    loaded = sys.modules.get(f"ppo_jax.{module}")
+    return names if loaded is None else getattr(loaded, table)
 
 
 def _braced(names: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ import pytest
 import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.algorithms import ALGORITHMS
-from ppo_jax.config import ALGORITHM_SETTINGS
-from ppo_jax.defaults import COMMON_HPARAMS, SCHEDULE_HPARAMS
+from ppo_jax.config import ALGORITHM_SETTINGS, LR_SCHEDULES
+from ppo_jax.defaults import COMMON_HPARAMS
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs.settings import settings_from_plain, to_plain
 
@@ -138,7 +138,7 @@ def test_every_hyperparameter_has_a_range_and_a_user():
     fields = set(vars(HParams()))
     assert set(HParams.ranges()) == fields
     used = set().union(*(row.hparams for row in ALGORITHMS.values()))
-    used |= {*COMMON_HPARAMS}.union(*SCHEDULE_HPARAMS.values())
+    used |= {*COMMON_HPARAMS}.union(*LR_SCHEDULES.values())
     assert used == fields
     settings = set().union(*(row.settings for row in ALGORITHMS.values()))
     assert settings == set(ALGORITHM_SETTINGS)

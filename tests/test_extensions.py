@@ -6,9 +6,11 @@ import sys
 from typing import Any
 
 import distrax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ppo_jax
@@ -23,6 +25,8 @@ from ppo_jax import (
 )
 from ppo_jax.algorithms import ALGORITHMS, register_algorithm
 from ppo_jax.cli import main
+from ppo_jax.config import LR_SCHEDULES, NETWORKS
+from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.envs import wrappers
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
@@ -32,7 +36,9 @@ from ppo_jax.population.halving import make_halving
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.search_space import Uniform
 from ppo_jax.resolve import complete_hparams
+from ppo_jax.stages import optimizers
 from ppo_jax.types import Estimates
+from tests.conftest import exact_jit
 
 SMALL = {"num_envs": 2, "num_steps": 8, "hidden_sizes": (8,), "total_timesteps": 4 * 16}
 
@@ -196,12 +202,53 @@ def test_a_run_of_a_registered_algorithm_is_read_again(offset, tmp_path):
             lambda: register_action_distribution("beta", BOX_HEADS["beta"]),
             "the name of an action distribution must be new; 'beta' is taken",
         ),
+        (
+            lambda: ppo_jax.register_network("mlp", nn.Dense(4), overwrite=True),
+            "the name of a network must be new; 'mlp' is taken",
+        ),
+        (
+            lambda: ppo_jax.register_network("x", nn.Dense),
+            "network must be a flax.linen module .* got <class",
+        ),
+        (
+            lambda: ppo_jax.register_network("x", Unhashable([4])),
+            "network must be hashable; a field of Unhashable is not. Use tuples for lists",
+        ),
+        (
+            lambda: ppo_jax.register_optimizer("adam", optax.sgd, overwrite=True),
+            "the name of an optimizer must be new; 'adam' is taken",
+        ),
+        (
+            lambda: ppo_jax.register_optimizer("x", optax.adam(1e-3)),
+            "must be made by a function of learning_rate; got GradientTransformation",
+        ),
+        (
+            lambda: ppo_jax.register_optimizer("x", lambda lr: optax.adam(lr)),
+            "must be made by a function of learning_rate",
+        ),
+        (
+            lambda: ppo_jax.register_lr_schedule("cosine", jnp.ones_like),
+            "the name of a learning-rate schedule must be new; 'cosine' is taken",
+        ),
+        (
+            lambda: ppo_jax.register_lr_schedule("x", lambda progress: 0.5 - progress),
+            "to a factor of at least 0; x returns -0.1 at 0.6",
+        ),
+        (
+            lambda: ppo_jax.register_lr_schedule("x", lambda progress: jnp.ones(3)),
+            r"x returns an array of shape \(3,\)",
+        ),
+        (
+            lambda: ppo_jax.register_lr_schedule("x", lambda progress: 1.0 if progress else 0.0),
+            "by functions of JAX; x fails: Attempted boolean conversion",
+        ),
     ],
 )
 def test_what_cannot_be_registered_is_refused(register, message):
     with pytest.raises(ConfigError, match=message):
         register()
-    assert "x" not in ALGORITHMS
+    for table in (ALGORITHMS, NETWORKS, OPTIMIZERS, LR_SCHEDULES):
+        assert "x" not in table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,6 +440,169 @@ def test_parts_are_registered_from_the_command_line(tmp_path, capsys, monkeypatc
     monkeypatch.delitem(envs._registered, "mine-from-a-module")
     assert main(["eval", "run"]) == 2
     assert "run names 'mine-from-a-module'. Import the module" in capsys.readouterr().err
+
+
+class Wide(nn.Module):
+    widths: tuple[int, ...] = (6,)
+
+    @nn.compact
+    def __call__(self, obs):
+        for width in self.widths:
+            obs = nn.relu(nn.Dense(width)(obs))
+        return obs
+
+
+class Unhashable(Wide):
+    widths: list[int]
+
+
+@pytest.fixture
+def registries():
+    """Takes back what a test registers."""
+    tables = (NETWORKS, OPTIMIZERS, LR_SCHEDULES, optimizers.SCHEDULES, BOX_HEADS)
+    saved = [dict(table) for table in tables]
+    yield
+    for table, contents in zip(tables, saved, strict=True):
+        table.clear()
+        table.update(contents)
+
+
+def trained(**settings):
+    """Returns the end of a short training, and its metrics."""
+    run = exact_jit(make_trainer(Config(**{**SMALL, **settings})).run)
+    return run(jax.random.key(0))
+
+
+def assert_same_params(ours, theirs, **tolerance):
+    for x, y in zip(
+        jax.tree.leaves(ours.learner.params), jax.tree.leaves(theirs.learner.params), strict=True
+    ):
+        np.testing.assert_allclose(x, y, **{"rtol": 0.0, "atol": 0.0, **tolerance})
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_registered_schedule_is_the_factor_of_the_learning_rate():
+    warmup = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps=50, decay_steps=100)
+    ppo_jax.register_lr_schedule("warmup", lambda progress: warmup(100 * progress))
+    _, metrics = trained(lr_schedule="warmup")
+    np.testing.assert_allclose(
+        metrics["train/learning_rate"], 2.5e-4 * warmup(np.array([0, 25, 50, 75])), rtol=1e-6
+    )
+    ppo_jax.register_lr_schedule("down", lambda progress: 1.0 - progress)
+    assert_same_params(trained(lr_schedule="down")[0], trained(lr_schedule="linear")[0])
+
+
+# One for each of the rules that use an optimiser.
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce_baseline", "trpo"])
+def test_a_registered_optimizer_sees_layers(algorithm):
+    def like_ours(learning_rate, eps=1e-5):
+        return optax.adam(learning_rate, eps=eps)
+
+    def matrices_only(learning_rate):
+        def zero_biases(updates, state, params):
+            assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+            return jax.tree.map(lambda x: x if x.ndim > 1 else jnp.zeros_like(x), updates), state
+
+        zero = optax.GradientTransformation(lambda params: optax.EmptyState(), zero_biases)
+        return optax.chain(zero, optax.sgd(learning_rate))
+
+    ppo_jax.register_optimizer("like_ours", like_ours)
+    ppo_jax.register_optimizer("matrices_only", matrices_only)
+    settings = {"algorithm": algorithm, "num_steps": 500, "total_timesteps": 2000}
+    ours, _ = trained(optimizer="adam", **settings)
+    # The norm of the gradient is rounded differently in another program.
+    assert_same_params(trained(optimizer="like_ours", **settings)[0], ours, rtol=1e-4, atol=1e-6)
+
+    end, _ = trained(optimizer="matrices_only", **settings)
+    part = "critic" if algorithm == "trpo" else "actor"  # TRPO's policy has no optimiser
+    layer = end.learner.params["params"][f"{part}_torso"]["MLP_0"]["Dense_0"]
+    assert (layer["bias"] == 0).all()
+    gram = layer["kernel"] @ layer["kernel"].T
+    assert not np.allclose(gram, 2 * np.eye(4), atol=1e-6)  # as it was at first
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_mistake_in_a_registered_optimizer_is_said_before_anything_is_traced():
+    ppo_jax.register_optimizer("mine", lambda learning_rate, decay=0.9: decay)
+    config = Config(optimizer="mine", **SMALL)
+    with pytest.raises(ConfigError, match="returns a transformation of optax; mine returns float"):
+        make_trainer(config)
+    with pytest.raises(ConfigError, match="unknown argument of mine 'decoy'. Did you mean decay"):
+        make_trainer(config.replace(optimizer_kwargs={"decoy": 0.9}))
+    ppo_jax.register_optimizer(
+        "mine", lambda learning_rate, b1: optax.adam(learning_rate, b1), overwrite=True
+    )
+    with pytest.raises(ConfigError, match="mine fails: .*missing 1 required .* 'b1'"):
+        make_trainer(config)
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("change", ["network", "action_distribution"])
+def test_what_is_registered_again_leaves_a_trainer_as_it_was(change):
+    settings = {**SMALL, "env": "Pendulum-v1", change: "again"}
+    if change == "network":
+        del settings["hidden_sizes"]
+        first, second = Wide((6,)), Wide((7,))
+        register = ppo_jax.register_network
+    else:
+        first, second = BOX_HEADS["gaussian"], BOX_HEADS["beta"]
+        register = register_action_distribution
+    register("again", first)
+    trainer = make_trainer(Config(**settings))
+    old = trainer.init(jax.random.key(0))
+    register("again", second, overwrite=True)
+    changed = make_trainer(Config(**settings))
+    new = changed.init(jax.random.key(0))
+    again = trainer.init(jax.random.key(0))
+    assert_same_params(again, old)
+    assert trainer.policy(again).spec == trainer.policy(old).spec != changed.policy(new).spec
+    shapes = [jax.tree.map(jnp.shape, state.learner.params) for state in (old, new)]
+    assert shapes[0] != shapes[1]
+
+
+PARTS = """
+import optax
+from ppo_jax import register_action_distribution, register_lr_schedule, register_network
+from ppo_jax import register_optimizer
+from ppo_jax.policy.distributions import BOX_HEADS
+from tests.test_extensions import Wide
+
+register_network("my_network", Wide((5,)), overwrite=True)
+register_optimizer("my_optimizer", optax.contrib.muon, overwrite=True)
+register_lr_schedule("my_schedule", lambda progress: 1 / (1 + progress), overwrite=True)
+register_action_distribution("my_distribution", BOX_HEADS["tanh_gaussian"], overwrite=True)
+"""
+
+
+def test_registered_parts_of_a_run_are_found_by_every_command(
+    registries, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "my_policy.py").write_text(PARTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_policy", raising=False)
+    mine = ["network", "optimizer", "lr-schedule", "action-distribution"]
+    parts = [f"--{name}=my_{name.split('-')[-1]}" for name in mine]
+    small = ["--num-envs", "2", "--num-steps", "8", "--num-minibatches", "2", "--quiet"]
+    imported = ["--import", "my_policy"]
+    command = [*imported, "train", "Pendulum-v1", *small, "--total-timesteps", "32", *parts]
+    assert main([*command, "--run-dir", "run", "--eval-episodes", "2"]) == 0
+    assert main([*imported, "resume", "run", "--total-timesteps", "64"]) == 0
+    assert main([*imported, "eval", "run", "--episodes", "2"]) == 0
+    assert main([*imported, "export", "run", "--format", "stablehlo", "-o", "exported"]) == 0
+    with pytest.raises(SystemExit):
+        main([*imported, "train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"my_{name.split('-')[-1]}" in shown for name in mine)
+    policy = ppo_jax.load("run")
+    assert policy.params["params"]["actor_torso"]["Dense_0"]["kernel"].shape == (3, 5)
+    # A file never imports a module, so that each part must be known.
+    tables = {"network": NETWORKS, "optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
+    for kind, table in {**tables, "action_distribution": BOX_HEADS}.items():
+        with monkeypatch.context() as patch:
+            patch.delitem(table, f"my_{kind.split('_')[-1]}")
+            assert main(["eval", "run"]) == 2
+        assert f"the {kind} of a run must be registered" in capsys.readouterr().err
 
 
 def test_an_unknown_action_distribution_is_said_before_anything_is_traced():

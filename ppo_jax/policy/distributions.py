@@ -182,7 +182,11 @@ class Head(NamedTuple):
 
 
 def make_head(
-    space: Space, distribution: str | None = None, *, state_dependent_std: bool = False
+    space: Space,
+    distribution: str | None = None,
+    *,
+    state_dependent_std: bool = False,
+    make: Callable[[Box], Head] | None = None,
 ) -> Head:
     """Returns the head for an action space.
 
@@ -190,6 +194,7 @@ def make_head(
       space: of the actions.
       distribution: a key of `BOX_HEADS`, if the space is a Box; None is "gaussian".
       state_dependent_std: a Gaussian's log standard deviation is an output of the network.
+      make: what the key stood for when a policy was made; None looks it up.
 
     Raises:
       ConfigError: unknown distribution, or one that does not fit the space.
@@ -198,7 +203,7 @@ def make_head(
         distribution = distribution or "gaussian"
         require_known("action_distribution", distribution, BOX_HEADS)
         if not state_dependent_std:
-            return BOX_HEADS[distribution](space)
+            return (make or BOX_HEADS[distribution])(space)
         if distribution not in _GAUSSIANS:
             raise ConfigError(
                 "state_dependent_std must be off for a distribution without a standard "

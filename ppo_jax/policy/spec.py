@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import TRANSFORMER_DEFAULTS, Config, PolicySettings
+from ppo_jax.config import NETWORKS, TRANSFORMER_DEFAULTS, Config, PolicySettings, module_of
 from ppo_jax.envs import spaces
 from ppo_jax.envs.checks import example
 from ppo_jax.envs.environment import Environment
@@ -42,9 +42,18 @@ class PolicySpec(PolicySettings):
     observation_space: Space
     action_space: Leaf
     has_critic: bool = True
+    # What the names stand for: a name that is registered again leaves this policy as it is.
+    module: nn.Module | None = dataclasses.field(default=None, repr=False)
+    """The user's module in place of the hidden layers; None for networks of ours."""
+    make_box_head: Callable[[Box], Head] | None = dataclasses.field(default=None, repr=False)
+    """Makes the head of `action_distribution`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.module is None:
+            self._set("module", module_of(self.network))
+        if self.make_box_head is None:
+            self._set("make_box_head", BOX_HEADS.get(self.action_distribution or ""))
         if self.memory is None:
             return
         defaults = {"memory_size": _DEFAULT_MEMORY_SIZE}
@@ -73,13 +82,8 @@ def make_spec(config: Config, env: Environment, *, has_critic: bool = True) -> P
         has_critic=has_critic,
         **config.policy_settings(),
     )
-    try:
-        hash(spec)
-    except TypeError as error:
-        raise ConfigError(
-            f"network must be hashable; {type(config.network).__name__} is not ({error}). "
-            "Use tuples for lists in its fields."
-        ) from error
+    if spec.module is not None:
+        _require_module(spec.module)
     # Builds the network once, for its checks: errors come before anything is traced.
     network_of(spec)
     return spec
@@ -129,6 +133,7 @@ def head_of(spec: PolicySpec) -> Head:
         spec.action_space,
         spec.action_distribution,
         state_dependent_std=spec.state_dependent_std,
+        make=spec.make_box_head,
     )
 
 
@@ -183,9 +188,26 @@ def register_action_distribution(
     """
     require_new_name("action distribution", name, () if overwrite else BOX_HEADS)
     BOX_HEADS[name] = lambda space: checked_head(name, make(space), space)
-    # Both are cached by spec, which has the name of the distribution and not the head.
-    head_of.cache_clear()
-    network_of.cache_clear()
+
+
+def register_network(name: str, module: nn.Module, *, overwrite: bool = False) -> None:
+    """Makes a module of your own available as `Config(network=name)`.
+
+    A run keeps the name, so that commands can load the run if they import the module that registers
+    it, by `--import`.
+
+    Args:
+      name: a name that is not taken.
+      module: takes the place of all hidden layers, from observations [B, ...] to features [B, F].
+      overwrite: replace a network of this name.
+
+    Raises:
+      ConfigError: the name is taken, or the module is none of flax.linen or not hashable.
+    """
+    ours = [known for known, module in NETWORKS.items() if module is None]
+    require_new_name("network", name, ours if overwrite else NETWORKS)
+    _require_module(module)
+    NETWORKS[name] = module
 
 
 _CACHE = 2**24  # bytes of patches, which two cores of an AMD EPYC convolve the fastest
@@ -224,11 +246,11 @@ def _make_memory(spec: PolicySpec) -> Memory | None:
 
 
 def _make_torso(spec: PolicySpec, view: View, hidden_sizes: tuple[int, ...]) -> nn.Module:
-    if not isinstance(spec.network, str):
-        _check_module(spec, view.space)
+    if spec.module is not None:
+        _check_module(spec, spec.module, view.space)
         # A copy each for actor and critic: a flax module that stands in two places shares
         # parameters.
-        return spec.network.copy()
+        return spec.module.copy()
     if spec.embedding_size is not None and all(
         isinstance(leaf, Box) for leaf in spaces.leaves(spec.observation_space)
     ):
@@ -256,7 +278,7 @@ def _make_torso(spec: PolicySpec, view: View, hidden_sizes: tuple[int, ...]) -> 
         spec.embedding_size,
         dtype,
     )
-    if isinstance(spec.network, str) and make_image is not None:
+    if make_image is not None:
         _check_shapes(torso, view.space, spec.network)
     return torso
 
@@ -273,9 +295,21 @@ _SETTINGS_OF_NAMED_NETWORKS = (
 )
 
 
-def _check_module(spec: PolicySpec, space: Space) -> None:
+def _require_module(module: Any) -> None:
+    """Raises a `ConfigError` unless a user's network is a module that can be a key of caches."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{_CONTRACT}; got {module!r}. Make one, or name one of ours.")
+    try:
+        hash(module)
+    except TypeError as error:
+        raise ConfigError(
+            f"network must be hashable; a field of {type(module).__name__} is not. "
+            "Use tuples for lists and numbers for arrays."
+        ) from error
+
+
+def _check_module(spec: PolicySpec, module: nn.Module, space: Space) -> None:
     """Raises a `ConfigError` that tells how a user's module breaks the contract."""
-    network = spec.network
     defaults = {field.name: field.default for field in dataclasses.fields(PolicySettings)}
     for name in _SETTINGS_OF_NAMED_NETWORKS:
         if getattr(spec, name) != defaults[name]:
@@ -283,9 +317,7 @@ def _check_module(spec: PolicySpec, space: Space) -> None:
                 f"{name} belongs to networks of ours, and network is a module of your own. "
                 f"Leave {name} out."
             )
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{_CONTRACT}; got {network!r}. Make one, or name one of ours.")
-    features = _check_shapes(network, space, type(network).__name__)
+    features = _check_shapes(module, space, type(module).__name__)
     if not (
         isinstance(features, jax.ShapeDtypeStruct)
         and features.ndim == 2
@@ -293,7 +325,7 @@ def _check_module(spec: PolicySpec, space: Space) -> None:
         and jnp.issubdtype(features.dtype, jnp.floating)
     ):
         raise ConfigError(
-            f"{_CONTRACT}; {type(network).__name__} maps a batch of {_BATCH} of {space} to "
+            f"{_CONTRACT}; {type(module).__name__} maps a batch of {_BATCH} of {space} to "
             f"{features}. Return one floating-point array, batch first."
         )
 

@@ -18,6 +18,7 @@ from ppo_jax.runs import checkpoint
 from ppo_jax.runs.settings import network_from_name, network_name
 
 _SPACES = ("observation_space", "action_space")
+_FOUND_BY_NAME = ("module", "make_box_head")
 
 
 def save_policy(policy: Policy, path: Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -94,7 +95,11 @@ def _observations(space: spaces.Space) -> Any:
 
 
 def _spec_to_plain(spec: PolicySpec) -> dict[str, Any]:
-    plain = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    plain = {
+        field.name: getattr(spec, field.name)
+        for field in dataclasses.fields(spec)
+        if field.name not in _FOUND_BY_NAME
+    }
     plain |= {name: spaces.to_plain(plain[name]) for name in _SPACES}
     return plain | {"network": network_name(spec.network)}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ppo_jax.config import Config
+from ppo_jax.config import LR_SCHEDULES, NETWORKS, Config
+from ppo_jax.defaults import OPTIMIZERS
 from ppo_jax.errors import ConfigError, require_known
 from ppo_jax.hparams import HParams
 
@@ -17,7 +18,7 @@ _MODULE = "a module: "  # stands before the name of a user's network, which a fi
 
 
 def network_name(network: Any) -> str:
-    """Returns the name of a network in a file: one of ours, or a note that it is a module.
+    """Returns the name of a network in a file, or a note that it is a module without a name.
 
     >>> import flax.linen as nn
     >>> network_name(nn.Dense(2))
@@ -27,7 +28,7 @@ def network_name(network: Any) -> str:
 
 
 def network_from_name(name: str, network: Any) -> Any:
-    """Returns the network that a file names: one of ours, or `network`, the user's module.
+    """Returns the network that a file names, or `network`, the user's module without a name.
 
     Raises:
       ConfigError: a user's module is needed and not given.
@@ -38,7 +39,7 @@ def network_from_name(name: str, network: Any) -> Any:
     if network is None:
         raise ConfigError(
             f"a file does not hold the code of a network; it names {name}. Pass that module in "
-            "Python, as network=…."
+            "Python, as network=…, or train with a name that register_network gave to it."
         )
     return network
 
@@ -60,8 +61,8 @@ def settings_from_plain(
       network: the module that was `Config.network`, unless that was the name of one of ours.
 
     Raises:
-      ConfigError: the module is needed and not given, the environment or the algorithm is not
-        registered, or a setting breaks a rule.
+      ConfigError: the module is needed and not given, a part that a user registered is
+        not registered now, or a setting breaks a rule.
     """
     from ppo_jax.algorithms import get_algorithm
 
@@ -101,16 +102,26 @@ def _require_registered(fields: Mapping[str, Any], path: Path) -> None:
     """Checks that the parts that a run names are known: a file never imports a module."""
     from ppo_jax import envs
     from ppo_jax.algorithms import ALGORITHMS
+    from ppo_jax.policy.distributions import BOX_HEADS
 
     def is_env(name: str) -> bool:
         module = envs.imported_by(name)
         return envs.is_name(name) and (module is None or module in sys.modules)
 
-    for kind, is_known in {"env": is_env, "algorithm": ALGORITHMS.__contains__}.items():
-        if not isinstance(fields[kind], str) or not is_known(fields[kind]):
+    is_registered = {
+        "env": is_env,
+        "algorithm": ALGORITHMS.__contains__,
+        "network": lambda name: name in NETWORKS or name.startswith(_MODULE),
+        "action_distribution": BOX_HEADS.__contains__,
+        "optimizer": OPTIMIZERS.__contains__,
+        "lr_schedule": LR_SCHEDULES.__contains__,
+    }
+    for kind, is_known in is_registered.items():
+        name = fields.get(kind)  # what is None or missing is not registered, and has a default
+        if name is not None and not (isinstance(name, str) and is_known(name)):
             raise ConfigError(
                 f"the {kind} of a run must be registered before the run is read; {path} "
-                f"names {fields[kind]!r}. Import the module that registers it, or pass "
+                f"names {name!r}. Import the module that registers it, or pass "
                 "--import MODULE to the command."
             )
 

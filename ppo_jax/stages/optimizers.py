@@ -2,16 +2,18 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from ppo_jax.config import Config
+from ppo_jax.config import LR_SCHEDULES, Config
 from ppo_jax.defaults import OPTIMIZERS
-from ppo_jax.errors import ConfigError, require_known
+from ppo_jax.errors import ConfigError, require_known, require_new_name
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.networks import merge_params, split_params
 
@@ -50,10 +52,78 @@ SCHEDULES: dict[str, Schedule] = {
         ),
     ),
 }
-"""Schedules by name; the keys are the choices of `Config.lr_schedule`."""
+"""Schedules by name; `config.LR_SCHEDULES` has the same names."""
 
-Optimizer = Callable[[Any, HParams], optax.GradientTransformation]
-"""`(learning_rate, hparams) -> transformation`; both arguments may be traced."""
+
+def register_lr_schedule(
+    name: str, factor: Callable[[jax.Array], jax.Array], *, overwrite: bool = False
+) -> None:
+    """Makes a schedule of the learning rate available as `Config(lr_schedule=name)`.
+
+    Args:
+      name: a name that is not taken.
+      factor: maps the progress of a training, a scalar in [0, 1], to the factor of every learning
+        rate. It is traced.
+      overwrite: replace a schedule of this name.
+
+    Raises:
+      ConfigError: the name is taken, the factor cannot be traced, or it is not a finite scalar of
+        at least 0.
+    """
+    require_new_name("learning-rate schedule", name, () if overwrite else SCHEDULES)
+
+    def as_array(progress: jax.Array) -> jax.Array:
+        return jnp.asarray(factor(progress), jnp.float32)
+
+    rule = "a schedule must map the progress of a training, a scalar, to a factor of at least 0"
+    progress = jnp.linspace(0.0, 1.0, 11)
+    try:
+        factors = np.asarray(jax.vmap(as_array)(progress))
+    # A user's function can fail in any way; the original error stays attached.
+    except Exception as error:
+        cause = str(error).partition("\n")[0]
+        raise ConfigError(f"{rule}, by functions of JAX; {name} fails: {cause}") from error
+    if factors.shape != progress.shape:
+        raise ConfigError(f"{rule}; {name} returns an array of shape {factors.shape[1:]}.")
+    for at, value in zip(progress, factors, strict=True):
+        if not 0.0 <= value < np.inf:  # NaN is not
+            raise ConfigError(f"{rule}; {name} returns {value:g} at {at:.1f}.")
+    SCHEDULES[name] = Schedule(as_array)
+    LR_SCHEDULES[name] = {}
+
+
+Optimizer = Callable[[Any, HParams, Callable[[jax.Array], Any]], optax.GradientTransformation]
+"""`(learning_rate, hparams, unravel) -> transformation` of a vector of parameters. The first two
+arguments may be traced. `unravel` turns the vector into a tree of layers."""
+
+_REGISTERED: dict[str, Callable[..., optax.GradientTransformation]] = {}
+
+
+def register_optimizer(
+    name: str, make: Callable[..., optax.GradientTransformation], *, overwrite: bool = False
+) -> None:
+    """Makes an optimiser available as `Config(optimizer=name)`.
+
+    Args:
+      name: a name that is not taken.
+      make: `(learning_rate, **kwargs) -> transformation` of optax. The learning rate is traced;
+        `Config.optimizer_kwargs` has the other arguments. The transformation is given parameters
+        and gradients as a tree of layers.
+      overwrite: replace an optimiser that was registered under this name.
+
+    Raises:
+      ConfigError: the name is taken, or the function has no argument `learning_rate`.
+    """
+    require_new_name(
+        "optimizer", name, set(OPTIMIZERS) - set(_REGISTERED) if overwrite else OPTIMIZERS
+    )
+    if not callable(make) or "learning_rate" not in inspect.signature(make).parameters:
+        raise ConfigError(
+            f"an optimizer must be made by a function of learning_rate; got {make!r} for {name}. "
+            "Write, for example, lambda learning_rate: optax.adam(learning_rate)."
+        )
+    _REGISTERED[name] = make
+    OPTIMIZERS[name] = {}
 
 
 def make_optimizer(config: Config) -> Optimizer:
@@ -65,22 +135,28 @@ def make_optimizer(config: Config) -> Optimizer:
       ConfigError: unknown optimiser, or an argument that it does not take.
     """
     require_known("optimizer", config.optimizer, OPTIMIZERS)
-    # The signature of the optax function is the list of arguments; ours would go out of date.
-    factory = getattr(optax, config.optimizer)
+    registered = _REGISTERED.get(config.optimizer)
+    factory = registered or getattr(optax, config.optimizer)
+    title = config.optimizer if registered else f"optax.{config.optimizer}"
+    # The signature of the function is the list of arguments; ours would go out of date.
     parameters = dict(inspect.signature(factory).parameters)
     del parameters["learning_rate"]
     for name, value in config.optimizer_kwargs:
-        require_known(f"argument of optax.{config.optimizer}", name, parameters)
+        require_known(f"argument of {title}", name, parameters)
         # optax itself would fail while it is traced.
         default = parameters[name].default
         if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
             raise ConfigError(
-                f"an argument of optax.{config.optimizer} must be a number if its default is one; "
+                f"an argument of {title} must be a number if its default is one; "
                 f"got {name}={value!r} and {default}."
             )
     kwargs = {**OPTIMIZERS[config.optimizer], **dict(config.optimizer_kwargs)}
+    if registered:
+        _check_optimizer(title, partial(registered, **kwargs))
 
-    def optimizer(learning_rate: Any, hparams: HParams) -> optax.GradientTransformation:
+    def optimizer(
+        learning_rate: Any, hparams: HParams, unravel: Callable[[jax.Array], Any]
+    ) -> optax.GradientTransformation:
         # The state of a clip is as empty as that of the identity, so that the state's structure
         # does not depend on which values are set.
         clip_norm = clip_entries = optax.identity()
@@ -89,9 +165,38 @@ def make_optimizer(config: Config) -> Optimizer:
         if hparams.max_grad_value is not None:
             clip_entries = optax.clip(hparams.max_grad_value)
         # The norm first: clipped entries would have another norm.
-        return optax.chain(clip_norm, clip_entries, factory(learning_rate, **kwargs))
+        tx = factory(learning_rate=learning_rate, **kwargs)
+        # Ours work elementwise, and one vector is one kernel. Others may tell matrices from biases.
+        return optax.chain(clip_norm, clip_entries, _of_vectors(tx, unravel) if registered else tx)
 
     return optimizer
+
+
+def _check_optimizer(name: str, make: Callable[..., Any]) -> None:
+    """Raises a `ConfigError` unless a user's function returns a transformation of optax."""
+    rule = "a registered optimizer must be a function that returns a transformation of optax"
+    try:
+        found = make(learning_rate=1e-3)
+    # A user's function can fail in any way; the original error stays attached.
+    except Exception as error:
+        raise ConfigError(f"{rule}; {name} fails: {error}") from error
+    if not isinstance(found, optax.GradientTransformation):
+        raise ConfigError(f"{rule}; {name} returns {type(found).__name__}.")
+
+
+def _of_vectors(
+    tx: optax.GradientTransformation, unravel: Callable[[jax.Array], Any]
+) -> optax.GradientTransformation:
+    """Returns a transformation of trees as one of vectors; its state is that of the tree."""
+
+    def update(
+        updates: jax.Array, state: Any, params: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        tree = None if params is None else unravel(params)
+        changes, state = tx.update(unravel(updates), state, tree)
+        return ravel_pytree(changes)[0], state
+
+    return optax.GradientTransformation(lambda params: tx.init(unravel(params)), update)
 
 
 def clip_actor_and_critic(gradient: Any, max_norm: Scalar) -> Any:

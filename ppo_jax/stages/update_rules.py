@@ -53,12 +53,12 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
 
     def init(params: Any, hparams: HParams) -> Any:
         # The optimiser's state is that of one vector; see `_gradient_step`.
-        return optimizer(hparams.learning_rate, hparams).init(ravel_pytree(params)[0])
+        return _initial_state(optimizer, hparams.learning_rate, hparams, params)
 
     def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
         hparams = inputs.hparams
         flat, unravel = ravel_pytree(params)
-        tx = optimizer(hparams.learning_rate * inputs.anneal, hparams)
+        tx = optimizer(hparams.learning_rate * inputs.anneal, hparams, unravel)
         # Clipping separate norms needs the gradient as a tree; the optimiser clips the joint norm.
         clip = None
         if config.separate_grad_norms:
@@ -103,12 +103,15 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
 
     def init(params: Any, hparams: HParams) -> Any:
         actor, critic = split_params(params)
-        tx = optimizer(hparams.learning_rate, hparams)
-        has_critic = hparams.critic_learning_rate is not None
-        return {
-            "actor": tx.init(ravel_pytree(actor)[0]),
-            "critic": tx.init(ravel_pytree(critic)[0]) if has_critic else None,
+        state = {
+            "actor": _initial_state(optimizer, hparams.learning_rate, hparams, actor),
+            "critic": None,
         }
+        if hparams.critic_learning_rate is not None:
+            state["critic"] = _initial_state(
+                optimizer, hparams.critic_learning_rate, hparams, critic
+            )
+        return state
 
     def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
         actor, critic = split_params(params)
@@ -116,8 +119,8 @@ def gradient_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Updat
         # own.
         actor_state, critic_state = state["actor"], state["critic"]
         hparams, batch = inputs.hparams, _with_normalized_advantages(inputs.batch, losses)
-        tx = optimizer(hparams.learning_rate * inputs.anneal, hparams)
         flat, unravel = ravel_pytree(actor)
+        tx = optimizer(hparams.learning_rate * inputs.anneal, hparams, unravel)
         step = _gradient_step(losses, policy_gradient, tx, unravel, hparams)
         # One step only: after it, the batch is off-policy.
         start = _FlatLearner(flat, actor_state)
@@ -148,8 +151,7 @@ def trust_region_rule(config: Config, losses: Losses, optimizer: Optimizer) -> U
 
     def init(params: Any, hparams: HParams) -> Any:
         _, critic = split_params(params)
-        tx = optimizer(hparams.critic_learning_rate, hparams)
-        return tx.init(ravel_pytree(critic)[0])
+        return _initial_state(optimizer, hparams.critic_learning_rate, hparams, critic)
 
     def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
         hparams, batch = inputs.hparams, _with_normalized_advantages(inputs.batch, losses)
@@ -217,6 +219,12 @@ def _natural_step(
     # A zero gradient has no direction: no step, rather than 0 / 0.
     scale = jnp.sqrt(2.0 * max_kl / jnp.where(curvature > 0, curvature, 1.0))
     return jnp.where(curvature > 0, scale, 0.0) * direction
+
+
+def _initial_state(optimizer: Optimizer, learning_rate: Any, hparams: HParams, params: Any) -> Any:
+    """Returns the state of an optimiser of one vector; see `_gradient_step`."""
+    flat, unravel = ravel_pytree(params)
+    return optimizer(learning_rate, hparams, unravel).init(flat)
 
 
 class _FlatLearner(NamedTuple):
@@ -425,7 +433,7 @@ def _make_critic_fit(
     def fit(params: Any, opt_state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
         hparams = inputs.hparams
         flat, unravel = ravel_pytree(params)
-        tx = optimizer(hparams.critic_learning_rate * inputs.anneal, hparams)
+        tx = optimizer(hparams.critic_learning_rate * inputs.anneal, hparams, unravel)
         step = _gradient_step(losses, value_gradient, tx, unravel, hparams)
         start = _FlatLearner(flat, opt_state)
         end, metrics = _run_epochs(
