@@ -4,16 +4,20 @@ import ctypes
 import functools
 import gc
 import os
+import platform
 import sys
 from pathlib import Path
 
 # Most of a session is spent on compiling. It takes half the time without optimisations, again half
-# of it without the emitters that make fused loops fast, and nothing for a program that was compiled
-# before. The variables are set before JAX is imported, and processes that tests start inherit them.
+# of it without the emitters that make fused loops fast, a tenth less in one piece instead of pieces
+# for several threads, and nothing for a program that was compiled before. AVX has no instructions
+# that multiply and add at once: with them, a product rounds differently from program to program.
+# The variables are set before JAX is imported, and processes that tests start inherit them.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-).lstrip()
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    f"{'--xla_cpu_max_isa=AVX' if platform.machine() in ('x86_64', 'AMD64') else ''}"
+).strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
@@ -27,12 +31,18 @@ gc.set_threshold(100_000, 50, 100)
 
 optimized_jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True},
+    compiler_options={
+        "xla_backend_optimization_level": 3,
+        "xla_cpu_use_fusion_emitters": True,
+        "xla_cpu_max_isa": "",
+    },
 )
 """Compiles with all optimisations, as users do: for long runs, and for tests of bit-identity."""
-exact_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
-"""Compiles fused loops as users do, and nothing else: with these emitters a computation rounds the
-same in every program, alone and inside a loop."""
+exact_jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_cpu_use_fusion_emitters": "max_isa=AVX" not in os.environ["XLA_FLAGS"]},
+)
+"""Compiles so that a computation rounds the same in every program, alone and inside a loop."""
 
 
 @pytest.fixture

@@ -70,6 +70,11 @@ class Case:
         return many.replace(gamma=jnp.array(gammas, jnp.float32))
 
 
+def of_vector(vector):
+    """Takes the place of a function that makes a tree of a vector of parameters."""
+    raise AssertionError("optimisers of the package work on vectors")
+
+
 RULES = ("reinforce_baseline", "trpo", "ppo")  # one row for each update rule
 
 
@@ -378,16 +383,16 @@ def test_adams_eps_is_1e5_unless_given():
     def first_step(tx):
         return tx.update(gradient, tx.init(gradient), gradient)[0]["w"]
 
-    ours = make_optimizer(Config())(0.1, HParams())
+    ours = make_optimizer(Config())(0.1, HParams(), of_vector)
     np.testing.assert_allclose(first_step(ours), first_step(optax.adam(0.1, eps=1e-5)), rtol=1e-6)
-    given = make_optimizer(Config(optimizer_kwargs={"eps": 1e-8}))(0.1, HParams())
+    given = make_optimizer(Config(optimizer_kwargs={"eps": 1e-8}))(0.1, HParams(), of_vector)
     np.testing.assert_allclose(first_step(given), first_step(optax.adam(0.1)), rtol=1e-6)
 
 
 def test_rmsprop_starts_as_in_stable_baselines3():
     """Its RMSpropTFLike: a squared average that starts from 1, and eps inside of the root."""
     gradients = [jnp.array([0.3, -2.0]), jnp.array([0.1, 1.0])]
-    tx = make_optimizer(Config(optimizer="rmsprop"))(0.1, HParams())
+    tx = make_optimizer(Config(optimizer="rmsprop"))(0.1, HParams(), of_vector)
     state, average = tx.init(gradients[0]), np.ones(2)
     for gradient in gradients:
         updates, state = tx.update(gradient, state, gradient)
@@ -404,7 +409,7 @@ def test_a_gradient_s_norm_is_clipped_before_its_entries():
         (Config(separate_grad_norms=True), {"max_grad_norm": 0.5}, [30.0, -40.0]),
         (Config(separate_grad_norms=True), {"max_grad_norm": 0.5, "max_grad_value": 9}, [9, -9]),
     ):
-        tx = make_optimizer(config.replace(optimizer="sgd"))(1.0, HParams(**hparams))
+        tx = make_optimizer(config.replace(optimizer="sgd"))(1.0, HParams(**hparams), of_vector)
         updates, _ = tx.update(gradient, tx.init(gradient), gradient)
         np.testing.assert_allclose(-updates, expected, rtol=1e-6)
 
@@ -417,7 +422,7 @@ def test_a_critic_s_gradient_fills_the_joint_norm_alone():
             "critic_torso": {"w": jnp.array([300.0, 400.0])},
         }
     }
-    joint = make_optimizer(Config(optimizer="sgd"))(1.0, HParams(max_grad_norm=0.5))
+    joint = make_optimizer(Config(optimizer="sgd"))(1.0, HParams(max_grad_norm=0.5), of_vector)
     updates, _ = joint.update(gradient, joint.init(gradient), gradient)
     for parts, norm in (
         (updates["params"], 0.001),
