@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from ppo_jax.config import ALGORITHM_SETTINGS, Config
 from ppo_jax.defaults import ALGORITHM_DEFAULTS
-from ppo_jax.errors import ConfigError, require_known, require_new_name
+from ppo_jax.errors import ConfigError, require_known
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import advantages, objectives
 from ppo_jax.ops.importance import effective_sample_size, trajectory_log_weights
+from ppo_jax.registry import Registry
 from ppo_jax.stages.algorithm import Algorithm
 from ppo_jax.stages.update_rules import (
     adaptive_penalty,
@@ -141,7 +142,7 @@ def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Scalars:
 _PPO = "Schulman et al. 2017, arXiv:1707.06347"
 _WILLIAMS = "Williams 1992, Machine Learning 8"
 
-ALGORITHMS: dict[str, Algorithm] = {
+_OURS: dict[str, Algorithm] = {
     "reinforce": Algorithm(
         title="Policy gradient with the whole trajectory's return",
         source=f"{_WILLIAMS}, section 5",
@@ -235,6 +236,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         update_rule=minibatch_rule,
     ),
 }
+ALGORITHMS = Registry("algorithm", _OURS)
 """Algorithms by name, in the order in which docs/algorithms.md explains them."""
 
 
@@ -250,17 +252,16 @@ def register_algorithm(name: str, algorithm: Algorithm, *, overwrite: bool = Fal
     Args:
       name: a name that is not taken.
       algorithm: often a changed copy of a row: `ALGORITHMS["ppo"]._replace(objective=mine)`.
-      overwrite: replace an algorithm of this name.
+      overwrite: replace an algorithm that was registered under this name.
 
     Raises:
       ConfigError: the name is taken, or the row names settings or hyperparameters that do not
         exist.
     """
-    require_new_name("algorithm", name, () if overwrite else ALGORITHMS)
     for setting in algorithm.settings:
         require_known("algorithm setting", setting, ALGORITHM_SETTINGS)
     _check_hparams(algorithm)
-    ALGORITHMS[name] = algorithm
+    ALGORITHMS.register(name, algorithm, overwrite=overwrite)
 
 
 def _check_hparams(algorithm: Algorithm) -> None:

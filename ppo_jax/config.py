@@ -16,6 +16,7 @@ from ppo_jax.errors import (
     require_positive_integers,
 )
 from ppo_jax.ops.blocks import nearest_divisors
+from ppo_jax.registry import Registry
 
 Value = int | float | bool | str
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu"]
@@ -24,14 +25,14 @@ ValueTarget = Literal["gae", "td"]
 ComputeDtype = Literal["float32", "bfloat16"]
 MemoryKind = Literal["gru", "lstm", "mingru", "lru", "gtrxl"]
 
-NETWORKS: dict[str, Any] = dict.fromkeys(("mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"))
+NETWORKS: Registry[Any] = Registry(
+    "network", dict.fromkeys(("mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"))
+)
 """Networks by name: the flax module of a registered one, and None for those of ours."""
-LR_SCHEDULES: dict[str, Mapping[str, float]] = {
-    "linear": {},
-    "cosine": {},
-    "constant": {},
-    "kl_adaptive": {"desired_kl": 0.01},
-}
+LR_SCHEDULES: Registry[Mapping[str, float]] = Registry(
+    "learning-rate schedule",
+    {"linear": {}, "cosine": {}, "constant": {}, "kl_adaptive": {"desired_kl": 0.01}},
+)
 """Learning-rate schedules by name: their hyperparameters, with defaults."""
 TRANSFORMER_DEFAULTS = {"memory_window": 64, "memory_layers": 2, "memory_heads": 4}
 """Values of a transformer's settings that are None."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ppo_jax.config import LR_SCHEDULES, Config, module_of
+from ppo_jax.registry import Registry
 
 
 class AlgorithmDefaults(NamedTuple):
@@ -101,7 +102,7 @@ COMMON_HPARAMS: Mapping[str, float | None] = {
 }
 """Hyperparameters that every algorithm uses, with their defaults."""
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adabelief": {},
     "adagrad": {},
     # Adam's eps of 1e-5, not optax's 1e-8, is PPO's since OpenAI Baselines: Huang et al. 2022,
@@ -117,6 +118,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "rmsprop": {"decay": 0.99, "eps": 1e-5, "initial_scale": 1.0},
     "sgd": {},
 }
+OPTIMIZERS = Registry("optimizer", _OPTIMIZERS)
 """Optimisers by name: the arguments in which our defaults differ from those of its function."""
 
 

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ppo_jax.algorithms import get_algorithm
-from ppo_jax.config import ALGORITHM_SETTINGS, Config, require_config
-from ppo_jax.defaults import used_hparams
+from ppo_jax import envs
+from ppo_jax.algorithms import ALGORITHMS, get_algorithm
+from ppo_jax.config import ALGORITHM_SETTINGS, LR_SCHEDULES, NETWORKS, Config, require_config
+from ppo_jax.defaults import OPTIMIZERS, used_hparams
 from ppo_jax.envs import make_env
 from ppo_jax.envs.environment import Environment
+from ppo_jax.envs.wrappers import WRAPPERS
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
+from ppo_jax.policy.distributions import BOX_HEADS
 from ppo_jax.policy.spec import PolicySpec, initial_obs_stats, make_spec
 from ppo_jax.stages.algorithm import Algorithm
 from ppo_jax.stages.optimizers import SCHEDULES, Optimizer, Schedule, make_optimizer
@@ -61,6 +64,21 @@ def resolve(config: Config) -> Resolved:
         initial_obs_stats(env.observation_space)  # or an error
     schedule = SCHEDULES[config.lr_schedule]
     return Resolved(config, algorithm, env, spec, schedule, optimizer, hparams)
+
+
+def is_ours(config: Config) -> bool:
+    """Returns whether all parts that a config names are those of the package."""
+    network, distribution = config.network, config.action_distribution
+    return (
+        envs.is_ours(config.env)
+        and all(WRAPPERS.is_ours(name) for name, _ in config.wrappers)
+        and ALGORITHMS.is_ours(config.algorithm)
+        and isinstance(network, str)
+        and NETWORKS.is_ours(network)
+        and (distribution is None or BOX_HEADS.is_ours(distribution))
+        and OPTIMIZERS.is_ours(config.optimizer)
+        and LR_SCHEDULES.is_ours(config.lr_schedule)
+    )
 
 
 def complete_config(config: Config) -> Config:

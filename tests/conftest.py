@@ -56,6 +56,8 @@ def braxs_broadcasting():
 def _release_compiled_programs():
     """Drops the compiled programs of a module: all of a session would take 4 GB a worker."""
     yield
+    if "ppo_jax.runs.kept" in sys.modules:
+        sys.modules["ppo_jax.runs.kept"].forget()
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":

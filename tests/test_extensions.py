@@ -1,5 +1,6 @@
 """Parts of a user's own: registered, checked, traced and refused like those of the package."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def offset_objective(terms, hparams):
 @pytest.fixture
 def offset(monkeypatch):
     """PPO's row with an objective that has a hyperparameter, registered for one test."""
-    monkeypatch.setattr("ppo_jax.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    monkeypatch.setattr("ppo_jax.algorithms.ALGORITHMS", copy.copy(ALGORITHMS))
     row = ALGORITHMS["ppo"]._replace(
         objective=offset_objective,
         hparams={**ALGORITHMS["ppo"].hparams, "offset": 0.5},
@@ -104,7 +105,7 @@ def test_an_algorithm_needs_no_critic_for_minibatches(monkeypatch):
         returns = advantages.gae(trajectory.reward, zeros, zeros, *ends, **rates)
         return Estimates(returns, None, None)
 
-    monkeypatch.setattr("ppo_jax.algorithms.ALGORITHMS", dict(ALGORITHMS))
+    monkeypatch.setattr("ppo_jax.algorithms.ALGORITHMS", copy.copy(ALGORITHMS))
     ppo = ALGORITHMS["ppo"]
     of_critic = ("vf_coef", "value_clip_eps")
     hparams = {name: value for name, value in ppo.hparams.items() if name not in of_critic}

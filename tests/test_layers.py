@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "ppo_jax"
 LAYERS = [
     ["lazy"],
     ["ops", "errors"],
+    ["registry"],
     ["config", "hparams"],
     ["defaults", "presets", "published", "types"],
     ["envs"],

@@ -1,3 +1,4 @@
+import collections
 import datetime
 import json
 import re
@@ -15,15 +16,17 @@ import pandas as pd
 import pytest
 
 import ppo_jax
-from ppo_jax import Config, ConfigError, HParams, envs, make_trainer
+from ppo_jax import Config, ConfigError, HParams, envs, make_trainer, trainer
 from ppo_jax.envs.spaces import Box, Discrete
-from ppo_jax.runs import progress, training
+from ppo_jax.population import member
+from ppo_jax.runs import kept, periodic_evaluation, progress, training
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
 from ppo_jax.runs.trained import evaluate_run
 from ppo_jax.stages.metrics import Metrics
 from tests.conftest import exact_jit
+from tests.test_checkpoint import assert_same_bits
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -62,6 +65,73 @@ def population(tmp_path_factory):
 
 def rows_of(run):
     return [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The number of times that an update and an evaluation were traced."""
+    kept.forget()
+    count = collections.Counter()
+    for module, name in (
+        (trainer, "_step"),
+        (periodic_evaluation, "evaluate"),
+        (member, "evaluate"),
+    ):
+        function = getattr(module, name)
+
+        def traced(*args, name=name, function=function, **kwargs):
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, traced)
+    yield count
+    kept.forget()
+
+
+@pytest.mark.parametrize("num_seeds", [None, 2])
+def test_a_repeated_training_traces_nothing(num_seeds, traces, tmp_path):
+    arguments = {"num_seeds": num_seeds, "progress": False, "eval_episodes": 2}
+    first = ppo_jax.train(CONFIG, HPARAMS, run_dir=tmp_path / "run", **arguments)
+    once = dict(traces)
+    assert set(once) == {"_step", "evaluate"}
+    other = ppo_jax.train(CONFIG, HPARAMS.replace(learning_rate=0.1), seed=5, **arguments)
+    again = ppo_jax.train(Config(**vars(CONFIG)), HPARAMS, **arguments)
+    ppo_jax.train(CONFIG, HPARAMS, run_dir=tmp_path / "run", resume=True, **arguments)
+    assert traces == once
+    assert_same_bits(first.state, again.state)
+    assert_same_bits(first.evaluation, again.evaluation)
+    assert not np.array_equal(first.evaluation.returns, other.evaluation.returns)
+    ppo_jax.train(CONFIG.replace(num_epochs=1), HPARAMS, **arguments)
+    assert traces["_step"] > once["_step"]
+
+
+def test_a_repeated_sweep_traces_nothing(traces):
+    arguments = {"seeds": 2, "progress": False, "eval_episodes": 2}
+    first = ppo_jax.sweep(CONFIG, {"learning_rate": [1e-3, 1e-2]}, **arguments)
+    once = dict(traces)
+    assert set(once) == {"_step", "evaluate"}
+    other = ppo_jax.sweep(CONFIG, {"learning_rate": [1e-4, 1e-3]}, **arguments)
+    again = ppo_jax.sweep(CONFIG, {"learning_rate": [1e-3, 1e-2]}, **arguments)
+    assert traces == once
+    assert (first.members["eval/return"] == again.members["eval/return"]).all()
+    assert not (first.members["eval/return"] == other.members["eval/return"]).all()
+
+
+def test_a_user_s_environment_is_traced_again_for_it_may_read_variables(traces):
+    bonus = 1.0
+    env = ppo_jax.envs.make("CartPole-v1")
+
+    def step(key, state, action, params):
+        result = env.step(key, state, action, params)
+        return result._replace(reward=result.reward * bonus)
+
+    ppo_jax.envs.register("with-a-bonus", lambda: env._replace(step=step), overwrite=True)
+    config, arguments = CONFIG.replace(env="with-a-bonus"), {"progress": False, "eval_episodes": 2}
+    one = ppo_jax.train(config, HPARAMS, **arguments)
+    bonus = 2.0
+    two = ppo_jax.train(config, HPARAMS, **arguments)
+    assert (one.evaluation.returns == one.evaluation.lengths).all()
+    assert (two.evaluation.returns == 2 * two.evaluation.lengths).all()
 
 
 def test_a_watched_run_has_the_numbers_of_trainer_run_bit_for_bit(run):

@@ -54,6 +54,11 @@ def is_name(name: str) -> bool:
     return name in names() or (bool(colon) and suite in HOST_SUITES)
 
 
+def is_ours(name: str) -> bool:
+    """Returns whether a name is that of a compiled environment which no user registered."""
+    return name in names() and name not in _registered
+
+
 def check_name(name: str) -> None:
     """Raises a `ConfigError` that lists the nearest names if there is no such environment."""
     if not is_name(name):

@@ -19,9 +19,9 @@ from ppo_jax.envs.spaces import ACTION_MASK, Box, Dict, Discrete
 from ppo_jax.errors import (
     ConfigError,
     require_known,
-    require_new_name,
     require_positive_integer,
 )
+from ppo_jax.registry import Registry
 
 
 def time_limit(env: Environment, steps: int) -> Environment:
@@ -267,7 +267,7 @@ def _if_asked(wrapper: Callable[[Environment], Environment]) -> Callable[..., En
     return lambda env, wanted: wrapper(env) if wanted else env
 
 
-WRAPPERS: dict[str, Callable[..., Environment]] = {
+_OURS: dict[str, Callable[..., Environment]] = {
     "time_limit": time_limit,
     "sticky_actions": sticky_actions,
     "action_repeat": action_repeat,
@@ -277,6 +277,7 @@ WRAPPERS: dict[str, Callable[..., Environment]] = {
     "flatten_observation": _if_asked(flatten_observation),
     "previous_action_reward": _if_asked(previous_action_reward),
 }
+WRAPPERS = Registry("wrapper", _OURS)
 """Functions `(env, argument) -> env` by name; the last two take True."""
 
 
@@ -286,13 +287,12 @@ def register(name: str, wrapper: Callable[..., Environment], *, overwrite: bool 
     Args:
       name: a name that is not taken.
       wrapper: returns the changed environment.
-      overwrite: replace a wrapper of this name.
+      overwrite: replace a wrapper that was registered under this name.
 
     Raises:
       ConfigError: the name is taken.
     """
-    require_new_name("wrapper", name, () if overwrite else WRAPPERS)
-    WRAPPERS[name] = wrapper
+    WRAPPERS.register(name, wrapper, overwrite=overwrite)
 
 
 def apply(env: Environment, wrappers: Iterable[tuple[str, Value]]) -> Environment:

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
 
 from ppo_jax.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from ppo_jax.errors import ConfigError, require_known
+from ppo_jax.registry import Registry
 
 MASKED = -1e30
 """Logit of an action that is not allowed. Its probability is exactly 0 in float32; unlike −∞ it
@@ -366,7 +367,9 @@ _GAUSSIANS: dict[str, Callable[..., Head]] = {
     "tanh_gaussian": partial(_gaussian, squashed=True),
 }
 
-BOX_HEADS: dict[str, Callable[[Box], Head]] = {**_GAUSSIANS, "beta": _beta}
+BOX_HEADS: Registry[Callable[[Box], Head]] = Registry(
+    "action distribution", {**_GAUSSIANS, "beta": _beta}
+)
 """Heads for continuous actions, by the name of their distribution."""
 
 

@@ -17,7 +17,7 @@ from ppo_jax.envs import spaces
 from ppo_jax.envs.checks import example
 from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.spaces import Box, Dict, Discrete, Leaf, MultiDiscrete, Space
-from ppo_jax.errors import ConfigError, require_new_name
+from ppo_jax.errors import ConfigError
 from ppo_jax.ops import running_stats
 from ppo_jax.ops.blocks import nearest_divisors
 from ppo_jax.ops.running_stats import RunningStats
@@ -181,13 +181,14 @@ def register_action_distribution(
     Args:
       name: a name that is not taken.
       make: returns the head for a space of continuous actions, or raises a `ConfigError`.
-      overwrite: replace a head of this name.
+      overwrite: replace a head that was registered under this name.
 
     Raises:
       ConfigError: the name is taken.
     """
-    require_new_name("action distribution", name, () if overwrite else BOX_HEADS)
-    BOX_HEADS[name] = lambda space: checked_head(name, make(space), space)
+    BOX_HEADS.register(
+        name, lambda space: checked_head(name, make(space), space), overwrite=overwrite
+    )
 
 
 def register_network(name: str, module: nn.Module, *, overwrite: bool = False) -> None:
@@ -199,15 +200,13 @@ def register_network(name: str, module: nn.Module, *, overwrite: bool = False) -
     Args:
       name: a name that is not taken.
       module: takes the place of all hidden layers, from observations [B, ...] to features [B, F].
-      overwrite: replace a network of this name.
+      overwrite: replace a network that was registered under this name.
 
     Raises:
       ConfigError: the name is taken, or the module is none of flax.linen or not hashable.
     """
-    ours = [known for known, module in NETWORKS.items() if module is None]
-    require_new_name("network", name, ours if overwrite else NETWORKS)
     _require_module(module)
-    NETWORKS[name] = module
+    NETWORKS.register(name, module, overwrite=overwrite)
 
 
 _CACHE = 2**24  # bytes of patches, which two cores of an AMD EPYC convolve the fastest

@@ -25,6 +25,7 @@ from ppo_jax.population.member import MemberProgram, MemberState, Outcome
 from ppo_jax.population.plan import Member
 from ppo_jax.runs import device_memory
 from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
+from ppo_jax.runs.kept import Same, keep
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.training import output_shapes
 
@@ -64,6 +65,21 @@ class _Programs(NamedTuple):
     """The largest memory of the three on one device."""
 
 
+@keep
+def _over_members(member: Same[MemberProgram], mesh: Mesh) -> Any:
+    """Returns the functions of a member, over all members of a chunk and jitted."""
+    start, advance, finish = member.value
+    member_map = trainings_over_members(mesh)
+    by_member: Any = member_sharding(mesh)
+    placed = MemberState(state_shardings(mesh), guard=by_member, curves=by_member)
+    advance = member_map(advance, in_axes=(0, 0, None, None))
+    return MemberProgram(
+        jax.jit(member_map(start, in_axes=(0, 0, 0)), out_shardings=placed),
+        jax.jit(advance, donate_argnums=0, out_shardings=placed),
+        jax.jit(over_members(mesh)(finish, in_axes=(0, 0))),
+    )
+
+
 class CompiledPopulation:
     """Members that differ in traced values only."""
 
@@ -94,14 +110,7 @@ class CompiledPopulation:
         self._may_shrink = may_shrink
         self._say = say
         self._mesh = mesh
-        member_map = trainings_over_members(mesh)
-        by_member: Any = member_sharding(mesh)
-        placed = MemberState(state_shardings(mesh), guard=by_member, curves=by_member)
-        start = member_map(member.start, in_axes=(0, 0, 0))
-        self._start = jax.jit(start, out_shardings=placed)
-        advance = member_map(member.advance, in_axes=(0, 0, None, None))
-        self._advance = jax.jit(advance, donate_argnums=0, out_shardings=placed)
-        self._finish = jax.jit(over_members(mesh)(member.finish, in_axes=(0, 0)))
+        self._functions = _over_members(Same(member), mesh)
         self._compiled: dict[int, _Programs] = {}
 
     def chunks(
@@ -207,11 +216,11 @@ class CompiledPopulation:
         if size not in self._compiled:
             started = time.perf_counter()
             keys, hparams, env_params = self._arguments(members[:size], size)
-            start = self._start.lower(keys, hparams, env_params)
+            start = self._functions.start.lower(keys, hparams, env_params)
             state = start.out_info
             number = np.int32(0)
-            advance = self._advance.lower(state, hparams, number, number).compile()
-            parts = (start.compile(), advance, self._finish.lower(state, keys).compile())
+            advance = self._functions.advance.lower(state, hparams, number, number).compile()
+            parts = (start.compile(), advance, self._functions.finish.lower(state, keys).compile())
             programs = _Programs(*parts, num_bytes=max(map(device_memory.num_bytes, parts)))
             self._compiled[size] = programs
             self.compile_seconds += time.perf_counter() - started

@@ -34,6 +34,7 @@ from ppo_jax.runs.directory import BEST, OPTIONS, RunDirectory
 from ppo_jax.runs.failure import Failure, fail_at_first_skip, failure_finder
 from ppo_jax.runs.host_training import compile_host_training
 from ppo_jax.runs.interrupt import Interrupt, deferred_interrupt
+from ppo_jax.runs.kept import trainer_of
 from ppo_jax.runs.lock import writable
 from ppo_jax.runs.metrics_log import EMPTY_LOG, MetricsLog, average
 from ppo_jax.runs.periodic_evaluation import PeriodicEvaluation, evaluation_rows, make_evaluate
@@ -48,7 +49,7 @@ from ppo_jax.runs.sinks import Sinks, make_sinks
 from ppo_jax.runs.trained import summarize
 from ppo_jax.runs.training import LARGEST_PIECE, Training, compile_training
 from ppo_jax.stages.metrics import Metrics
-from ppo_jax.trainer import Trainer, make_trainer
+from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 
 _LOGGED_ROWS = 1000  # at most about this many rows per seed, unless log_every is given
@@ -530,9 +531,9 @@ def _on_devices(
     """Returns the trainer of a training and its devices; None for the first one."""
     if config.num_devices == 1:
         # Its errors come before a backend is started.
-        return make_trainer(config), _mesh_of(config, num_seeds, member_devices)
+        return trainer_of(config), _mesh_of(config, num_seeds, member_devices)
     mesh = _mesh_of(config, num_seeds, member_devices)
-    return make_trainer(config, mesh), mesh
+    return trainer_of(config, mesh), mesh
 
 
 def _mesh_of(config: Config, num_seeds: int | None, member_devices: int | None) -> Mesh | None:

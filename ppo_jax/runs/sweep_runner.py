@@ -8,15 +8,16 @@ from jax.sharding import Mesh
 
 from ppo_jax.devices import MEMBER_AXIS, make_mesh
 from ppo_jax.envs import override_params
-from ppo_jax.population.member import make_member
+from ppo_jax.population.member import MemberProgram, make_member
 from ppo_jax.population.plan import Group, Member
 from ppo_jax.runs.compiled_population import CompiledPopulation, PieceDone
+from ppo_jax.runs.kept import Same, keep, trainer_of
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.sink import Rows
 from ppo_jax.runs.sinks import member_rows
 from ppo_jax.runs.sweep_store import SweepStore
 from ppo_jax.runs.sweep_tables import make_tables
-from ppo_jax.trainer import Trainer, make_trainer
+from ppo_jax.trainer import Trainer
 
 _LARGEST_CHUNK = 1024
 
@@ -131,8 +132,8 @@ class SweepRunner:
     def _make_population(self, planned: PlannedGroup) -> CompiledPopulation:
         config = planned.group.config
         num_updates = config.num_updates
-        member = make_member(
-            planned.trainer,
+        member = _member_of(
+            Same(planned.trainer),
             max_skipped_updates=config.max_skipped_updates,
             num_updates=num_updates,
             num_rows=min(self._num_rows, num_updates),
@@ -146,6 +147,11 @@ class SweepRunner:
             may_shrink=self._chunk is None,
             say=self._say,
         )
+
+
+@keep
+def _member_of(trainer: Same[Trainer], **sizes: int) -> MemberProgram:
+    return make_member(trainer.value, **sizes)
 
 
 def plan_group(group: Group, member_devices: int | None) -> PlannedGroup:
@@ -165,12 +171,12 @@ def plan_group(group: Group, member_devices: int | None) -> PlannedGroup:
     if limits:
         config = config.replace(env_params={**dict(config.env_params), name: max(limits)})
     if config.num_devices == 1:
-        trainer = make_trainer(config)  # its errors come before a backend is started
+        trainer = trainer_of(config)  # its errors come before a backend is started
     if member_devices is None:
         member_devices = max(1, jax.device_count() // config.num_devices)
     mesh = make_mesh(env=config.num_devices, member=member_devices)
     if config.num_devices > 1:
-        trainer = make_trainer(config, mesh)
+        trainer = trainer_of(config, mesh)
     for member in group.members:  # a misspelt parameter is an error before anything is written
         override_params(trainer.env.name, trainer.env.params, member.env_params)
     return PlannedGroup(group, trainer, mesh)

@@ -14,6 +14,7 @@ from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
 from ppo_jax.runs import device_memory, processes
+from ppo_jax.runs.kept import Same, keep
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
@@ -61,10 +62,52 @@ def compile_training(
       ConfigError: the training does not fit the memory of its devices.
     """
     hparams = jax.tree.map(jnp.float32, hparams)
+    # The hyperparameters are arguments of both programs, so that they round alike.
+    init, advance = _functions(Same(trainer), config, mesh, has_seeds=bool(keys.ndim))
+    start = init.lower(keys, hparams).compile()
+    state_shapes = output_shapes(start)
+    guard = jax.eval_shape(lambda: initial_guard(keys.shape))
+    lowered = advance.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
+    program = lowered.compile()
+    num_bytes = max(map(device_memory.num_bytes, (start, program)))
+    require_memory(num_bytes, config, keys.size, num_agents=trainer.env.num_agents)
+    *_, rows = lowered.out_info
+
+    # The guard is a few numbers, which the host needs after each piece.
+    def advance_on_host(state: TrainState, guard: Guard, first: int, count: int) -> Piece:
+        guard = jax.tree.map(lambda x: np.reshape(x, keys.shape), guard)
+        state, guard, metrics = program(state, guard, hparams, np.int32(first), np.int32(count))
+        # The transfer of the metrics waits for the device; there is no other synchronisation.
+        metrics = jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
+        return Piece(state, jax.tree.map(lambda x: np.asarray(x).reshape(-1), guard), metrics)
+
+    return Training(
+        start=lambda: start(keys, hparams),
+        advance=advance_on_host,
+        state_shapes=state_shapes,
+        metric_shapes=jax.tree.map(lambda x: jax.ShapeDtypeStruct((keys.size,), x.dtype), rows),
+        num_bytes=num_bytes,
+    )
+
+
+# JAX compiles nothing again for a function that it knows, if the shapes are the same.
+@keep
+def _functions(
+    trainer: Same[Trainer], config: Config, mesh: Mesh | None, *, has_seeds: bool
+) -> tuple[Any, Any]:
+    """Returns the jitted functions of a training, its start and a piece of its updates.
+
+    Args:
+      trainer: of the config.
+      config: describes the training.
+      mesh: as of `compile_training`.
+      has_seeds: the functions take the keys of several seeds.
+    """
     capacity = min(config.num_updates, LARGEST_PIECE)
-    init, step = trainer.init, guarded_step(trainer, config.max_skipped_updates, config.num_updates)
+    init = trainer.value.init
+    step = guarded_step(trainer.value, config.max_skipped_updates, config.num_updates)
     placed: Any = None  # of a single seed: the trainer places its state
-    if keys.ndim:
+    if has_seeds:
         assert mesh is not None, "seeds have one"
         # Hyperparameters are shared: seeds of a run differ in their keys alone.
         axis = MEMBER_AXIS if config.num_devices > 1 else None
@@ -86,33 +129,11 @@ def compile_training(
         rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, count, one_update, (state, guard, rows))
 
-    # The hyperparameters are arguments of both programs, so that they round alike.
-    start = jax.jit(init, out_shardings=placed).lower(keys, hparams).compile()
     # A process reads all metrics; one that has some of the seeds needs those of the others.
     shared = NamedSharding(mesh, PartitionSpec()) if mesh and processes.count() > 1 else None
-    pieces = jax.jit(advance, donate_argnums=0, out_shardings=(placed, shared, shared))
-    state_shapes = output_shapes(start)
-    guard = jax.eval_shape(lambda: initial_guard(keys.shape))
-    lowered = pieces.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
-    program = lowered.compile()
-    num_bytes = max(map(device_memory.num_bytes, (start, program)))
-    require_memory(num_bytes, config, keys.size, num_agents=trainer.env.num_agents)
-    *_, rows = lowered.out_info
-
-    # The guard is a few numbers, which the host needs after each piece.
-    def advance_on_host(state: TrainState, guard: Guard, first: int, count: int) -> Piece:
-        guard = jax.tree.map(lambda x: np.reshape(x, keys.shape), guard)
-        state, guard, metrics = program(state, guard, hparams, np.int32(first), np.int32(count))
-        # The transfer of the metrics waits for the device; there is no other synchronisation.
-        metrics = jax.tree.map(lambda x: np.asarray(x)[:count].reshape(count, -1), metrics)
-        return Piece(state, jax.tree.map(lambda x: np.asarray(x).reshape(-1), guard), metrics)
-
-    return Training(
-        start=lambda: start(keys, hparams),
-        advance=advance_on_host,
-        state_shapes=state_shapes,
-        metric_shapes=jax.tree.map(lambda x: jax.ShapeDtypeStruct((keys.size,), x.dtype), rows),
-        num_bytes=num_bytes,
+    return (
+        jax.jit(init, out_shardings=placed),
+        jax.jit(advance, donate_argnums=0, out_shardings=(placed, shared, shared)),
     )
 
 

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from ppo_jax.config import LR_SCHEDULES, Config
 from ppo_jax.defaults import OPTIMIZERS
-from ppo_jax.errors import ConfigError, require_known, require_new_name
+from ppo_jax.errors import ConfigError, require_known
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.networks import merge_params, split_params
 
@@ -64,13 +64,12 @@ def register_lr_schedule(
       name: a name that is not taken.
       factor: maps the progress of a training, a scalar in [0, 1], to the factor of every learning
         rate. It is traced.
-      overwrite: replace a schedule of this name.
+      overwrite: replace a schedule that was registered under this name.
 
     Raises:
       ConfigError: the name is taken, the factor cannot be traced, or it is not a finite scalar of
         at least 0.
     """
-    require_new_name("learning-rate schedule", name, () if overwrite else SCHEDULES)
 
     def as_array(progress: jax.Array) -> jax.Array:
         return jnp.asarray(factor(progress), jnp.float32)
@@ -88,8 +87,8 @@ def register_lr_schedule(
     for at, value in zip(progress, factors, strict=True):
         if not 0.0 <= value < np.inf:  # NaN is not
             raise ConfigError(f"{rule}; {name} returns {value:g} at {at:.1f}.")
+    LR_SCHEDULES.register(name, {}, overwrite=overwrite)
     SCHEDULES[name] = Schedule(as_array)
-    LR_SCHEDULES[name] = {}
 
 
 Optimizer = Callable[[Any, HParams, Callable[[jax.Array], Any]], optax.GradientTransformation]
@@ -114,16 +113,13 @@ def register_optimizer(
     Raises:
       ConfigError: the name is taken, or the function has no argument `learning_rate`.
     """
-    require_new_name(
-        "optimizer", name, set(OPTIMIZERS) - set(_REGISTERED) if overwrite else OPTIMIZERS
-    )
     if not callable(make) or "learning_rate" not in inspect.signature(make).parameters:
         raise ConfigError(
             f"an optimizer must be made by a function of learning_rate; got {make!r} for {name}. "
             "Write, for example, lambda learning_rate: optax.adam(learning_rate)."
         )
+    OPTIMIZERS.register(name, {}, overwrite=overwrite)
     _REGISTERED[name] = make
-    OPTIMIZERS[name] = {}
 
 
 def make_optimizer(config: Config) -> Optimizer:
