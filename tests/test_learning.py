@@ -34,7 +34,8 @@ PUREJAXRL = Config(
 )
 
 
-def test_ppo_solves_cartpole_with_purejaxrls_settings():
+@pytest.mark.parametrize("num_seeds", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_ppo_solves_cartpole_with_purejaxrls_settings(num_seeds):
     hparams = HParams(
         learning_rate=2.5e-4,
         gamma=0.99,
@@ -45,7 +46,7 @@ def test_ppo_solves_cartpole_with_purejaxrls_settings():
         vf_coef=0.5,
         max_grad_norm=0.5,
     )
-    returns = evaluate_seeds(PUREJAXRL, hparams, num_seeds=10)
+    returns = evaluate_seeds(PUREJAXRL, hparams, num_seeds)
     assert returns.mean() >= 475, returns
     assert returns.min() >= 400, returns
 

@@ -147,7 +147,9 @@ def solve(name, **changes):
     fields = {"num_envs": 32, "num_steps": 16, "hidden_sizes": (16,)}
     if "memory" in changes:
         fields["memory_size"] = 16
-    config = Config(env=probe_name(name), **{**fields, "total_timesteps": 60_000, **changes})
+    # A transformer's steps are expensive, and it learns from fewer of them.
+    fields["total_timesteps"] = 20_000 if changes.get("memory") == "gtrxl" else 60_000
+    config = Config(env=probe_name(name), **{**fields, **changes})
     trainer = make_trainer(config)
     hparams = HParams(gamma=0.9, ent_coef=0.0, learning_rate=5e-3)
     state, metrics = jax.jit(trainer.run)(jax.random.key(0), hparams)

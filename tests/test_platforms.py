@@ -28,14 +28,10 @@ def as_tpus_do(*arguments, default, **platforms):
 def result_of(config):
     """Returns the state after two updates, and the metrics of both."""
     trainer = make_trainer(config)
-
-    @jax.jit
-    def two_updates(key):
-        state, first = trainer.step(trainer.init(key))
-        state, second = trainer.step(state)
-        return state, (first, second)
-
-    return two_updates(jax.random.key(0))
+    step = jax.jit(trainer.step)
+    state, first = step(jax.jit(trainer.init)(jax.random.key(0)))
+    state, second = step(state)
+    return state, (first, second)
 
 
 MANY = {"num_envs": 32, "num_steps": 4}  # packed with the environments as the last axis

@@ -156,7 +156,10 @@ def test_new_keys_and_hyperparameters_do_not_recompile(case):
     assert case.traced == {"init": 1, "step": 1, "run": 1}
 
 
-@pytest.mark.parametrize("algorithm", RULES)
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(name, marks=() if name == "ppo" else pytest.mark.slow) for name in RULES],
+)
 def test_defaults_values_given_and_steps_are_the_same_in_every_bit(algorithm):
     """With all optimisations: constants that the compiler could fold would round otherwise."""
     trainer = make_trainer(small(algorithm))
