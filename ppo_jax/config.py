@@ -28,7 +28,7 @@ MemoryKind = Literal["gru", "lstm", "mingru", "lru", "gtrxl"]
 NETWORKS: Registry[Any] = Registry(
     "network", dict.fromkeys(("mlp", "cnn", "minatar_cnn", "nature_cnn", "impala_cnn"))
 )
-"""Networks by name: the flax module of a registered one, and None for those of ours."""
+"""Networks by name: the flax module of a registered one, and None for the package's own."""
 LR_SCHEDULES: Registry[Mapping[str, float]] = Registry(
     "learning-rate schedule",
     {"linear": {}, "cosine": {}, "constant": {}, "kl_adaptive": {"desired_kl": 0.01}},
@@ -364,6 +364,16 @@ got 4 * 128 and 3. Try 2 or 4.
         return replace_fields(self, changes)
 
 
+SETTINGS_OF_LAYERS = (
+    "hidden_sizes",
+    "critic_hidden_sizes",
+    "activation",
+    "layer_norm",
+    "embedding_size",
+    "compute_dtype",
+)
+"""Fields of `Config` that shape the package's own layers, and not a user's module."""
+
 ALGORITHM_SETTINGS = tuple(
     field.name for field in dataclasses.fields(Config) if "is_algorithm_setting" in field.metadata
 )
@@ -405,8 +415,8 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def module_of(network: Any) -> Any:
-    """Returns the flax module that the setting `network` is or names; None for networks of ours."""
-    return NETWORKS[network] if isinstance(network, str) else network
+    """Returns the flax module that `network` is or names; None for the package's own networks."""
+    return NETWORKS.get(network) if isinstance(network, str) else network
 
 
 def require_config(config: Any) -> None:

@@ -44,18 +44,30 @@ def require_known(kind: str, name: str, known: Iterable[str]) -> None:
         raise unknown_name(kind, name, known)
 
 
-def require_new_name(kind: str, name: str, taken: Iterable[str]) -> None:
+def require_new_name(
+    kind: str, name: str, taken: Iterable[str], *, ours: Iterable[str], overwrite: bool
+) -> None:
     """Raises a `ConfigError` if `name` is registered already.
 
-    >>> require_new_name("animal", "cat", ["cat", "dog"])
+    Args:
+      kind: of the thing that is named.
+      name: the new name.
+      taken: all names.
+      ours: the names of the package's own parts.
+      overwrite: a name that a user registered may be taken.
+
+    >>> require_new_name("animal", "cat", ["cat", "dog"], ours=["cat"], overwrite=True)
     Traceback (most recent call last):
     ...
-    ppo_jax.errors.ConfigError: the name of an animal must be new; 'cat' is taken. Choose another.
+    ppo_jax.errors.ConfigError: the name of an animal must be new; 'cat' is taken by the package. \
+Choose another.
     """
-    if name in tuple(taken):
-        article = "an" if kind[0] in "aeiou" else "a"
+    rule = f"the name of {'an' if kind[0] in 'aeiou' else 'a'} {kind} must be new"
+    if name in tuple(ours):
+        raise ConfigError(f"{rule}; {name!r} is taken by the package. Choose another.")
+    if name in tuple(taken) and not overwrite:
         raise ConfigError(
-            f"the name of {article} {kind} must be new; {name!r} is taken. Choose another."
+            f"{rule}; {name!r} is taken. Choose another, or replace it by overwrite=True."
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ppo_jax import published
-from ppo_jax.config import Config
+from ppo_jax.config import SETTINGS_OF_LAYERS, Config, module_of
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 
@@ -288,6 +288,7 @@ _ON_HOST: dict[str, dict[str, _Preset]] = {
 """Presets of environments on the host, or of all those of a suite."""
 
 _ARGUMENTS = ("env_kwargs", "env_params")
+_DEFAULTS = vars(Config())
 
 
 def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HParams]:
@@ -321,10 +322,18 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
 def with_arguments(start: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns changes to settings whose arguments of the environment are added to those before.
 
+    With a network of the user's own, settings of the package's layers are at their defaults unless
+    the changes have others.
+
     >>> with_arguments({"env_params": {"gravity": 9.8}}, {"env_params": {"length": 1.0}})
     {'env_params': {'gravity': 9.8, 'length': 1.0}}
     """
     result = dict(changes)
+    if module_of(changes.get("network", "mlp")) is not None:
+        # A user's module takes the place of the layers that these settings shape.
+        for name in SETTINGS_OF_LAYERS:
+            if name in start and changes.get(name, start[name]) == start[name]:
+                result[name] = _DEFAULTS[name]
     for name in _ARGUMENTS:
         # Anything else is refused where it is checked, by `Config`.
         if isinstance(changes.get(name), (Mapping, tuple)):

@@ -67,8 +67,9 @@ def resolve(config: Config) -> Resolved:
 
 
 def is_ours(config: Config) -> bool:
-    """Returns whether all parts that a config names are those of the package."""
+    """Returns whether every part that a config names belongs to the package."""
     network, distribution = config.network, config.action_distribution
+    arguments = (*config.env_kwargs, *config.env_params, *config.wrappers, *config.optimizer_kwargs)
     return (
         envs.is_ours(config.env)
         and all(WRAPPERS.is_ours(name) for name, _ in config.wrappers)
@@ -78,6 +79,7 @@ def is_ours(config: Config) -> bool:
         and (distribution is None or BOX_HEADS.is_ours(distribution))
         and OPTIMIZERS.is_ours(config.optimizer)
         and LR_SCHEDULES.is_ours(config.lr_schedule)
+        and not any(callable(value) for _, value in arguments)
     )
 
 

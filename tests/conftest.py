@@ -8,10 +8,10 @@ import platform
 import sys
 from pathlib import Path
 
-# Most of a session is spent on compiling. It takes half the time without optimisations, again half
-# of it without the emitters that make fused loops fast, a tenth less in one piece instead of pieces
-# for several threads, and nothing for a program that was compiled before. AVX has no instructions
-# that multiply and add at once: with them, a product rounds differently from program to program.
+# Most of a session is spent on compiling. It takes half the time without optimisations, and again
+# half of it without the emitters that make fused loops fast. One piece of code instead of pieces
+# for several threads takes a tenth less, and a program that was compiled before takes nothing. AVX
+# lacks fused multiply-add, with which the same product rounds differently in different programs.
 # The variables are set before JAX is imported, and processes that tests start inherit them.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
@@ -42,7 +42,8 @@ exact_jit = functools.partial(
     jax.jit,
     compiler_options={"xla_cpu_use_fusion_emitters": "max_isa=AVX" not in os.environ["XLA_FLAGS"]},
 )
-"""Compiles so that a computation rounds the same in every program, alone and inside a loop."""
+"""Compiles so that a computation rounds the same in every program, alone and inside a loop. On x86
+that needs no fused multiply-add; elsewhere, the emitters of fused loops."""
 
 
 @pytest.fixture

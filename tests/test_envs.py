@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from ppo_jax import Config, ConfigError, envs, make_trainer
+from ppo_jax.config import LR_SCHEDULES
 from ppo_jax.envs import wrappers
 from ppo_jax.envs.deferred import deferred
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.envs.suites import GYMNAX_NAMES
 from ppo_jax.envs.suites import gymnax as gymnax_adapter
+from ppo_jax.flags import _DISTRIBUTIONS
+from ppo_jax.policy.distributions import BOX_HEADS
+from ppo_jax.stages.optimizers import SCHEDULES
 from tests.probes import PROBES, probe_name
 
 UNTRAINABLE = {
@@ -23,11 +27,13 @@ UNTRAINABLE = {
 }
 
 
-def test_the_list_of_names_is_gymnaxs():
+def test_lists_of_names_are_those_of_the_tables():
     import gymnax
 
     assert set(GYMNAX_NAMES) == set(gymnax.registered_envs)
     # Other tests of the process may have registered more.
+    assert tuple(BOX_HEADS)[: len(_DISTRIBUTIONS)] == _DISTRIBUTIONS
+    assert SCHEDULES.keys() == LR_SCHEDULES.keys()
     assert tuple(wrappers.WRAPPERS)[: len(envs.WRAPPER_NAMES)] == envs.WRAPPER_NAMES
 
 

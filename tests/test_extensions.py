@@ -2,8 +2,11 @@
 
 import copy
 import dataclasses
+import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import distrax
@@ -36,7 +39,7 @@ from ppo_jax.policy.distributions import BOX_HEADS
 from ppo_jax.population.halving import make_halving
 from ppo_jax.population.plan import make_plan
 from ppo_jax.population.search_space import Uniform
-from ppo_jax.resolve import complete_hparams
+from ppo_jax.resolve import complete_hparams, is_ours
 from ppo_jax.stages import optimizers
 from ppo_jax.types import Estimates
 from tests.conftest import exact_jit
@@ -230,10 +233,6 @@ def test_a_run_of_a_registered_algorithm_is_read_again(offset, tmp_path):
         (
             lambda: ppo_jax.register_lr_schedule("cosine", jnp.ones_like),
             "the name of a learning-rate schedule must be new; 'cosine' is taken",
-        ),
-        (
-            lambda: ppo_jax.register_lr_schedule("x", lambda progress: 0.5 - progress),
-            "to a factor of at least 0; x returns -0.1 at 0.6",
         ),
         (
             lambda: ppo_jax.register_lr_schedule("x", lambda progress: jnp.ones(3)),
@@ -461,6 +460,7 @@ class Unhashable(Wide):
 def registries():
     """Takes back what a test registers."""
     tables = (NETWORKS, OPTIMIZERS, LR_SCHEDULES, optimizers.SCHEDULES, BOX_HEADS)
+    tables += (optimizers._REGISTERED,)
     saved = [dict(table) for table in tables]
     yield
     for table, contents in zip(tables, saved, strict=True):
@@ -539,6 +539,103 @@ def test_a_mistake_in_a_registered_optimizer_is_said_before_anything_is_traced()
 
 
 @pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (optax.lbfgs, "mine fails: .*missing .* required keyword-only arguments"),
+        (
+            lambda learning_rate: optax.adam(float(learning_rate)),
+            "whose learning rate is traced; mine fails: Abstract tracer value",
+        ),
+        (optax.inject_hyperparams(optax.adam), "mine keeps a rate in its state"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_refused(make, message):
+    ppo_jax.register_optimizer("mine", make)
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(Config(optimizer="mine", **SMALL))
+
+
+@pytest.mark.usefixtures("registries")
+def test_an_optimizer_may_pass_its_arguments_on():
+    given = {}
+
+    def make(learning_rate, **kwargs):
+        given.update(kwargs)
+        return optax.adam(learning_rate, **kwargs)
+
+    ppo_jax.register_optimizer("mine", make)
+    make_trainer(Config(optimizer="mine", optimizer_kwargs={"b1": 0.8}, **SMALL))
+    assert given == {"b1": 0.8}
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"env": "own-part"},
+        {"algorithm": "own-part"},
+        {"network": "own-part"},
+        {"network": nn.Dense(3)},
+        {"action_distribution": "own-part"},
+        {"optimizer": "own-part"},
+        {"lr_schedule": "own-part"},
+        {"wrappers": {"own-part": 1}},
+        {"optimizer": "adamw", "optimizer_kwargs": {"mask": jnp.ones_like}},
+    ],
+    ids=lambda part: "-".join(part),
+)
+def test_a_part_of_the_user_s_is_known(part, monkeypatch):
+    monkeypatch.setattr("ppo_jax.resolve.ALGORITHMS", copy.copy(ALGORITHMS))
+    monkeypatch.setitem(ppo_jax.resolve.ALGORITHMS, "own-part", ALGORITHMS["ppo"])
+    envs.register("own-part", own_env, overwrite=True)
+    wrappers.register("own-part", lambda env, argument: env, overwrite=True)
+    ppo_jax.register_network("own-part", Wide())
+    ppo_jax.register_optimizer("own-part", optax.sgd)
+    ppo_jax.register_lr_schedule("own-part", jnp.ones_like)
+    register_action_distribution("own-part", BOX_HEADS["gaussian"])
+    config = Config(env="Pendulum-v1", wrappers={"time_limit": 5}, action_distribution="beta")
+    assert is_ours(config)
+    assert not is_ours(config.replace(**part))
+
+
+def test_a_part_of_the_package_that_was_replaced_is_the_user_s(monkeypatch):
+    monkeypatch.setitem(ALGORITHMS, "ppo", ALGORITHMS["ppo"]._replace(title="mine"))
+    assert not is_ours(Config())
+    monkeypatch.undo()
+    assert is_ours(Config())
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_copy_of_a_policy_has_an_equal_spec():
+    register_action_distribution("a-copy", BOX_HEADS["gaussian"])
+    for name in ("tanh_gaussian", "a-copy"):
+        trainer = make_trainer(Config(env="Pendulum-v1", action_distribution=name, **SMALL))
+        spec = trainer.policy(trainer.init(jax.random.key(0))).spec
+        assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_network_of_the_user_s_replaces_the_layers_of_a_preset():
+    ppo_jax.register_network("in-a-preset", Wide())
+    for env in ("Breakout-MinAtar", "brax:ant"):
+        for network in ("in-a-preset", Wide()):
+            config, _ = ppo_jax.preset(env, network=network)
+            assert (config.hidden_sizes, config.activation) == ((64, 64), "tanh")
+    with pytest.raises(ConfigError, match="hidden_sizes shapes the package's own networks"):
+        make_trainer(ppo_jax.preset("CartPole-v1", network=Wide(), hidden_sizes=(32,))[0])
+
+
+def test_a_module_that_registers_parts_starts_no_backend(tmp_path):
+    """A command imports it before it decides on devices and flags."""
+    (tmp_path / "my_policy.py").write_text(PARTS)
+    code = "import my_policy, jax; assert not jax._src.xla_bridge.backends_are_initialized()"
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("change", ["network", "action_distribution"])
 def test_what_is_registered_again_leaves_a_trainer_as_it_was(change):
     settings = {**SMALL, "env": "Pendulum-v1", change: "again"}
@@ -591,6 +688,7 @@ def test_registered_parts_of_a_run_are_found_by_every_command(
     assert main([*imported, "resume", "run", "--total-timesteps", "64"]) == 0
     assert main([*imported, "eval", "run", "--episodes", "2"]) == 0
     assert main([*imported, "export", "run", "--format", "stablehlo", "-o", "exported"]) == 0
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*imported, "train", "--help"])
     shown = capsys.readouterr().out
@@ -604,6 +702,19 @@ def test_registered_parts_of_a_run_are_found_by_every_command(
             patch.delitem(table, f"my_{kind.split('_')[-1]}")
             assert main(["eval", "run"]) == 2
         assert f"the {kind} of a run must be registered" in capsys.readouterr().err
+    for kind in ("network", "distribution"):
+        with monkeypatch.context() as patch:
+            patch.delitem(NETWORKS if kind == "network" else BOX_HEADS, f"my_{kind}")
+            with pytest.raises(ConfigError, match=f"must be registered .*names 'my_{kind}'"):
+                ppo_jax.load("run")
+    with monkeypatch.context() as patch:
+        patch.delitem(NETWORKS, "my_network")
+        assert ppo_jax.load("run", network=Wide((5,))).spec.module == Wide((5,))
+    (tmp_path / "run" / "config.json").write_text(
+        (tmp_path / "run" / "config.json").read_text().replace("my_schedule", "cosin")
+    )
+    assert main(["eval", "run"]) == 2
+    assert "Did you mean cosine?" in capsys.readouterr().err
 
 
 def test_an_unknown_action_distribution_is_said_before_anything_is_traced():

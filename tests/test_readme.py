@@ -15,7 +15,7 @@ def examples(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-# Programs of the README run for longer than those of other pages: loops are vectorised.
+# Programs of the README run longer than those of other pages, so their loops are vectorised.
 _README_FLAGS = (
     "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"

@@ -1,8 +1,11 @@
 import collections
 import datetime
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -36,10 +39,11 @@ HPARAMS = HParams(learning_rate=1e-3)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    kept.forget()
     with pytest.MonkeyPatch.context() as patch:
         # A test compares its bits with those of another program.
         patch.setattr(training, "jax", SimpleNamespace(**{**vars(jax), "jit": exact_jit}))
-        return ppo_jax.train(
+        run = ppo_jax.train(
             CONFIG,
             HPARAMS,
             seed=3,
@@ -48,6 +52,8 @@ def run(tmp_path_factory):
             log_every=2,
             progress=False,
         )
+    kept.forget()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +137,39 @@ def test_a_user_s_environment_is_traced_again_for_it_may_read_variables(traces):
     bonus = 2.0
     two = ppo_jax.train(config, HPARAMS, **arguments)
     assert (one.evaluation.returns == one.evaluation.lengths).all()
+    assert not kept._entries  # a user's environment may be large
     assert (two.evaluation.returns == 2 * two.evaluation.lengths).all()
+
+
+def test_programs_of_the_last_four_configs_are_kept(traces):
+    arguments = {"progress": False, "eval_episodes": 2}
+    configs = [CONFIG.replace(total_timesteps=64 * updates) for updates in range(1, 6)]
+    for config in configs:
+        ppo_jax.train(config, HPARAMS, **arguments)
+    once = dict(traces)
+    ppo_jax.train(configs[1], HPARAMS, **arguments)
+    assert traces == once
+    ppo_jax.train(configs[0], HPARAMS, **arguments)
+    assert traces["_step"] > once["_step"]
+    one = configs[0].replace(env_params={"max_steps_in_episode": 9})
+    same = [kept.trainer_of(one), kept.trainer_of(one)]
+    assert same[0] is same[1]
+    equal = one.replace(env_params={"max_steps_in_episode": 9.0})
+    assert equal == one
+    assert kept.trainer_of(equal) is not same[0]
+
+
+@pytest.mark.slow
+def test_a_watched_run_has_the_numbers_of_trainer_run_as_users_compile():
+    code = (
+        "import jax, ppo_jax\nfrom tests import test_runs as t\n"
+        "run = ppo_jax.train(t.CONFIG, t.HPARAMS, seed=3, progress=False, eval_episodes=2)\n"
+        "state, _ = jax.jit(ppo_jax.make_trainer(t.CONFIG).run)(jax.random.key(3), t.HPARAMS)\n"
+        "t.assert_same_bits(run.state, state)\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=environment)
 
 
 def test_a_watched_run_has_the_numbers_of_trainer_run_bit_for_bit(run):

@@ -87,8 +87,8 @@ def register(name: str, factory: Callable[..., Any], *, overwrite: bool = False)
     Raises:
       ConfigError: the name is taken, or the factory cannot be called.
     """
-    taken = set(names()) - set(_registered) if overwrite else names()
-    require_new_name("environment", name, taken)
+    ours = set(names()) - set(_registered)
+    require_new_name("environment", name, names(), ours=ours, overwrite=overwrite)
     if not callable(factory):
         raise ConfigError(
             f"a factory must be a function that returns an environment; got "

@@ -4,10 +4,10 @@ A `Head` divides sampling into two parts. Noise is drawn in bulk, outside the ro
 `sample` is a deterministic function of parameters and noise inside the loop.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -195,7 +195,7 @@ def make_head(
       space: of the actions.
       distribution: a key of `BOX_HEADS`, if the space is a Box; None is "gaussian".
       state_dependent_std: a Gaussian's log standard deviation is an output of the network.
-      make: what the key stood for when a policy was made; None looks it up.
+      make: makes the head; None looks up `distribution` in `BOX_HEADS`.
 
     Raises:
       ConfigError: unknown distribution, or one that does not fit the space.
@@ -362,15 +362,32 @@ def _beta(space: Box) -> Head:
     )
 
 
+def _tanh_gaussian(space: Box, *, state_dependent_std: bool = False) -> Head:
+    # A function, which equals itself also after a policy was copied or pickled.
+    return _gaussian(space, squashed=True, state_dependent_std=state_dependent_std)
+
+
 _GAUSSIANS: dict[str, Callable[..., Head]] = {
     "gaussian": _gaussian,
-    "tanh_gaussian": partial(_gaussian, squashed=True),
+    "tanh_gaussian": _tanh_gaussian,
 }
 
 BOX_HEADS: Registry[Callable[[Box], Head]] = Registry(
     "action distribution", {**_GAUSSIANS, "beta": _beta}
 )
 """Heads for continuous actions, by the name of their distribution."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisteredHead:
+    """A user's function that makes a head, with a check of the head."""
+
+    name: str
+    make: Callable[[Box], Head]
+
+    def __call__(self, space: Box) -> Head:
+        """Returns the head for a space of actions."""
+        return checked_head(self.name, self.make(space), space)
 
 
 def checked_head(name: str, head: Head, space: Box) -> Head:

@@ -12,7 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.config import NETWORKS, TRANSFORMER_DEFAULTS, Config, PolicySettings, module_of
+from ppo_jax.config import (
+    NETWORKS,
+    SETTINGS_OF_LAYERS,
+    TRANSFORMER_DEFAULTS,
+    Config,
+    PolicySettings,
+    module_of,
+)
 from ppo_jax.envs import spaces
 from ppo_jax.envs.checks import example
 from ppo_jax.envs.environment import Environment
@@ -22,7 +29,7 @@ from ppo_jax.ops import running_stats
 from ppo_jax.ops.blocks import nearest_divisors
 from ppo_jax.ops.running_stats import RunningStats
 from ppo_jax.policy import networks
-from ppo_jax.policy.distributions import BOX_HEADS, Head, checked_head, make_head
+from ppo_jax.policy.distributions import BOX_HEADS, Head, RegisteredHead, make_head
 from ppo_jax.policy.initializers import draw
 from ppo_jax.policy.networks import ActorCritic, View
 from ppo_jax.policy.recurrent import Memory, RecurrentLayer
@@ -42,9 +49,10 @@ class PolicySpec(PolicySettings):
     observation_space: Space
     action_space: Leaf
     has_critic: bool = True
-    # What the names stand for: a name that is registered again leaves this policy as it is.
+    # The parts that the names referred to when the spec was made. Registering a name again does not
+    # change this policy.
     module: nn.Module | None = dataclasses.field(default=None, repr=False)
-    """The user's module in place of the hidden layers; None for networks of ours."""
+    """The user's module in place of the hidden layers; None for the package's own networks."""
     make_box_head: Callable[[Box], Head] | None = dataclasses.field(default=None, repr=False)
     """Makes the head of `action_distribution`."""
 
@@ -186,16 +194,14 @@ def register_action_distribution(
     Raises:
       ConfigError: the name is taken.
     """
-    BOX_HEADS.register(
-        name, lambda space: checked_head(name, make(space), space), overwrite=overwrite
-    )
+    BOX_HEADS.register(name, RegisteredHead(name, make), overwrite=overwrite)
 
 
 def register_network(name: str, module: nn.Module, *, overwrite: bool = False) -> None:
     """Makes a module of your own available as `Config(network=name)`.
 
-    A run keeps the name, so that commands can load the run if they import the module that registers
-    it, by `--import`.
+    A run stores the name. A command that loads the run needs `--import` with the Python file that
+    registers it.
 
     Args:
       name: a name that is not taken.
@@ -203,7 +209,7 @@ def register_network(name: str, module: nn.Module, *, overwrite: bool = False) -
       overwrite: replace a network that was registered under this name.
 
     Raises:
-      ConfigError: the name is taken, or the module is none of flax.linen or not hashable.
+      ConfigError: the name is taken, or `module` is not a flax.linen module, or is not hashable.
     """
     _require_module(module)
     NETWORKS.register(name, module, overwrite=overwrite)
@@ -284,15 +290,6 @@ def _make_torso(spec: PolicySpec, view: View, hidden_sizes: tuple[int, ...]) -> 
 
 _CONTRACT = "network must be a flax.linen module that maps observations [B, ...] to features [B, F]"
 
-_SETTINGS_OF_NAMED_NETWORKS = (
-    "hidden_sizes",
-    "critic_hidden_sizes",
-    "activation",
-    "layer_norm",
-    "embedding_size",
-    "compute_dtype",
-)
-
 
 def _require_module(module: Any) -> None:
     """Raises a `ConfigError` unless a user's network is a module that can be a key of caches."""
@@ -310,10 +307,10 @@ def _require_module(module: Any) -> None:
 def _check_module(spec: PolicySpec, module: nn.Module, space: Space) -> None:
     """Raises a `ConfigError` that tells how a user's module breaks the contract."""
     defaults = {field.name: field.default for field in dataclasses.fields(PolicySettings)}
-    for name in _SETTINGS_OF_NAMED_NETWORKS:
+    for name in SETTINGS_OF_LAYERS:
         if getattr(spec, name) != defaults[name]:
             raise ConfigError(
-                f"{name} belongs to networks of ours, and network is a module of your own. "
+                f"{name} shapes the package's own networks, and network is a module of yours. "
                 f"Leave {name} out."
             )
     features = _check_shapes(module, space, type(module).__name__)

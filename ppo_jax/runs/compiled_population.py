@@ -25,7 +25,7 @@ from ppo_jax.population.member import MemberProgram, MemberState, Outcome
 from ppo_jax.population.plan import Member
 from ppo_jax.runs import device_memory
 from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
-from ppo_jax.runs.kept import Same, keep
+from ppo_jax.runs.kept import made_once
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.training import output_shapes
 
@@ -65,18 +65,16 @@ class _Programs(NamedTuple):
     """The largest memory of the three on one device."""
 
 
-@keep
-def _over_members(member: Same[MemberProgram], mesh: Mesh) -> Any:
+def _over_members(member: MemberProgram, mesh: Mesh) -> Any:
     """Returns the functions of a member, over all members of a chunk and jitted."""
-    start, advance, finish = member.value
     member_map = trainings_over_members(mesh)
     by_member: Any = member_sharding(mesh)
     placed = MemberState(state_shardings(mesh), guard=by_member, curves=by_member)
-    advance = member_map(advance, in_axes=(0, 0, None, None))
+    advance = member_map(member.advance, in_axes=(0, 0, None, None))
     return MemberProgram(
-        jax.jit(member_map(start, in_axes=(0, 0, 0)), out_shardings=placed),
+        jax.jit(member_map(member.start, in_axes=(0, 0, 0)), out_shardings=placed),
         jax.jit(advance, donate_argnums=0, out_shardings=placed),
-        jax.jit(over_members(mesh)(finish, in_axes=(0, 0))),
+        jax.jit(over_members(mesh)(member.finish, in_axes=(0, 0))),
     )
 
 
@@ -110,7 +108,9 @@ class CompiledPopulation:
         self._may_shrink = may_shrink
         self._say = say
         self._mesh = mesh
-        self._functions = _over_members(Same(member), mesh)
+        self._functions = made_once(
+            member, ("population", id(member), mesh), lambda: _over_members(member, mesh)
+        )
         self._compiled: dict[int, _Programs] = {}
 
     def chunks(

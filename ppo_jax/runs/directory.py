@@ -263,8 +263,8 @@ class RunDirectory:
           network: the module that was `Config.network`, unless that was the name of one of ours.
 
         Raises:
-          ConfigError: the module is needed and not given, or the environment or the algorithm is
-            not registered.
+          ConfigError: the module is needed and not given, or a part that the run names is not
+            registered.
         """
         return settings_from_plain(self._read_record(), self.path / CONFIG, network)
 

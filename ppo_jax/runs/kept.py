@@ -1,8 +1,8 @@
-"""Functions that are kept from one training to the next, so that nothing is compiled twice."""
+"""Trainers and compiled functions that are kept from one training to the next."""
 
-import functools
-from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+import collections
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -11,60 +11,56 @@ from ppo_jax.config import Config
 from ppo_jax.resolve import is_ours
 from ppo_jax.trainer import Trainer, make_trainer
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-Value = TypeVar("Value")
-
-_SIZE = 4
-_caches: list[Callable[[], None]] = []
+Made = TypeVar("Made")
 
 
-def keep(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Returns a function that remembers its last four results, by its hashable arguments."""
-    kept = functools.lru_cache(maxsize=_SIZE)(function)
-    _caches.append(kept.cache_clear)
-    return functools.update_wrapper(lambda *args, **kwargs: kept(*args, **kwargs), function)
+class _Entry(NamedTuple):
+    trainer: Trainer
+    made: dict[Hashable, Any]
+    """Functions of the trainer, by key."""
 
 
-def forget() -> None:
-    """Drops all results that `keep` remembers."""
-    for clear in _caches:
-        clear()
-
-
-class Same(Generic[Value]):
-    """A key that equals another one if both hold the same object.
-
-    Records with arrays and functions have no hash of their own.
-
-    >>> env = [1]
-    >>> Same(env) == Same(env), Same(env) == Same([1])
-    (True, False)
-    """
-
-    def __init__(self, value: Value) -> None:
-        """Holds the object, so that its identity is not used again."""
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
+_LARGEST_NUMBER = 4  # of trainers; their programs stay in memory
+_entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
 
 
 def trainer_of(config: Config, mesh: Mesh | None = None) -> Trainer:
     """Returns `make_trainer(config, mesh)`, or the trainer of an earlier training.
 
-    A user's part makes a new one, because its code may read variables that have changed.
+    A config with a user's part gets a new trainer, because that code may read variables that have
+    changed.
     """
     if not is_ours(config):
         return make_trainer(config, mesh)
-    # Arrays of an environment depend on the precision, and 1 equals 1.0 and True.
-    return _make_once(config, mesh, (jax.config.read("jax_enable_x64"), repr(config)))
+    # The precision, because environments make arrays. The text, because 1, 1.0 and True are equal.
+    key = (config, mesh, jax.config.values["jax_enable_x64"], repr(config))
+    if key not in _entries:
+        _entries[key] = _Entry(make_trainer(config, mesh), {})
+        while len(_entries) > _LARGEST_NUMBER:
+            _entries.popitem(last=False)
+    _entries.move_to_end(key)
+    return _entries[key].trainer
 
 
-@keep
-def _make_once(config: Config, mesh: Mesh | None, key: tuple[bool, str]) -> Trainer:
-    del key
-    return make_trainer(config, mesh)
+def made_once(owner: Any, key: Hashable, make: Callable[[], Made]) -> Made:
+    """Returns `make()`, or its earlier result if the owner is kept.
+
+    `jax.jit` caches by function object, so that functions which are kept are not compiled again.
+
+    Args:
+      owner: a trainer, its environment, or a result of this function.
+      key: what is made, and all sizes that decide it.
+      make: makes it for an owner that is not kept as well, whose results are not kept either.
+    """
+    for entry in _entries.values():
+        known = (entry.trainer, entry.trainer.env, *entry.made.values())
+        if any(owner is x for x in known):
+            if key not in entry.made:
+                entry.made[key] = make()
+            return entry.made[key]
+    return make()
+
+
+def forget() -> None:
+    """Drops everything that is kept."""
+    _entries.clear()

@@ -12,7 +12,7 @@ from ppo_jax.envs.environment import Environment
 from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.policy.policy import Policy
 from ppo_jax.runs.host_evaluation import evaluate_on_host
-from ppo_jax.runs.kept import Same, keep
+from ppo_jax.runs.kept import made_once
 
 Evaluate = Callable[[Policy], Evaluation]
 """`policy -> evaluation`, of one policy or of a stack of them."""
@@ -34,18 +34,16 @@ def make_evaluate(
         return lambda policy: evaluate_on_host(policy, env, key, num_episodes, greedy=greedy)
     has_seeds = bool(keys.ndim)
     episode_keys = jax.vmap(evaluation_key)(keys) if has_seeds else evaluation_key(keys)
-    compiled = _compiled(Same(env), num_episodes, greedy=greedy, has_seeds=has_seeds)
-    return lambda policy: compiled(policy, episode_keys)
-
-
-@keep
-def _compiled(env: Same[Environment], num_episodes: int, *, greedy: bool, has_seeds: bool) -> Any:
-    """Returns a jitted function `(policy, key) -> evaluation`; arguments as of `make_evaluate`."""
 
     def one(policy: Policy, key: jax.Array) -> Evaluation:
-        return evaluate(policy, env.value, env.value.params, key, num_episodes, greedy=greedy)
+        return evaluate(policy, env, env.params, key, num_episodes, greedy=greedy)
 
-    return jax.jit(jax.vmap(one) if has_seeds else one)
+    compiled = made_once(
+        env,
+        ("evaluation", num_episodes, greedy, has_seeds),
+        lambda: jax.jit(jax.vmap(one) if has_seeds else one),
+    )
+    return lambda policy: compiled(policy, episode_keys)
 
 
 class Best(NamedTuple):

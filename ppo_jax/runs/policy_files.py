@@ -15,7 +15,7 @@ from ppo_jax.errors import ConfigError
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import PolicySpec, init_params, initial_obs_stats
 from ppo_jax.runs import checkpoint
-from ppo_jax.runs.settings import network_from_name, network_name
+from ppo_jax.runs.settings import network_from_name, network_name, require_registered
 
 _SPACES = ("observation_space", "action_space")
 _FOUND_BY_NAME = ("module", "make_box_head")
@@ -62,7 +62,7 @@ def load_policy_and_notes(path: Path, network: Any = None) -> tuple[Policy, dict
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} must hold a policy; it holds something else.") from error
     try:
-        spec = _spec_from_plain(plain, network)
+        spec = _spec_from_plain(plain, network, path)
         # Shapes alone: nothing is allocated before the arrays are known to fit the spec.
         template = jax.eval_shape(lambda: _initial(spec, has_obs_stats))
     except ConfigError:
@@ -104,10 +104,12 @@ def _spec_to_plain(spec: PolicySpec) -> dict[str, Any]:
     return plain | {"network": network_name(spec.network)}
 
 
-def _spec_from_plain(plain: dict[str, Any], network: Any) -> PolicySpec:
+def _spec_from_plain(plain: dict[str, Any], network: Any, path: Path) -> PolicySpec:
     fields = {name: _as_tuple(value) for name, value in plain.items()}
     fields |= {name: spaces.from_plain(plain[name]) for name in _SPACES}
     fields["network"] = network_from_name(plain["network"], network)
+    named = {"network": fields["network"] if network is None else None}
+    require_registered({**named, "action_distribution": plain["action_distribution"]}, path)
     return PolicySpec(**fields)
 
 

@@ -1,9 +1,10 @@
 """The settings of a training in files: `Config` and `HParams` as JSON, and back."""
 
 import dataclasses
+import difflib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def network_from_name(name: str, network: Any) -> Any:
     """
     # Another type than text is refused by `Config`.
     if not isinstance(name, str) or not name.startswith(_MODULE):
-        return name
+        return name if network is None or name in NETWORKS else network
     if network is None:
         raise ConfigError(
             f"a file does not hold the code of a network; it names {name}. Pass that module in "
@@ -75,7 +76,9 @@ def settings_from_plain(
     known = [field.name for field in dataclasses.fields(Config)]
     for name in fields:
         require_known(f"setting in {path}", name, known)
-    _require_registered(fields, path.parent)
+    # A module that is given takes the place of a name.
+    named = fields if network is None else {**fields, "network": None}
+    require_registered(named, path.parent)
     fields["network"] = network_from_name(fields["network"], network)
     try:
         config = Config(**fields)
@@ -98,32 +101,57 @@ def _array(name: str, values: list[Any]) -> np.ndarray:
         raise ConfigError(f"{name} must be numbers; got {values}.") from error
 
 
-def _require_registered(fields: Mapping[str, Any], path: Path) -> None:
-    """Checks that the parts that a run names are known: a file never imports a module."""
+def require_registered(fields: Mapping[str, Any], path: Path) -> None:
+    """Checks that the parts that a run names are known: a file never imports a module.
+
+    Args:
+      fields: settings by name; those that are missing or None have a default.
+      path: of the run, for errors.
+
+    Raises:
+      ConfigError: a part is not registered.
+    """
     from ppo_jax import envs
     from ppo_jax.algorithms import ALGORITHMS
+    from ppo_jax.envs.wrappers import WRAPPERS
     from ppo_jax.policy.distributions import BOX_HEADS
 
-    def is_env(name: str) -> bool:
+    tables: dict[str, Iterable[str]] = {
+        "env": envs.names(),
+        "algorithm": ALGORITHMS,
+        "network": NETWORKS,
+        "action_distribution": BOX_HEADS,
+        "optimizer": OPTIMIZERS,
+        "lr_schedule": LR_SCHEDULES,
+        "wrapper": WRAPPERS,
+    }
+    named = [(kind, fields.get(kind)) for kind in tables]
+    named += [("wrapper", name) for name, *_ in _pairs(fields.get("wrappers"))]
+    for kind, name in named:
+        if name is None or (isinstance(name, str) and _is_registered(kind, name, tables[kind])):
+            continue
+        near = difflib.get_close_matches(str(name), list(tables[kind]), n=1)
+        raise ConfigError(
+            f"the {kind} of a run must be registered before the run is read; {path} names "
+            f"{name!r}. Import the module that registers it, or pass --import MODULE to the "
+            f"command.{f' Did you mean {near[0]}?' if near else ''}"
+        )
+
+
+def _is_registered(kind: str, name: str, table: Iterable[str]) -> bool:
+    from ppo_jax import envs
+
+    if kind == "env":
         module = envs.imported_by(name)
         return envs.is_name(name) and (module is None or module in sys.modules)
+    return name in table or (kind == "network" and name.startswith(_MODULE))
 
-    is_registered = {
-        "env": is_env,
-        "algorithm": ALGORITHMS.__contains__,
-        "network": lambda name: name in NETWORKS or name.startswith(_MODULE),
-        "action_distribution": BOX_HEADS.__contains__,
-        "optimizer": OPTIMIZERS.__contains__,
-        "lr_schedule": LR_SCHEDULES.__contains__,
-    }
-    for kind, is_known in is_registered.items():
-        name = fields.get(kind)  # what is None or missing is not registered, and has a default
-        if name is not None and not (isinstance(name, str) and is_known(name)):
-            raise ConfigError(
-                f"the {kind} of a run must be registered before the run is read; {path} "
-                f"names {name!r}. Import the module that registers it, or pass "
-                "--import MODULE to the command."
-            )
+
+def _pairs(value: Any) -> list[Any]:
+    """Returns the pairs of a file; `Config` refuses anything else."""
+    if not isinstance(value, list):
+        return []
+    return [pair for pair in value if isinstance(pair, list) and pair]
 
 
 def from_plain(value: Any) -> Any:

@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from ppo_jax.devices import MEMBER_AXIS, make_mesh
 from ppo_jax.envs import override_params
-from ppo_jax.population.member import MemberProgram, make_member
+from ppo_jax.population.member import make_member
 from ppo_jax.population.plan import Group, Member
 from ppo_jax.runs.compiled_population import CompiledPopulation, PieceDone
-from ppo_jax.runs.kept import Same, keep, trainer_of
+from ppo_jax.runs.kept import made_once, trainer_of
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.sink import Rows
 from ppo_jax.runs.sinks import member_rows
@@ -132,12 +132,17 @@ class SweepRunner:
     def _make_population(self, planned: PlannedGroup) -> CompiledPopulation:
         config = planned.group.config
         num_updates = config.num_updates
-        member = _member_of(
-            Same(planned.trainer),
-            max_skipped_updates=config.max_skipped_updates,
-            num_updates=num_updates,
-            num_rows=min(self._num_rows, num_updates),
-            num_episodes=self._num_episodes,
+        num_rows = min(self._num_rows, num_updates)
+        member = made_once(
+            planned.trainer,
+            ("member", num_rows, self._num_episodes),
+            lambda: make_member(
+                planned.trainer,
+                max_skipped_updates=config.max_skipped_updates,
+                num_updates=num_updates,
+                num_rows=num_rows,
+                num_episodes=self._num_episodes,
+            ),
         )
         return CompiledPopulation(
             member,
@@ -147,11 +152,6 @@ class SweepRunner:
             may_shrink=self._chunk is None,
             say=self._say,
         )
-
-
-@keep
-def _member_of(trainer: Same[Trainer], **sizes: int) -> MemberProgram:
-    return make_member(trainer.value, **sizes)
 
 
 def plan_group(group: Group, member_devices: int | None) -> PlannedGroup:

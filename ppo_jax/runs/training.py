@@ -14,7 +14,7 @@ from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
 from ppo_jax.runs import device_memory, processes
-from ppo_jax.runs.kept import Same, keep
+from ppo_jax.runs.kept import made_once
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
@@ -63,7 +63,12 @@ def compile_training(
     """
     hparams = jax.tree.map(jnp.float32, hparams)
     # The hyperparameters are arguments of both programs, so that they round alike.
-    init, advance = _functions(Same(trainer), config, mesh, has_seeds=bool(keys.ndim))
+    has_seeds = bool(keys.ndim)
+    init, advance = made_once(
+        trainer,
+        ("training", config, mesh, has_seeds),
+        lambda: _functions(trainer, config, mesh, has_seeds=has_seeds),
+    )
     start = init.lower(keys, hparams).compile()
     state_shapes = output_shapes(start)
     guard = jax.eval_shape(lambda: initial_guard(keys.shape))
@@ -90,10 +95,8 @@ def compile_training(
     )
 
 
-# JAX compiles nothing again for a function that it knows, if the shapes are the same.
-@keep
 def _functions(
-    trainer: Same[Trainer], config: Config, mesh: Mesh | None, *, has_seeds: bool
+    trainer: Trainer, config: Config, mesh: Mesh | None, *, has_seeds: bool
 ) -> tuple[Any, Any]:
     """Returns the jitted functions of a training, its start and a piece of its updates.
 
@@ -104,8 +107,7 @@ def _functions(
       has_seeds: the functions take the keys of several seeds.
     """
     capacity = min(config.num_updates, LARGEST_PIECE)
-    init = trainer.value.init
-    step = guarded_step(trainer.value, config.max_skipped_updates, config.num_updates)
+    init, step = trainer.init, guarded_step(trainer, config.max_skipped_updates, config.num_updates)
     placed: Any = None  # of a single seed: the trainer places its state
     if has_seeds:
         assert mesh is not None, "seeds have one"

@@ -67,26 +67,22 @@ def register_lr_schedule(
       overwrite: replace a schedule that was registered under this name.
 
     Raises:
-      ConfigError: the name is taken, the factor cannot be traced, or it is not a finite scalar of
-        at least 0.
+      ConfigError: the name is taken, the factor cannot be traced, or it is not a scalar.
     """
 
     def as_array(progress: jax.Array) -> jax.Array:
         return jnp.asarray(factor(progress), jnp.float32)
 
-    rule = "a schedule must map the progress of a training, a scalar, to a factor of at least 0"
-    progress = jnp.linspace(0.0, 1.0, 11)
+    rule = "a schedule must map the progress of a training, a scalar, to a scalar"
     try:
-        factors = np.asarray(jax.vmap(as_array)(progress))
+        # Its values are not looked at: a command imports modules before a backend may be started.
+        found = jax.eval_shape(as_array, jax.ShapeDtypeStruct((), np.float32))
     # A user's function can fail in any way; the original error stays attached.
     except Exception as error:
         cause = str(error).partition("\n")[0]
         raise ConfigError(f"{rule}, by functions of JAX; {name} fails: {cause}") from error
-    if factors.shape != progress.shape:
-        raise ConfigError(f"{rule}; {name} returns an array of shape {factors.shape[1:]}.")
-    for at, value in zip(progress, factors, strict=True):
-        if not 0.0 <= value < np.inf:  # NaN is not
-            raise ConfigError(f"{rule}; {name} returns {value:g} at {at:.1f}.")
+    if found.shape:
+        raise ConfigError(f"{rule}; {name} returns an array of shape {found.shape}.")
     LR_SCHEDULES.register(name, {}, overwrite=overwrite)
     SCHEDULES[name] = Schedule(as_array)
 
@@ -137,7 +133,10 @@ def make_optimizer(config: Config) -> Optimizer:
     # The signature of the function is the list of arguments; ours would go out of date.
     parameters = dict(inspect.signature(factory).parameters)
     del parameters["learning_rate"]
+    takes_any = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
     for name, value in config.optimizer_kwargs:
+        if takes_any and name not in parameters:
+            continue
         require_known(f"argument of {title}", name, parameters)
         # optax itself would fail while it is traced.
         default = parameters[name].default
@@ -162,22 +161,46 @@ def make_optimizer(config: Config) -> Optimizer:
             clip_entries = optax.clip(hparams.max_grad_value)
         # The norm first: clipped entries would have another norm.
         tx = factory(learning_rate=learning_rate, **kwargs)
-        # Ours work elementwise, and one vector is one kernel. Others may tell matrices from biases.
+        # The package's optimisers are elementwise, so that one vector takes one kernel. Registered
+        # ones may treat matrices and biases differently.
         return optax.chain(clip_norm, clip_entries, _of_vectors(tx, unravel) if registered else tx)
 
     return optimizer
 
 
 def _check_optimizer(name: str, make: Callable[..., Any]) -> None:
-    """Raises a `ConfigError` unless a user's function returns a transformation of optax."""
-    rule = "a registered optimizer must be a function that returns a transformation of optax"
+    """Raises a `ConfigError` unless a user's function makes a transformation that can be used."""
+    rule = "an optimizer must be a function that returns a transformation of optax"
+
+    def use(learning_rate: jax.Array, params: Any) -> Any:
+        tx = make(learning_rate=learning_rate)
+        if not isinstance(tx, optax.GradientTransformation):
+            raise ConfigError(f"{rule}; {name} returns {type(tx).__name__}.")
+        state = tx.init(params)
+        tx.update(params, state, params)
+        return state
+
+    layer = {
+        "kernel": jax.ShapeDtypeStruct((3, 2), np.float32),
+        "bias": jax.ShapeDtypeStruct((2,), np.float32),
+    }
     try:
-        found = make(learning_rate=1e-3)
+        state = jax.eval_shape(use, jax.ShapeDtypeStruct((), np.float32), layer)
+    except ConfigError:
+        raise
     # A user's function can fail in any way; the original error stays attached.
     except Exception as error:
-        raise ConfigError(f"{rule}; {name} fails: {error}") from error
-    if not isinstance(found, optax.GradientTransformation):
-        raise ConfigError(f"{rule}; {name} returns {type(found).__name__}.")
+        cause = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{rule}, whose learning rate is traced; {name} fails: {cause}"
+        ) from error
+    # `optax.inject_hyperparams` would keep the learning rate of the first update.
+    parts = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "hyperparams"))
+    if any(hasattr(x, "hyperparams") for x in parts):
+        raise ConfigError(
+            f"{rule} with the rate that it is given; {name} keeps a rate in its state. Leave "
+            "inject_hyperparams out."
+        )
 
 
 def _of_vectors(

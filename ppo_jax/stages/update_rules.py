@@ -52,7 +52,6 @@ def minibatch_rule(config: Config, losses: Losses, optimizer: Optimizer) -> Upda
     """
 
     def init(params: Any, hparams: HParams) -> Any:
-        # The optimiser's state is that of one vector; see `_gradient_step`.
         return _initial_state(optimizer, hparams.learning_rate, hparams, params)
 
     def update(params: Any, state: Any, inputs: UpdateInputs) -> tuple[Any, Any, Scalars]:
@@ -222,7 +221,7 @@ def _natural_step(
 
 
 def _initial_state(optimizer: Optimizer, learning_rate: Any, hparams: HParams, params: Any) -> Any:
-    """Returns the state of an optimiser of one vector; see `_gradient_step`."""
+    """Returns the initial state of an optimiser whose updates take one vector."""
     flat, unravel = ravel_pytree(params)
     return optimizer(learning_rate, hparams, unravel).init(flat)
 
@@ -246,8 +245,8 @@ def _gradient_step(
 ) -> Callable[[_FlatLearner, Any, Batch], tuple[_FlatLearner, Scalars]]:
     """Returns a function that takes one step of the optimiser on a minibatch.
 
-    Parameters stay one vector from step to step. Optimisers work elementwise except for norms, and
-    the norm of a vector is one kernel, while that of a tree is one for each leaf.
+    Parameters stay one vector from step to step. The package's optimisers work elementwise except
+    for norms, and the norm of a vector is one kernel, while that of a tree is one for each leaf.
 
     Unless the guard is off, a metric tells `_guarded` whether the gradient is not finite, and an
     accelerator takes no step from such a gradient on.
