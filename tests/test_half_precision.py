@@ -95,7 +95,7 @@ def test_a_setting_that_would_be_ignored_is_refused():
         ConfigError, match=r"compute_dtype needs hidden layers.*Leave compute_dtype"
     ):
         Config(compute_dtype="bfloat16", hidden_sizes=())
-    with pytest.raises(ConfigError, match="compute_dtype belongs to networks of ours"):
+    with pytest.raises(ConfigError, match="compute_dtype shapes the package's own networks"):
         make_trainer(Config(compute_dtype="bfloat16", network=Doubled()))
     with pytest.raises(ConfigError, match="float16"):
         Config(compute_dtype="float16")

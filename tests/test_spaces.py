@@ -349,7 +349,10 @@ def test_a_module_that_breaks_the_contract_is_told_so(network, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"network": Doubled(), "hidden_sizes": (8,)}, "hidden_sizes belongs to networks of ours"),
+        (
+            {"network": Doubled(), "hidden_sizes": (8,)},
+            "hidden_sizes shapes the package's own networks",
+        ),
         ({"embedding_size": 4}, "embedding_size needs observations with integers"),
         ({"memory_size": 4}, "memory_size needs a memory; got 4 and none. Set memory, to gru"),
     ],
