@@ -30,11 +30,19 @@ def unknown_name(
     unknown animal 'cot'. Did you mean cat? Known: cat, dog.
     """
     known = sorted(known)
-    # A cutoff below which suggestions look random.
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
     names = f"Known: {', '.join(known)}." if listed_by is None else f"`{listed_by}` lists all."
-    return ConfigError(f"unknown {kind} {name!r}.{hint} {names}")
+    return ConfigError(f"unknown {kind} {name!r}.{suggestion(name, known)} {names}")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Returns a question that names the known names nearest to `name`; empty if none is near.
+
+    >>> suggestion("cot", ["cat", "dog"])
+    ' Did you mean cat?'
+    """
+    # A cutoff below which suggestions look random.
+    nearest = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:

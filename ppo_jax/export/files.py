@@ -45,7 +45,7 @@ def export_run(
       output: folder of the files; by default `RUN/export/FORMAT`.
       run_seed: seed whose policy is exported, for a run of several seeds; None takes the first.
       best: the best policy while the run trained, instead of the last one.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
       overwrite: replace files of the same names.
 
     Returns:

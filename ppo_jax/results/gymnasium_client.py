@@ -131,7 +131,7 @@ def evaluate_run_in_gymnasium(
       num_episodes: episodes for each seed of the run.
       greedy: take the most likely actions instead of sampling.
       best: the best policies while the run trained, instead of the last ones.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
 
     Raises:
       ConfigError: there is no run, or Gymnasium does not have its environment.

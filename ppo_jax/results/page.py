@@ -58,7 +58,7 @@ def write_page(
     Args:
       run_dir: directory that `train` wrote.
       output: file that ends in .html; by default `report.html` in the run, which is replaced.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
       overwrite: replace the output if it exists.
 
     Returns:

@@ -139,7 +139,7 @@ def render_run(
       greedy: take the most likely actions instead of sampling.
       best: the best policy while the run trained, instead of the last one.
       max_steps: bound on the steps of an episode; by default that of the environment, or 1000.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
       overwrite: replace the output if it exists.
 
     Returns:

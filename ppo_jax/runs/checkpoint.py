@@ -75,7 +75,7 @@ def load_state(path: str | Path, network: Any = None) -> SavedState:
 
     Args:
       path: the directory.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
 
     Raises:
       ConfigError: there is no checkpoint, it is damaged, or it does not fit its own config.

@@ -260,7 +260,7 @@ class RunDirectory:
         """Reads the settings of the run.
 
         Args:
-          network: the module that was `Config.network`, unless that was the name of one of ours.
+          network: the module that was `Config.network`, unless that was a name.
 
         Raises:
           ConfigError: the module is needed and not given, or a part that the run names is not

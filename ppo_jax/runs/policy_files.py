@@ -51,7 +51,7 @@ def load_policy_and_notes(path: Path, network: Any = None) -> tuple[Policy, dict
 
     Args:
       path: the directory.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
 
     Raises:
       ConfigError: the module is needed and not given, or the files are damaged.

@@ -356,7 +356,7 @@ def resume(
       log: see `train`.
       on_rows: see `train`; None is no callback.
       stop_at_return: see `train`.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
       progress: show a progress bar on standard error.
 
     Raises:

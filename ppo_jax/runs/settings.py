@@ -1,7 +1,6 @@
 """The settings of a training in files: `Config` and `HParams` as JSON, and back."""
 
 import dataclasses
-import difflib
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ import numpy as np
 
 from ppo_jax.config import LR_SCHEDULES, NETWORKS, Config
 from ppo_jax.defaults import OPTIMIZERS
-from ppo_jax.errors import ConfigError, require_known
+from ppo_jax.errors import ConfigError, require_known, suggestion
 from ppo_jax.hparams import HParams
 
 _MODULE = "a module: "  # stands before the name of a user's network, which a file cannot hold
@@ -59,11 +58,11 @@ def settings_from_plain(
     Args:
       record: has "config" and "hparams".
       path: of the file, for errors.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
 
     Raises:
-      ConfigError: the module is needed and not given, a part that a user registered is
-        not registered now, or a setting breaks a rule.
+      ConfigError: the module is needed and not given, a part that the run names is
+        not registered, or a setting breaks a rule.
     """
     from ppo_jax.algorithms import get_algorithm
 
@@ -130,11 +129,10 @@ def require_registered(fields: Mapping[str, Any], path: Path) -> None:
     for kind, name in named:
         if name is None or (isinstance(name, str) and _is_registered(kind, name, tables[kind])):
             continue
-        near = difflib.get_close_matches(str(name), list(tables[kind]), n=1)
         raise ConfigError(
             f"the {kind} of a run must be registered before the run is read; {path} names "
             f"{name!r}. Import the module that registers it, or pass --import MODULE to the "
-            f"command.{f' Did you mean {near[0]}?' if near else ''}"
+            f"command.{suggestion(str(name), tables[kind])}"
         )
 
 

@@ -26,7 +26,7 @@ def load(
       seed: of a run of several seeds; None is the only seed or the first.
       best: the best policy of the evaluations while the run trained (`eval_every`), instead of the
         last one.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
 
     Raises:
       ConfigError: there is no run, or it has no policy yet, or not that seed.
@@ -62,7 +62,7 @@ def evaluate_run(
       num_episodes: episodes for each seed of the run.
       greedy: take the most likely actions instead of sampling.
       best: the best policies while the run trained, instead of the last ones.
-      network: the module that was `Config.network`, unless that was the name of one of ours.
+      network: the module that was `Config.network`, unless that was a name.
 
     Raises:
       ConfigError: there is no run, or it has no policy yet.

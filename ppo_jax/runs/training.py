@@ -62,13 +62,13 @@ def compile_training(
       ConfigError: the training does not fit the memory of its devices.
     """
     hparams = jax.tree.map(jnp.float32, hparams)
-    # The hyperparameters are arguments of both programs, so that they round alike.
     has_seeds = bool(keys.ndim)
     init, advance = made_once(
         trainer,
         ("training", config, mesh, has_seeds),
         lambda: _functions(trainer, config, mesh, has_seeds=has_seeds),
     )
+    # The hyperparameters are arguments of both programs, so that they round alike.
     start = init.lower(keys, hparams).compile()
     state_shapes = output_shapes(start)
     guard = jax.eval_shape(lambda: initial_guard(keys.shape))
