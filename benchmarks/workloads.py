@@ -1,4 +1,4 @@
-"""The trainings that the benchmarks measure; docs/performance.md describes W1 to W7."""
+"""The trainings that the benchmarks measure; docs/benchmarks.md describes W1 to W7."""
 
 import typing
 from typing import Any, NamedTuple
