@@ -33,7 +33,7 @@ from benchmarks import hlo, machine, peers
 from benchmarks.workloads import AHEAD_SET, WORKLOADS, Workload
 
 _CONTENDERS = Path(__file__).parent / "contenders"
-# No device is looked for, and none has to fit the compiler of CUDA.
+# JAX must not look for an accelerator, and its CUDA plugin must not check versions of CUDA.
 _WITHOUT_DEVICE = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 _PEERS = ("purejaxrl", "rejax")  # others do not run with this version of jax, or without a device
 STAGES = ("rollout", "values", "advantages", "shuffle", "minibatches")
@@ -122,7 +122,7 @@ def compile_ahead(
 
 
 def lend_compilers(python: Path) -> None:
-    """Lets an environment find the packages of this one after its own."""
+    """Adds this environment's packages to the path of another one, after its own packages."""
     site = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     )

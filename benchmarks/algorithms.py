@@ -88,7 +88,7 @@ def measure(env: str, algorithm: str, num_seeds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", choices=THRESHOLDS, default="CartPole-v1")
-    parser.add_argument("--algorithm", nargs="+", help="rows to run; by default all with a preset")
+    parser.add_argument("--algorithm", nargs="+", help="by default all that have a preset")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def _median(steps: list[int | None]) -> str:
-    """Returns the median over seeds as text, or a dash if fewer than half of them arrived."""
+    """Returns the median over seeds as text, or a dash unless more than half reach the return."""
     median = float(np.median([np.inf if step is None else step for step in steps]))
     return f"{median:,.0f}" if np.isfinite(median) else "-"
 

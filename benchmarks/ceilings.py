@@ -1,4 +1,4 @@
-"""Ceilings of a training: its environments, update, networks and arithmetic, each alone."""
+"""Upper bounds on the speed of a training: each of its parts, measured without the others."""
 
 import statistics
 import time
@@ -84,8 +84,8 @@ class Stages:
     def networks(self, key: jax.Array) -> Any:
         """Runs all passes through the networks and nothing between them.
 
-        These are acting step by step, evaluating observations and successors, and gradients, of a
-        linear loss.
+        The actor runs step by step, the critic on observations and their successors, and gradients
+        are those of a linear loss.
         """
         params, state = self.init(key)
         obs = self.batch(params, state, key).obs

@@ -1,7 +1,7 @@
-"""A guard against losses of speed: compares trainings with a fixed computation.
+"""Finds performance regressions: compares trainings with the time of a fixed computation.
 
-python benchmarks/guard.py           # fails where a ratio is 1.3 times the stored one
-python benchmarks/guard.py --store   # after a change that is meant
+python benchmarks/guard.py           # fails if a ratio exceeds 1.3 times the stored one
+python benchmarks/guard.py --store   # stores new ratios after an intended change
 
 A ratio of times in one process depends on the code and hardly on the machine. The reference is
 gradient steps of a small network, arithmetic that every training needs. The minimum of several
@@ -92,7 +92,7 @@ def main() -> None:
             if found > _BAND * stored[name]:
                 found = min(found, ratio(name, arguments.repeats))
         slower |= found > _BAND * stored[name]
-        print(f"{name}: {found:.2f} of the reference, {found / stored[name]:.2f} of the stored")
+        print(f"{name}: {found:.2f} x the reference, {found / stored[name]:.2f} x the stored ratio")
     if slower:
         sys.exit(f"A training takes more than {_BAND} times what is stored in {_STORED.name}.")
 

@@ -1,4 +1,4 @@
-"""The head of a results file: device, versions and command."""
+"""Results files of benchmarks, which record the device, the versions and the command."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Compares memories where something must be remembered for a hundred steps, or many things at once.
+"""Compares recurrent policies on tasks that need one old observation, or many recent ones.
 
 python benchmarks/memories.py --json benchmarks/results/memories-cpu.json
 """

@@ -2,9 +2,8 @@
 
 python benchmarks/memory_plan.py --json benchmarks/results/memory-plan.json
 
-Runs in the environment of `make accelerators`. Memory is linear in either number: two programs
-tell how much one more takes, and the program of the largest power of two that should fit is
-compiled to confirm it.
+Runs in the environment of `make accelerators`. Memory grows linearly in either number, so two
+compilations give the slope. The largest power of two that should fit is compiled to confirm it.
 """
 
 import argparse

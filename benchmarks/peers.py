@@ -9,8 +9,8 @@ trainers equally. PureJaxRL is not a package; pass a checkout.
 
 All trainers get the same hyperparameters by name. ppo_jax is set to the meaning that rejax gives
 them: it clips the entries of a gradient and not its norm, and initialises weights and optimiser
-differently (`contenders/ours.py`). The peak memory of a process is that of its first training with
-compilation.
+differently (`contenders/ours.py`). The peak memory of a process is read after its first training,
+and includes compilation.
 
 The return is that of the trained policy, sampled, over 64 episodes. PureJaxRL does not return its
 policy, so that its return is that of the episodes that ended in the last update. brax's trainer has
@@ -160,7 +160,7 @@ def describe(workload: Workload) -> dict[str, Any]:
         "continuous": config.env == "Pendulum-v1",
         "hparams": {
             **{name: getattr(hparams, name) for name in (*used, "max_grad_norm")},
-            "value_clip_eps": hparams.clip_eps,  # as both peers do
+            "value_clip_eps": hparams.clip_eps,  # as PureJaxRL and rejax do
         },
     }
 
@@ -309,11 +309,11 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(CPU_SET))
     add_peer_arguments(parser, PEERS)
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the medians count")
-    parser.add_argument("--devices", type=int, default=1, help="on a CPU: one for each core")
+    parser.add_argument("--devices", type=int, default=1, help="on a CPU, at most one per core")
     parser.add_argument(
         "--compile-together",
         action="store_true",
-        help="all trainers of all workloads, where cores and memory suffice",
+        help="compile all trainers and workloads at the same time; needs cores and memory",
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    # The largest number of cores that divides the seeds.
+    # A number of devices that divides both the seeds and the cores.
     jax.config.update("jax_num_cpu_devices", math.gcd(arguments.seeds, os.cpu_count() or 1))
     print("| environment | steps | mean return | minimum |\n|---|---|---|---|")
     results = []

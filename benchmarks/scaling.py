@@ -5,11 +5,11 @@ python benchmarks/scaling.py processes --json benchmarks/results/scaling-process
 python benchmarks/scaling.py ahead --target h100 v5e --json benchmarks/results/scaling-ahead.json
 
 `devices` trains on 1, 2, 4 and 8 devices of one CPU, `processes` on one device in each of 1, 2 and
-4 processes. Weak scaling gives each device as many environments as one device has alone, strong
-scaling divides the same environments. Devices beyond the cores of the machine share them, so that
-only the counts and the figures up to that number mean something. `ahead` compiles for accelerators
-that are not there, with the environment of `make accelerators`, and predicts an update by the model
-that `docs/machines.md` describes.
+4 processes. Weak scaling gives each device as many environments as one device has alone. Strong
+scaling divides a fixed number of environments among the devices. With more devices than cores, the
+counts are valid but the times are not. `ahead` compiles for accelerators that are not attached, in
+the environment of `make accelerators`, and predicts the time of an update by the model that
+`docs/machines.md` describes.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def ahead(target_name: str) -> list[dict[str, Any]]:
 
 
 def predicted_seconds(work: hlo.Work, target_name: str, num_devices: int) -> float:
-    """Returns the predicted seconds of an update, with the collectives of so many devices.
+    """Returns the predicted seconds of an update on `num_devices` devices, with collectives.
 
     An all-reduce takes its latency, and twice its bytes over the slowest link of its ring or tree.
     """

@@ -1,4 +1,4 @@
-"""A long run with checkpoints and logging: nothing may grow, and it may not become slower.
+"""Soak test: in a long run, memory and open files must not grow, nor training slow down.
 
 python benchmarks/soak.py --minutes 30
 
@@ -29,7 +29,7 @@ from benchmarks import machine
 
 _RESULTS = Path(__file__).parent / "results" / "soak-cpu.json"
 _SAMPLE_EVERY = 5.0  # seconds
-# Growth per hour, as a share, that is not told from the noise of a half-hour run.
+# Growth per hour, as a share, that cannot be distinguished from the noise of a half-hour run.
 _ALLOWED = {"host_mib": 0.05, "device_mib": 0.02, "open_files": 0.05}
 _LARGEST_SLOWDOWN = 0.1
 
@@ -37,7 +37,7 @@ _LARGEST_SLOWDOWN = 0.1
 def sample() -> dict[str, float]:
     """Returns memory and open files of this process, and the time of a fixed computation."""
     started = time.perf_counter()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)  # without Python's lock
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000)  # releases the GIL
     reference = time.perf_counter() - started
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {

@@ -4,9 +4,9 @@ python benchmarks/survival.py
 
 A training with the guard and one without it run in turn in one process, and so do a training that
 writes checkpoints and one that writes none. The minimum of each counts, because other work on a
-machine only adds to a time. The cost of the guard is small: its pairs are ten times as many, and
-a tenth as long. Checkpoints are written every second: at the default of 60 seconds
-they cost a sixtieth of what is measured.
+machine only adds to a time. The cost of the guard is small, so it is measured with twenty times as
+many pairs of much shorter trainings. Checkpoints are written every second; at the default of 60
+seconds they cost a sixtieth of what is measured.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def compare(timers: Mapping[str, Callable[[], float]], repeats: int) -> dict[str
     """Calls two timers, "on" and "off", in turn, and compares their seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for repeat in range(repeats):
-        # The first of a pair may find the caches of the other: each is the first half the time.
+        # The order alternates, because the first timer of a pair may find the other's caches.
         for name in timers if repeat % 2 else reversed(list(timers)):
             seconds[name].append(timers[name]())
     result: dict[str, Any] = {"seconds": seconds}

@@ -133,8 +133,8 @@ def row(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=SETS, default="cpu", help="which workloads")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="these, of any set")
+    parser.add_argument("--set", choices=SETS, default="cpu", help="set of workloads to measure")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="measure these instead")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
     parser.add_argument(
         "--only-training", action="store_true", help="without ceilings and first updates"

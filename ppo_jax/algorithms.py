@@ -49,7 +49,7 @@ def _return_minus_baseline(
     # lacks.
     centred = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=1.0)
     steps = jnp.arange(trajectory.reward.shape[0])[:, None]
-    # The factor γ^t keeps the estimate one of the gradient of the discounted return from the start.
+    # With the factor γ^t this estimates the gradient of E[Σ γ^t r_t], the return from the start.
     discounted = jnp.power(hparams.gamma, steps) * centred
     return Estimates(discounted, centred + values.value, mask)
 
@@ -57,7 +57,7 @@ def _return_minus_baseline(
 def _advantage(
     config: Config, trajectory: Trajectory, values: Values | None, hparams: HParams
 ) -> Estimates:
-    """Estimates GAE, or n-step advantages; targets come from the same or from the TD error."""
+    """Computes GAE or n-step advantages, and targets from these advantages or the TD error."""
     assert values is not None
     if config.n_step is not None:
         estimates = advantages.n_step(
@@ -71,7 +71,7 @@ def _advantage(
         )
     else:
         estimates = _gae(trajectory, values, gamma=hparams.gamma, gae_lambda=hparams.gae_lambda)
-    # Targets of "gae" are the λ-returns; those of "td" look one step ahead.
+    # With "gae", targets are λ-returns, or n-step returns if n_step is set; with "td", r + γ V(s').
     error = estimates
     if config.value_target == "td":
         error = advantages.td_error(
@@ -126,9 +126,12 @@ def _discovered_policy(terms: PolicyTerms, hparams: HParams) -> jax.Array:
 
 
 def _importance_weights(log_ratio: jax.Array, batch: Batch) -> Scalars:
-    """Returns the spread of the weights of steps, and of pieces of trajectories (products)."""
+    """Returns the relative effective sample size and the variance of importance weights.
+
+    Both are reported for single steps and for pieces of trajectories, whose weights are products of
+    the weights of their steps.
+    """
     log_weights, is_last = trajectory_log_weights(log_ratio, batch.done)
-    # Weights of whole pieces are products of those of their steps, and spread much faster.
     weights = jnp.exp(log_weights)
     return {
         "train/effective_sample_size": effective_sample_size(log_ratio) / log_ratio.size,

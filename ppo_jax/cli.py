@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         say(f"ppo-jax: error: {error}")
         return 2
-    except KeyboardInterrupt:  # a training that has begun ends by itself
+    except KeyboardInterrupt:  # a running training handles the first Ctrl-C itself
         say("ppo-jax: stopped")
         return 130
     except BrokenPipeError:
@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> Any:
 
 
 def _named_env(argv: list[str]) -> str | None:
-    """Returns the environment that a command line names; None if no word is surely a name."""
+    """Returns the environment that a command line names; None if no word is unambiguously one."""
     words = itertools.pairwise(part for word in argv for part in word.split("=", 1))
     # A word behind an option may be its value, such as a directory of that name.
     return next((x for before, x in words if envs.is_name(x) and before[:1] != "-"), None)
@@ -84,8 +84,8 @@ def _launch(argv: list[str], modules: list[str]) -> int:
     """Runs the command `launch`, whose arguments end with those of a sweep.
 
     Args:
-      argv: without the modules that are imported.
-      modules: their names, for the jobs.
+      argv: the command line, without `--import` options.
+      modules: names of the imported modules; every job imports them as well.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     command, words = _parse(argv[:end]), argv[end + 1 :]
@@ -133,7 +133,8 @@ def _split_import(word: str) -> list[str]:
 def _commands(argv: list[str], env: str | None) -> Any:
     """Returns the union of all commands, with the options that `argv` gives `train` and `sweep`.
 
-    The preset is that of `env`; of None, that of the `--config` file or the default.
+    The options show the preset of `env`. If `env` is None, the environment is that of the
+    `--config` file, or CartPole-v1.
     """
     # Read before parsing: the preset and the file decide the defaults that `--help` shows.
     words = [part for word in argv for part in word.split("=", 1)]
@@ -176,7 +177,7 @@ def _commands(argv: list[str], env: str | None) -> Any:
 
 
 def _with_options(command: type, **groups: Any) -> Any:
-    """Returns a command with groups of options, each of its own type, without a prefix."""
+    """Returns a command with one more field for each group, whose options have no group prefix."""
     fields = [
         (name, Annotated[type(group), tyro.conf.OmitArgPrefixes], group)
         for name, group in groups.items()
@@ -216,7 +217,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
-"""Rules for words that are numbers: 1e6 is a whole number, and 64x64 are two layers."""
+"""Rules for parsing integers: 1e6 is an integer, and 64x64 is a tuple of two integers."""
 
 
 @_REGISTRY.primitive_rule

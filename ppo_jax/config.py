@@ -62,18 +62,19 @@ class TrainingSettings:
     total_timesteps: int = 1_000_000
     """Environment steps to train for, over all environments; whole updates only, rounded down."""
     num_envs: int = 64
-    """N: environments that are stepped together. One of several agents counts once for each."""
+    """N: environments that are stepped together. One with several agents counts once per agent."""
     num_steps: int = 128
     """T: steps of each environment between two updates."""
     reset_pool: int | None = None
-    """New episodes that are drawn before each rollout, over all devices, where resets are
-    expensive: the k-th episode that ends on a device is followed by the k-th of its pool. If more
-    episodes end, the pool is used again. None draws a new episode wherever one may end."""
+    """Number of initial states that are drawn before each rollout, in total over all devices. Set
+    it where resets are expensive. The k-th episode that ends on a device is followed by the k-th
+    initial state of the device's pool; if more episodes end, the pool is used again. None draws an
+    initial state for every new episode."""
     num_devices: int = 1
     """Devices that share the environments; each learns from its share, and gradients are averaged.
     On a CPU a device is a core."""
     num_epochs: int | None = _algorithm_setting()
-    """Passes over the data of one rollout. None, here and below: the algorithm's default."""
+    """Passes over the data of one rollout. None: the algorithm's default."""
     num_minibatches: int | None = _algorithm_setting()
     """Gradient steps per epoch; each uses num_envs * num_steps / num_minibatches samples."""
     normalize_obs: bool = False
@@ -85,8 +86,8 @@ class TrainingSettings:
     optimizer_kwargs: tuple[tuple[str, Value], ...] = ()
     """Arguments of the optimiser besides the learning rate; Adam's eps is 1e-5 unless given."""
     separate_grad_norms: bool = False
-    """Clip the gradients of actor and critic each by its own norm. A joint norm is dominated by a
-    critic that is far from its targets."""
+    """Clip the gradients of the actor and of the critic separately, by their own norms. Otherwise a
+    critic that is far from its targets dominates the joint norm."""
     lr_schedule: str = "linear"
     """Decay of the learning rate to zero over the training, "linear" or "cosine"; or "constant"; or
     "kl_adaptive", which steers the rate so that an update moves the policy by a KL of about
@@ -103,8 +104,8 @@ class TrainingSettings:
     """TRPO only: step lengths that are tried, each half of the one before."""
     max_skipped_updates: int = 10
     """Updates with a gradient that is NaN or infinite are skipped. A run stops after this many
-    consecutive skipped updates, or after half of its updates if that is fewer. 0 turns the guard
-    off: the first update that is NaN or infinite ends the training."""
+    consecutive skipped updates, or after half of its updates if that is fewer. 0 skips no update:
+    the first one that makes parameters NaN or infinite ends the training."""
     exact_kl: bool = False
     """Report the exact KL(old ‖ new) of each minibatch as well, as train/kl."""
 
@@ -134,8 +135,9 @@ class PolicySettings:
     embedding_size: int | None = None
     """Width of a learned embedding of integer observations. None: one-hot."""
     compute_dtype: ComputeDtype = "float32"
-    """Type in which hidden layers and convolutions multiply, and keep what their derivatives need.
-    "bfloat16" halves that memory, and is faster on accelerators, most of all for wide layers.
+    """Dtype of products in hidden layers and convolutions, and of the activations that are stored
+    for derivatives. "bfloat16" halves the memory of these activations, and is faster on
+    accelerators, especially for wide layers.
     Parameters, memories, the layers of actions and values, losses and the optimiser are
     float32 in either case."""
     shared_torso: bool = False
@@ -154,7 +156,8 @@ class PolicySettings:
     memory_layers: int | None = None
     """Transformer only: number of layers. None: 2."""
     memory_heads: int | None = None
-    """Transformer only: heads of each attention, which divide memory_size. None: 4."""
+    """Transformer only: attention heads of each layer; their number must divide memory_size. None:
+    4."""
     action_distribution: str | None = None
     """Distribution of continuous actions: "gaussian", "tanh_gaussian", "beta", or one that
     `register_action_distribution` added. None: gaussian, clipped by the environment."""
@@ -210,7 +213,7 @@ class PolicySettings:
         object.__setattr__(self, name, value)  # the only way in a frozen dataclass
 
     def _set_sizes(self, name: str) -> None:
-        """Checks the widths of layers, which one number gives as well, and makes them a tuple."""
+        """Checks layer widths, and stores them as a tuple; a single integer means one layer."""
         sizes = getattr(self, name)
         sizes = (sizes,) if isinstance(sizes, int) else _as_tuple(name, sizes)
         for size in sizes:
@@ -342,7 +345,7 @@ got 4 * 128 and 3. Try 2 or 4.
 
     @property
     def batch_size(self) -> int:
-        """Environment steps in one update, num_envs * num_steps; with several agents, of each."""
+        """Samples in one update, num_envs * num_steps; each step of each agent is one sample."""
         return self.num_envs * self.num_steps
 
     @property
@@ -386,7 +389,7 @@ def _require_choice(name: str, value: Any, literal: Any) -> None:
 
 
 def _require_types(settings: Any, group: type) -> None:
-    """Checks the settings that are words or switches; others have checks of their own."""
+    """Checks the types of the string and bool settings; other settings have checks of their own."""
     for field in dataclasses.fields(group):
         value = getattr(settings, field.name)
         if field.type in (bool, str):
@@ -396,7 +399,7 @@ def _require_types(settings: Any, group: type) -> None:
 
 
 def _is_word(hint: Any) -> bool:
-    """Returns whether a setting is a word, or None: a string, or one of some words."""
+    """Returns whether a type hint is `str` or a `Literal`, or a union that contains one of them."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return any(part is str or get_origin(part) is Literal for part in parts)
 
@@ -408,7 +411,7 @@ def _require_type(name: str, value: Any, kind: type) -> None:
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    """Returns a list, or something like one, as a tuple."""
+    """Returns an iterable as a tuple; strings, bytes and dicts are refused."""
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
         raise ConfigError(f"{name} must be a list or a tuple; got {value!r}.")
     return tuple(value)
@@ -433,7 +436,7 @@ def _divisors(number: int, near: int) -> str:
 
 
 def _hashable(value: Any) -> Any:
-    """Returns a value with tuples for its lists, which files of settings have."""
+    """Returns a value with its lists, nested ones included, converted to tuples."""
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -444,7 +447,7 @@ def _pairs(name: str, value: Any) -> tuple[tuple[str, Value], ...]:
         # A config is a key of caches.
         hash(pairs)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} must map names to numbers or words; got {value!r}.") from error
+        raise ConfigError(f"{name} must map names to numbers or strings; got {value!r}.") from error
     if not all(isinstance(key, str) for key, _ in pairs):
-        raise ConfigError(f"{name} must map names to numbers or words; got {value!r}.")
+        raise ConfigError(f"{name} must map names to numbers or strings; got {value!r}.")
     return pairs

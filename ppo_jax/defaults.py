@@ -113,13 +113,13 @@ _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lion": {},
     "nadam": {"eps": 1e-5},
     "radam": {"eps": 1e-5},
-    # A2C's, from the same source. Its accumulator starts at 1 in TensorFlow and Stable-Baselines3;
-    # from optax's 0 the first updates would be 37 times as large.
+    # A2C's values in OpenAI Baselines. TensorFlow and Stable-Baselines3 start the accumulator at 1.
+    # From optax's 0, the first step along a gradient entry of 0.1 would be 95 times as large.
     "rmsprop": {"decay": 0.99, "eps": 1e-5, "initial_scale": 1.0},
     "sgd": {},
 }
 OPTIMIZERS = Registry("optimizer", _OPTIMIZERS)
-"""Optimisers by name: the arguments in which our defaults differ from those of its function."""
+"""Optimisers by name, with the arguments whose defaults differ here from those of optax."""
 
 
 def used_hparams(config: Config, algorithm: Any) -> dict[str, float | None]:

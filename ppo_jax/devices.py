@@ -1,7 +1,6 @@
 """Meshes of devices: for the environments of one training, and for the members of a population."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,26 +57,33 @@ def make_mesh(
     return Mesh(np.array(devices[:needed]).reshape(member, env), (MEMBER_AXIS, ENV_AXIS))
 
 
+def num_groups(num_members: int, available: int) -> int:
+    """Returns the largest number of groups, at most `available`, with equally many members each.
+
+    >>> num_groups(6, 8), num_groups(4, 6), num_groups(7, 4)
+    (6, 4, 1)
+    """
+    return next(n for n in range(max(1, available), 0, -1) if num_members % n == 0)
+
+
 def population_mesh(num_members: int, *, env: int = 1, member: int | None = None) -> Mesh:
     """Returns the mesh of a population.
 
     Args:
       num_members: members that are trained together.
       env: devices that share the environments of each member.
-      member: groups of such devices. None for as many as there are and divide the members, because
-        others would train copies.
+      member: groups of such devices. None takes as many as `num_groups` allows.
 
     Raises:
       ConfigError: there are fewer devices, or `member` does not divide the members.
     """
     if member is None:
-        # Without a common divisor the seeds are trained on `env` devices, one group of them.
-        member = math.gcd(num_members, max(1, jax.device_count() // env))
+        member = num_groups(num_members, jax.device_count() // env)
     mesh = make_mesh(env=env, member=member)
     if num_members % member:
         raise ConfigError(
             "the mesh axis member must divide the seeds or members that are trained together; got "
-            f"member={member} and {num_members}. Use {math.gcd(num_members, member)}."
+            f"member={member} and {num_members}. Use {num_groups(num_members, member)}."
         )
     return mesh
 
@@ -86,13 +92,13 @@ def make_shard(mesh: Mesh | None, num_envs: int) -> Shard:
     """Returns the share of `num_envs` environments that each device of the mesh has."""
     if mesh is None:
         return Shard(num_envs)
-    # A device of a CPU is one core: 256 samples fit its cache; see docs/performance.md.
+    # A CPU device is one core, whose cache fits the activations of 256 samples; see docs/design.md.
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     return Shard(num_envs // mesh.shape[ENV_AXIS], ENV_AXIS, chunk_size=256 if is_cpu else None)
 
 
 def place(state: TrainState, mesh: Mesh | None) -> TrainState:
-    """Places a new state as a step returns it, so that all steps are one program."""
+    """Gives a new state the sharding of states that steps return, so that `step` compiles once."""
     if mesh is None:
         return state
 
@@ -120,10 +126,10 @@ that all share."""
 
 
 def over_members(mesh: Mesh) -> MemberMap:
-    """Returns a `jax.vmap` that divides members among devices, which exchange nothing.
+    """Returns a variant of `jax.vmap` that divides members among devices without communication.
 
-    Each device runs its own loops. Under `vmap` alone, an evaluation would exchange among all
-    devices, at every step, whether the last episode has ended.
+    Each device runs its own loops. With `vmap` alone, all devices would communicate at every step
+    of an evaluation, to find whether the last episode has ended.
     """
     split = PartitionSpec(MEMBER_AXIS)
 
@@ -142,10 +148,10 @@ def over_members(mesh: Mesh) -> MemberMap:
 
 
 def trainings_over_members(mesh: Mesh) -> MemberMap:
-    """Returns `over_members` for functions that call the step of a trainer.
+    """Returns a function like that of `over_members`, for functions that call a trainer's step.
 
-    Where devices share environments, the step divides itself among them (`jax.shard_map`), and
-    `spmd_axis_name` divides its members as well.
+    If devices share environments, the step is a `jax.shard_map` itself. The result is then
+    `jax.vmap` with `spmd_axis_name`, which divides the members among groups of devices.
     """
     if mesh.shape[ENV_AXIS] == 1:
         return over_members(mesh)

@@ -34,8 +34,8 @@ def make_diagnosis(config: Config) -> Diagnosis:
     Args:
       config: of the training.
     """
-    # On one device. Where several share the environments, each draws its own random numbers, so
-    # that the rollout is another one, from the same state.
+    # The repetition runs on one device. Several devices that share the environments draw numbers of
+    # their own, so a repeated rollout starts from their state but takes other actions.
     resolved = resolve(config.replace(num_devices=1))
     losses = Losses(
         resolved.config,
@@ -131,8 +131,8 @@ def _first_leaf(tree: Any) -> str | None:
 def make_operation_finder(config: Config) -> Diagnosis:
     """Returns a function that repeats the next update and names the operation that made a NaN.
 
-    Every operation is checked, so that the update takes several times as long as usual. None is
-    returned for infinities, which many operations make on purpose.
+    Every operation is checked, so that the update takes several times as long as usual. Infinities
+    are not reported, because many operations make them on purpose.
 
     Args:
       config: of the training.

@@ -21,7 +21,7 @@ def unknown_name(
     """Returns the error for a name that is not in a table; it lists the nearest and all names.
 
     Args:
-      kind: of the thing that is named.
+      kind: noun for the named thing, such as "environment".
       name: the unknown name.
       known: all names.
       listed_by: a command that lists the names, if they are too many for a message.
@@ -58,11 +58,11 @@ def require_new_name(
     """Raises a `ConfigError` if `name` is registered already.
 
     Args:
-      kind: of the thing that is named.
+      kind: noun for the named thing, such as "environment".
       name: the new name.
-      taken: all names.
-      ours: the names of the package's own parts.
-      overwrite: a name that a user registered may be taken.
+      taken: all registered names.
+      ours: the names of the package's own parts, which cannot be replaced.
+      overwrite: allow a name that a user registered.
 
     >>> require_new_name("animal", "cat", ["cat", "dog"], ours=["cat"], overwrite=True)
     Traceback (most recent call last):

@@ -82,7 +82,7 @@ def evaluate(
         step = many.step(jax.random.split(env_key, num_players), env_state, action, env_params)
         rewards = step.reward.reshape(num_episodes, -1).mean(axis=-1)
         done = (step.terminated | step.truncated)[:: env.num_agents]
-        # Environments whose episode is over keep stepping, without a reset, and count no more.
+        # Environments whose episode is over keep stepping without a reset, but no longer count.
         running = ~result.finished
         result = Evaluation(
             returns=result.returns + jnp.where(running, rewards, 0.0),

@@ -32,7 +32,10 @@ class ConfigFlags(Config):
     """The settings of the preset and of a `--config` file."""
 
     def __post_init__(self) -> None:
-        """Checks nothing: `config` does, outside the parser, which would hide the message."""
+        """Skips the checks of `Config`, because the parser would hide their messages.
+
+        The property `config` checks the settings.
+        """
 
     @property
     def config(self) -> Config:
@@ -60,7 +63,7 @@ def hparam_names() -> tuple[str, ...]:
 
 
 def config_flags(config: Config, hparams: HParams) -> Any:
-    """Returns the options of a training's `Config`, which is their default."""
+    """Returns the options for the fields of `Config`, with the values of `config` as defaults."""
     hints = _resolved_defaults(config, hparams)
     wrappers = _loaded("envs.wrappers", "WRAPPERS", envs.WRAPPER_NAMES)
     metavars = {
@@ -81,7 +84,7 @@ def config_flags(config: Config, hparams: HParams) -> Any:
 
 
 def hparams_flags(config: Config, hparams: HParams) -> Any:
-    """Returns the options of a training's hyperparameters, which are their default."""
+    """Returns the options of a training's hyperparameters, with `hparams` as their defaults."""
     hints = _resolved_defaults(config, hparams)
     # The command line takes scalars for the fields that may be arrays or tracers in Python.
     # An algorithm may bring names of its own, so the fields are those of its type.
@@ -98,12 +101,13 @@ def hparams_flags(config: Config, hparams: HParams) -> Any:
 
 
 def space_flags(config: Config, hparams: HParams, *, has_several_algorithms: bool) -> Any:
-    """Returns the options that take several values of each setting.
+    """Returns the options of `sweep`, each of which takes several values of one setting.
 
     Args:
-      config: of the sweep, for settings that it does not vary.
-      hparams: of the sweep, likewise.
-      has_several_algorithms: no single algorithm decides the defaults.
+      config: values of the settings that the sweep does not vary.
+      hparams: values of the hyperparameters that the sweep does not vary.
+      has_several_algorithms: True if the sweep varies the algorithm, so that settings of algorithms
+        have no single default.
     """
     hints = _resolved_defaults(config, hparams)
     # Each algorithm has its own default, and may not use the setting at all.
@@ -126,7 +130,7 @@ def space_flags(config: Config, hparams: HParams, *, has_several_algorithms: boo
         words = _choices().get(name) or _literals(types.get(name))
         shown = tyro.conf.arg(
             metavar="VALUES",
-            help=f"Of {', '.join(words)}." if words else None,
+            help=f"One or more of {', '.join(words)}." if words else None,
             help_behavior_hint=hints.get(name, "(default: the algorithm's)"),
         )
         fields.append((name, Annotated[str | None, shown], None))

@@ -63,7 +63,8 @@ class HParams:
     gae_lambda: Any = hyperparameter(high=1.0)
     """λ of GAE, in [0, 1]: 0 is the TD error, 1 the discounted return minus the value."""
     clip_eps: Any = hyperparameter(high=math.inf)
-    """ε of the clipped surrogate: the ratio is clipped to [1 − ε, 1 + ε]."""
+    """ε of the clipped surrogate: the ratio is clipped to [1 − ε, 1 + ε]. For SPO, the
+    objective has its maximum at a ratio of 1 ± ε."""
     value_clip_eps: Any = hyperparameter(high=math.inf)
     """Clip range of a new value around the rollout's; in units of the value. inf: no clipping."""
     ent_coef: Any = hyperparameter()
@@ -81,7 +82,8 @@ class HParams:
     target_kl: Any = hyperparameter(high=math.inf)
     """Stop an update's remaining minibatches once the approximate KL exceeds this. inf: never."""
     dual_clip: Any = hyperparameter(low=1.0, high=math.inf)
-    """PPO: lower bound of the objective, in advantages, where they are negative. inf: no bound."""
+    """PPO: c of the dual clip. Where the advantage is negative, the objective is at least c times
+    the advantage. inf: no bound."""
     kl_coef: Any = hyperparameter()
     """β, weight of the KL penalty; its first value where it is adapted."""
     d_targ: Any = hyperparameter()
@@ -152,8 +154,8 @@ _pytrees: set[type] = set()
 def _register_pytree(cls: type[HParams]) -> None:
     """Makes the class a pytree, unless it is one or JAX is not loaded.
 
-    Called for every instance, because the class must not import JAX and JAX has to be told about it
-    before it meets one. `import ppo_jax; ppo_jax.HParams` loads JAX first.
+    Every new instance calls this function: the module must not import JAX, and JAX must know the
+    class before it flattens an instance. `import ppo_jax; ppo_jax.HParams` loads JAX first.
     """
     # An import here would cost every command line three quarters of a second.
     jax = sys.modules.get("jax")
@@ -182,7 +184,7 @@ def _concrete(name: str, value: Any) -> np.ndarray | None:
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return np.asarray(value)
-    # Of integers, floats and bfloat16 (V). Tracers and shapes have one, but no numbers yet.
+    # Kinds of integers, floats and bfloat16 (V). Tracers and ShapeDtypeStructs have no values yet.
     if getattr(getattr(value, "dtype", None), "kind", None) not in ("i", "u", "f", "V"):
         raise ConfigError(
             f"a hyperparameter must be a number, or an array of numbers; got {name}={value!r}."

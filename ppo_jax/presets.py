@@ -1,7 +1,7 @@
 """Tuned settings for known environments, from which `ppo-jax train ENV` starts.
 
 `python benchmarks/presets.py` and `python benchmarks/algorithms.py` measure the returns they reach.
-Tasks of physics that were not tuned here have the settings that their authors published.
+Tasks of Brax and MuJoCo Playground that were not tuned here use the settings in `published`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class _Preset(NamedTuple):
     hparams: dict[str, float]
 
 
-# All algorithms on CartPole: REINFORCE needs three times as much data as those with a critic.
+# CartPole: the three REINFORCE variants need three times as much data as the other algorithms.
 _EPISODES = {"num_envs": 16, "num_steps": 500, "total_timesteps": 1_600_000}
 _ROLLOUTS = {"num_envs": 8, "num_steps": 128, "total_timesteps": 500_000}
 # Clipping the value keeps the critic's gradient from dominating the joint norm.
@@ -297,8 +297,8 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
     Args:
       env: an environment's name.
       algorithm: an algorithm's name.
-      **changes: fields of `Config` that replace the preset's; `env_kwargs` and `env_params` are
-        added to them.
+      **changes: fields of `Config` that replace those of the preset; entries of `env_kwargs` and
+        `env_params` are merged into the preset's.
 
     Returns:
       `(config, hparams)`, as `ppo_jax.train` and `trainer.run` take them.
@@ -320,10 +320,10 @@ def preset(env: str, algorithm: str = "ppo", **changes: Any) -> tuple[Config, HP
 
 
 def with_arguments(start: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns changes to settings whose arguments of the environment are added to those before.
+    """Returns `changes`, with `env_kwargs` and `env_params` merged into those of `start`.
 
-    With a network of the user's own, settings of the package's layers are at their defaults unless
-    the changes have others.
+    If `changes` names a user's network, settings of `start` that shape the package's own layers
+    return to their defaults, unless `changes` has another value.
 
     >>> with_arguments({"env_params": {"gravity": 9.8}}, {"env_params": {"length": 1.0}})
     {'env_params': {'gravity': 9.8, 'length': 1.0}}

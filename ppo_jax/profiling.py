@@ -52,15 +52,18 @@ def profile(
     """Measures the stages of an update.
 
     Five programs run in turn: the environments with random actions, the rollout, the rollout with
-    the critic's values, the whole batch, and the whole update. Each contains the one before, so
-    that a stage takes the difference of two. The minimum over the repeats counts, because other
-    work on a machine only adds to a time.
+    the critic's values, the whole batch, and the whole update. Each contains the previous one, so
+    the time of a stage is the difference between two programs. Times are minima over the repeats,
+    because other work on the machine only adds to them.
 
     Args:
       config: the training. Of a training on several devices, the share of one is measured.
       hparams: scalars; None for the algorithm's defaults.
       repeats: how often each program runs.
       trace_dir: folder for a trace of `jax.profiler` of three updates; None for none.
+
+    Returns:
+      The `Profile` of one update.
 
     Raises:
       ConfigError: a setting breaks a rule.
@@ -106,7 +109,7 @@ def profile(
 
 
 def _partial_updates(config: Config, trainer: Trainer) -> dict[str, Callable[..., Any]]:
-    """Returns the first stages of an update, each with those before it, by the last stage."""
+    """Returns programs of the first one, two, three and four stages, by the last one's name."""
     stages = make_stages(config)
     resolved = stages.resolved
 

@@ -1,4 +1,4 @@
-"""Published settings of Brax's PPO, as settings of ours.
+"""Published settings of Brax's PPO, converted to `Config` and `HParams`.
 
 Sources: google/brax, notebooks/training.ipynb (June 2026), and `config/dm_control_suite_params.py`
 of MuJoCo Playground 0.2. They are made for one GPU.
@@ -79,7 +79,7 @@ _PLAYGROUND = {
     "HumanoidRun": _CONTROL,
     "HumanoidStand": _CONTROL,
     "HumanoidWalk": _CONTROL,
-    # The package means to repeat actions of this task, but looks for another spelling of its name.
+    # In Playground 0.2, the line that sets action_repeat for this task misspells the task's name.
     "PendulumSwingup": _CONTROL,
     "PointMass": _CONTROL,
     "ReacherEasy": _CONTROL,
@@ -102,10 +102,14 @@ def from_brax(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, f
     """Returns fields of `Config` and of `HParams` from arguments of Brax's PPO.
 
     An update of Brax collects `batch_size * num_minibatches` segments of `unroll_length` steps, and
-    computes the advantages of each segment alone. Here the segments of an environment are one
-    rollout, so that advantages see beyond the ends of segments. Minibatches have as many samples,
-    which are drawn one by one instead of in segments. Brax rounds the number of updates up to a
-    multiple of its evaluations and of the resets between them; here it is rounded down.
+    computes advantages within each segment. Here all segments of an environment form one rollout,
+    so that advantages are not cut at the ends of segments. Minibatches have the same number of
+    samples as in Brax, but single samples are shuffled instead of segments. Brax rounds the number
+    of updates up, to a multiple of the evaluations times the resets per evaluation; here the number
+    is rounded down.
+
+    Returns:
+      `(config, hparams)`: arguments of `Config` and of `HParams`, by name.
     """
     # Every environment contributes the same number of segments to an update.
     segments = arguments["batch_size"] * arguments["num_minibatches"] // arguments["num_envs"]

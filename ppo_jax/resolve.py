@@ -1,4 +1,4 @@
-"""From a `Config` to the record of everything that it means, checked before anything is traced."""
+"""Resolution of a `Config` to a record of all that it names, checked before anything is traced."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ def complete_config(config: Config) -> Config:
     defaults = {**_VALUES_OF_UNUSED_SETTINGS, **used}
     for name in ALGORITHM_SETTINGS:
         given = getattr(config, name)
-        # One pass over one batch is what such an algorithm does, so saying so is no error.
+        # 1 epoch and 1 minibatch describe such an algorithm, so these values are accepted.
         if name not in used and given not in (None, _VALUES_OF_UNUSED_SETTINGS.get(name)):
             raise ConfigError(
                 f"a setting must be one that the algorithm uses; {name} is given and "
@@ -114,7 +114,8 @@ def complete_hparams(
     Args:
       hparams: values that are set, as a record or by name; None sets nothing.
       config: names the algorithm; algorithm settings may be unset.
-      algorithm: the row of a trainer that was made; None for the row that has the name now.
+      algorithm: the algorithm; None looks up `config.algorithm`. A trainer passes its own, because
+        the name may have been registered again since it was made.
 
     Returns:
       A record of the algorithm's `hparams_type`.
@@ -131,7 +132,7 @@ def complete_hparams(
     if given.get("hidden_gain") is not None and "hidden_gain" not in used:
         network = config.network
         raise ConfigError(
-            "hidden_gain needs hidden layers that are not your own; network is "
+            "hidden_gain needs hidden layers of the package's own networks; network is "
             f"{network if isinstance(network, str) else type(network).__name__} and hidden_sizes "
             f"are {config.hidden_sizes}. Leave hidden_gain out."
         )

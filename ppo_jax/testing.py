@@ -55,7 +55,7 @@ def check_env(
     # Shapes and tracing first: the other checks run the environment.
     checks.check_env(env)
     played = _play(env, num_envs, num_steps, jax.random.key(seed))
-    # All of them: a user mends them together.
+    # All faults are reported, so that a user can fix them together.
     faults = [fault for find in _FINDERS for fault in find(env, played)]
     if faults:
         raise ConfigError("\n".join(faults))
@@ -69,8 +69,8 @@ class _Played(NamedTuple):
     state: Any
     action: jax.Array
     step: Step
-    length: jax.Array  # of the episode, with this step
-    reset_obs: Any  # the observation that starts a new episode, were the old one to end here
+    length: jax.Array  # steps of the episode so far, this one included
+    reset_obs: Any  # first observation of the episode that would follow if this one ended here
 
 
 def _play(env: Environment, num_envs: int, num_steps: int, key: jax.Array) -> _Played:
@@ -207,7 +207,7 @@ def _at(tree: Any, *index: int) -> Any:
 
 
 def _repeated(env: Environment, played: _Played, index: int) -> tuple[Any, ...]:
-    """Returns the arguments of the step of environment 0 at a time."""
+    """Returns `(key, state, action, params)`, the arguments of step `index` of environment 0."""
     num_envs = played.length.shape[1]
     key = jax.random.split(played.key[index], num_envs)[0]
     return key, _at(played.state, index, 0), jnp.asarray(played.action[index, 0]), env.params
@@ -222,9 +222,9 @@ def _not_pure(env: Environment, played: _Played) -> Iterator[str]:
     resets = [jax.jit(lambda *x: env.reset(*x))(key, env.params) for _ in range(2)]
     if not _same(first, second) or not _same(*resets):
         yield (
-            f"equal keys, states and actions must give equal results; {env.name} gives others the "
-            "second time. Draw all random numbers from the key by jax.random, and keep everything "
-            "that changes in the state."
+            f"equal keys, states and actions must give equal results; {env.name} gives different "
+            "ones the second time. Draw all random numbers from the key by jax.random, and keep "
+            "everything that changes in the state."
         )
         # Then single calls differ from those of a vmap, too.
         return
@@ -268,7 +268,7 @@ def _mixed_ends(env: Environment, played: _Played) -> Iterator[str]:
     if longest is None:
         return
     at_limit = np.asarray(played.length) == int(longest)
-    # Also if it is truncated: no value follows a termination.
+    # Steps that are truncated as well count, because any termination stops bootstrapping.
     terminated = np.asarray(played.step.terminated, bool)[at_limit]
     if len(terminated) >= _SUSPICIOUS and terminated.all():
         yield (
@@ -293,7 +293,7 @@ def _wrong_lengths(env: Environment, played: _Played) -> Iterator[str]:
     if longest is not None and length.max() > longest:
         yield (
             f"an episode must end within longest_episode steps; {env.name} says {longest:g}, and "
-            f"one went on after {length.max() - 1}. Truncate it, or raise the limit."
+            f"one went on after {length.max() - 1} steps. Truncate it, or raise the limit."
         )
 
 
@@ -312,7 +312,7 @@ def _resetting(env: Environment, played: _Played) -> Iterator[str]:
         counts = (change[~done] == 1).all() and (~done).any()
         # The counter falls to 0 where the episode ends, and rises everywhere else.
         is_reset |= bool(counts and not (change[done] == 1).any() and (after[done] == 0).all())
-    # Where all episodes start alike, and not all observations are alike, no episode should end so.
+    # If all episodes start with one observation, and others differ, no episode should end with it.
     starts = [np.asarray(x) for x in jax.tree.leaves(played.reset_obs)]
     ends = [np.asarray(x)[done] for x in jax.tree.leaves(played.step.obs)]
     within = [np.asarray(x)[~done] for x in jax.tree.leaves(played.step.obs)]

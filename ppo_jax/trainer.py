@@ -182,8 +182,8 @@ class HostTrainer(NamedTuple):
     rollout_key: Callable[[TrainState], jax.Array]
     """`state -> key` of its next rollout."""
     learn: Callable[[TrainState, HParams | None, Rollout], tuple[TrainState, Metrics]]
-    """`(state, hparams, rollout) -> (state, metrics)`: an update by a rollout that was made with
-    the policy of `state`."""
+    """`(state, hparams, rollout) -> (state, metrics)`: one update. The policy of `state` must have
+    collected the rollout."""
     resolved: Resolved
 
 
@@ -247,14 +247,14 @@ def _init_learner(
     keys: tuple[jax.Array, jax.Array],
     hparams: HParams | None,
 ) -> TrainState:
-    """Returns the state before the first update, given that of the environments.
+    """Returns the state before the first update, given the state of the environments.
 
     Args:
-      stages: of the training.
+      stages: the stages of the training.
       rollout: the environments at the start of their first episodes.
-      env_params: their parameters.
-      keys: of the network, and of the training.
-      hparams: hyperparameters, or None.
+      env_params: parameters of the environments.
+      keys: the key that draws the network, and the key that the state stores.
+      hparams: hyperparameters; None for the algorithm's defaults.
     """
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
     hparams = _without_folding(complete_hparams(hparams, config, stages.resolved.algorithm))
@@ -335,14 +335,17 @@ def _learn(
     keys: tuple[jax.Array, jax.Array],
     hparams: HParams,
 ) -> tuple[TrainState, Metrics]:
-    """Updates the learner by the batch of a rollout.
+    """Updates the learner with the batch of a rollout.
 
     Args:
-      stages: of the training.
-      state: before the update.
-      collected: the rollout.
-      keys: of the update, and of the next one.
-      hparams: complete.
+      stages: the stages of the training.
+      state: the state before the update.
+      collected: the batch and the other results of the rollout.
+      keys: the key of this update, and the key that the returned state stores.
+      hparams: complete hyperparameters.
+
+    Returns:
+      The state after the update, and the update's metrics.
     """
     config, algorithm = stages.resolved.config, stages.resolved.algorithm
     axis_name = stages.shard.axis_name

@@ -129,7 +129,7 @@ class Statistics(NamedTuple):
 
 
 class Learner(struct.PyTreeNode):
-    """Everything that an update changes."""
+    """The parameters, and the state of the rule that updates them."""
 
     params: Any
     # Opaque to everything but the rule: saving, copying and vmap need no more than a pytree.

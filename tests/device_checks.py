@@ -134,7 +134,7 @@ def check_a_sweep_s_members_are_divided():
         say=said.append,
         progress=False,
     )
-    assert said[-1].startswith("8 members at once")  # six, and two that fill up the devices
+    assert said[-1].startswith("8 members together")  # six, and two that fill up the devices
     assert list(result.members["member"]) == list(range(6))
     run = jax.jit(make_trainer(described).run)
     for number, rate in enumerate(rates):

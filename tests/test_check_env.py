@@ -128,7 +128,7 @@ FAULTS = {
     ),
     "randomness": (
         with_step(lambda after, _: after._replace(reward=after.reward + random.random())),
-        "equal keys, states and actions must give equal results; mine gives others",
+        "equal keys, states and actions must give equal results; mine gives different",
     ),
     "hidden state": (with_step(counting), "keep everything that changes in the state"),
     "dtype": (
@@ -209,7 +209,7 @@ def unseeded_key(key, previous):
 
 FAULTS["unseeded key"] = (
     keyed(unseeded_key),
-    "equal keys, states and actions must give equal results; mine gives others",
+    "equal keys, states and actions must give equal results; mine gives different",
 )
 
 

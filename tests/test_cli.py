@@ -28,7 +28,7 @@ def test_train_then_eval_then_resume(tmp_path, capsys):
     arguments = ["--total-timesteps", "200", "--run-dir", path, "--learning-rate", "3e-4"]
     assert main(["train", "CartPole-v1", *SMALL, *arguments, "--seeds", "2"]) == 0
     out, err = capsys.readouterr()
-    assert "200 steps are not a whole number of updates of 64: it trains for 192 in all." in err
+    assert "200 steps are not a whole number of updates of 64: training takes 192 in all." in err
     assert "evaluation of seed 1: return" in out
     assert "over 3 greedy episodes" in out
     record = json.loads((tmp_path / "run" / "config.json").read_text())

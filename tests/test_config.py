@@ -42,7 +42,7 @@ def test_step_counts_can_be_written_as_powers_of_ten():
         ({"critic_hidden_sizes": "8"}, "critic_hidden_sizes must be a list or a tuple; got '8'"),
         ({"activation": "tan"}, "unknown activation 'tan'. Did you mean tanh"),
         ({"lr_schedule": "liner"}, "unknown lr_schedule 'liner'. Did you mean linear"),
-        ({"env_kwargs": 3}, "env_kwargs must map names to numbers or words; got 3"),
+        ({"env_kwargs": 3}, "env_kwargs must map names to numbers or strings; got 3"),
     ],
 )
 def test_a_config_that_breaks_a_rule_says_so(fields, message):
@@ -164,7 +164,11 @@ def test_a_hyperparameter_that_the_algorithm_does_not_use_is_refused(monkeypatch
     [
         ("critic_gain", {"algorithm": "reinforce"}, "critic_gain is set and reinforce uses"),
         ("hidden_gain", {"hidden_sizes": ()}, r"network is mlp and hidden_sizes are \(\)"),
-        ("hidden_gain", {"network": nn.Dense(8)}, "layers that are not your own; network is Dense"),
+        (
+            "hidden_gain",
+            {"network": nn.Dense(8)},
+            "hidden layers of the package's own networks; network is Dense",
+        ),
     ],
 )
 def test_a_gain_of_layers_that_are_not_there_is_refused(name, fields, message):

@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
     content[-1] ^= 1
     (newest / "state.safetensors").write_bytes(content)
     with pytest.warns(
-        RuntimeWarning, match=f"{newest.name} is damaged.*It continues from .*{older.name}"
+        RuntimeWarning, match=f"{newest.name} is damaged.*Training continues from .*{older.name}"
     ):
         run = ppo_jax.resume(path, progress=False)
     assert run.timesteps_before == int(older.name)
@@ -276,7 +276,7 @@ def test_a_state_that_is_no_checkpoint_of_a_run_is_refused(finished, tmp_path):
     path = copied(finished, tmp_path)
     foreign = path / "checkpoints" / "000000999999"
     ppo_jax.save_state(foreign, finished.state, CONFIG, HParams())
-    with pytest.raises(ConfigError, match="from a checkpoint of a run; .*999999 is another one"):
+    with pytest.raises(ConfigError, match="from a checkpoint of a run; .*999999 is not one"):
         ppo_jax.resume(path, progress=False)
 
 
@@ -519,7 +519,7 @@ def test_a_signal_ends_the_command_of_a_sweep_within_a_piece(tmp_path):
         cwd=ROOT,
     )
     # Said once it is compiled.
-    while "members at once" not in process.stderr.readline():
+    while "members together" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(2.0)
     started = time.monotonic()
@@ -612,7 +612,7 @@ def test_a_sweep_whose_disk_is_full_goes_on_and_says_so(tmp_path, monkeypatch):
     common = {"seeds": 1, "eval_episodes": 2, "num_rows": 3, "run_dir": tmp_path / "sweep"}
 
     def say(line):
-        disk.is_full = disk.is_full or "at once" in line
+        disk.is_full = disk.is_full or "members together" in line
 
     with pytest.warns(RuntimeWarning, match="No space left on device. The sweep goes on"):
         result = ppo_jax.sweep(

@@ -182,7 +182,7 @@ def test_a_learner_that_is_not_finite_has_no_score_and_a_failure():
         (SPACE, {"num_rounds": 100}, "at least one update; got 100 rounds and 12 updates"),
         (SPACE, {"factor": 2.5}, "factor of halving must be a whole number; got 2.5"),
         (SPACE, {"factor": float("inf")}, "factor of halving must be a whole number; got inf"),
-        ({"value_clip_eps": [None, 0.2]}, {}, "varies numbers; value_clip_eps has none"),
+        ({"value_clip_eps": [None, 0.2]}, {}, "varies numbers; value_clip_eps has the values"),
         (SPACE, {"replaced": 0.5}, "replaced belongs to pbt"),
         (SPACE, {"num_members": 2}, "as large as factor"),
         (SPACE, {"method": "hyperband"}, "unknown search 'hyperband'"),

@@ -170,7 +170,7 @@ def test_chunks_change_nothing_as_users_compile():
 def test_a_chunk_is_no_larger_than_its_group():
     said = []
     sweep(CONFIG, {"learning_rate": RATES[:2]}, seeds=1, chunk=64, say=said.append)
-    assert said[-1].startswith("2 members at once")
+    assert said[-1].startswith("2 members together")
 
 
 def test_a_member_that_fails_is_frozen_and_the_others_are_untouched():
@@ -503,7 +503,7 @@ def test_what_does_not_fit_runs_in_smaller_chunks(monkeypatch):
     limit = iter([1.0])
     monkeypatch.setattr(device_memory, "limit", lambda device: next(limit, None))
     result = sweep(CONFIG, {"learning_rate": RATES}, seeds=2, say=said.append)
-    assert any("going on with 1 members at once" in line for line in said)
+    assert any("continuing with 1 at a time" in line for line in said)
     assert len(result.members) == 6
     np.testing.assert_allclose(
         result.curves["train/entropy"], done().curves["train/entropy"], rtol=1e-3

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import math
 import os
 import re
 import secrets
@@ -84,16 +83,18 @@ def with_mesh(config: Config, mesh: MeshOption) -> Config:
 
 def prepare_devices(config: Config, seeds: int | None, member_devices: int | None = None) -> None:
     """Prepares JAX for a training: its cache of programs, and the cores of a CPU as devices."""
+    from ppo_jax.devices import num_groups
+
     enable_compilation_cache()
     if member_devices is None:
         # Seeds need no communication, so that each core trains some of them.
-        member_devices = math.gcd(seeds or 1, max(1, num_cores() // config.num_devices))
+        member_devices = num_groups(seeds or 1, num_cores() // config.num_devices)
     if seeds is not None or config.num_devices > 1:
         make_cpu_devices(config.num_devices * member_devices)
 
 
 def use_deterministic_operations() -> None:
-    """Makes XLA use only deterministic operations on a GPU; before a backend starts."""
+    """Makes XLA use only deterministic operations on a GPU. Call it before a backend starts."""
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".lstrip()
 
@@ -110,7 +111,7 @@ def make_cpu_devices(number: int) -> None:
 def new_run_dir(env: str, what: str) -> Path:
     """Returns a directory named after the environment, the command and the time.
 
-    Commands that start in the same second have different directories by a random suffix.
+    A random suffix separates commands that start in the same second.
     """
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     # Not every file system takes the colon of `brax:hopper`.

@@ -14,10 +14,10 @@ from ppo_jax.errors import ConfigError, require_known
 
 @dataclasses.dataclass(frozen=True)
 class EnvsCommand:
-    """List the environments that can be trained: suites, or the tasks of one, or a search."""
+    """List the environments that can be trained: all suites, or the tasks that match."""
 
     word: tyro.conf.Positional[str | None] = None
-    """List environments of every suite with this in their name, in any case."""
+    """List environments of every suite whose name contains this word; case does not matter."""
     suite: str | None = None
     """List the tasks of this suite."""
     spaces: bool = False

@@ -18,7 +18,7 @@ from ppo_jax.runs.launchers import LauncherName, Run, launch, shard_jobs
 @dataclasses.dataclass(frozen=True)
 class LaunchCommand:
     """Train the shards of a sweep on SLURM, on Ray, or in processes of this machine, and merge
-    them. The arguments of the sweep follow after --. The same command again continues.
+    them. The arguments of the sweep follow after --. Run the same command again to continue.
     """
 
     launcher: tyro.conf.Positional[LauncherName]
@@ -26,7 +26,7 @@ class LaunchCommand:
     shards: Annotated[int, tyro.conf.arg(aliases=("-n",))]
     """Number of shards, each of which is one job."""
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """Directory of the whole sweep. OUTPUT-shards has those of the shards, and logs."""
+    """Directory of the merged sweep. OUTPUT-shards holds the shards' directories and the logs."""
     options: str = ""
     """Options of submitit for slurm and local, such as timeout_min=60,slurm_partition=gpu, and of
     ray.remote for ray, such as num_gpus=1,max_retries=5."""
@@ -69,8 +69,8 @@ class LaunchCommand:
                     say(f"ppo-jax: error: {where} failed: {ended.error}")
         except KeyboardInterrupt:
             say(
-                "stopped waiting. Jobs of SLURM go on; scancel ends them. Once they have ended, "
-                "the same command continues"
+                "stopped waiting. SLURM jobs keep running; scancel ends them. Once they have "
+                "ended, run the same command again to continue"
             )
             return 130
         if num_failed:

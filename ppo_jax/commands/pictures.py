@@ -28,7 +28,7 @@ class PlotCommand:
     metric: str = RETURN
     """Metric of training, such as train/entropy."""
     smooth: int = 1
-    """Draw the mean of this many logged rows of training."""
+    """Width of the moving average over logged rows of training; 1 for none."""
     overwrite: bool = False
     """Replace --output if it exists. The files in the run's directory are always replaced."""
 
@@ -60,7 +60,7 @@ class PlotCommand:
 
         runs = [read_curves(path) for path in self.run_dirs]
         if len({run.env for run in runs}) > 1:
-            say("these runs are of different environments, whose returns do not compare.")
+            say("these runs are of different environments, whose returns cannot be compared.")
         figure = plot_runs(runs, self.metric, smooth=self.smooth)
         for path in outputs:
             save = functools.partial(figure.savefig, dpi=150, format=kind_of(path))

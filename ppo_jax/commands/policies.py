@@ -25,7 +25,7 @@ class EvalCommand:
     best: bool = False
     """Evaluate the best policy of a run that was trained with --eval-every, not the last one."""
     actions: Literal["both", "greedy", "sampled"] = "both"
-    """Take the most likely actions, sampled ones, or play with either."""
+    """Evaluate with greedy (most likely) actions, with sampled actions, or once with each."""
     gymnasium: bool = False
     """Play in Gymnasium's environment of the same name, and say how it differs from gymnax's."""
 
@@ -73,8 +73,8 @@ class ExportCommand:
     run_dir: tyro.conf.Positional[Path]
     """A directory that `ppo-jax train` wrote."""
     format: Format
-    """StableHLO for JAX on any platform, ONNX, NumPy arrays with a short module, or a page that
-    plays CartPole."""
+    """StableHLO for JAX on CPUs, NVIDIA GPUs and TPUs, ONNX, NumPy arrays with a short module, or a
+    page that plays CartPole."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
     """Folder of the files; RUN/export/FORMAT by default."""
     run_seed: int | None = None
@@ -86,7 +86,7 @@ class ExportCommand:
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
-        # A misspelt directory is told before JAX is imported.
+        # A misspelt directory is reported before JAX is imported.
         directory = RunDirectory.open(self.run_dir)
         from ppo_jax.export.files import export_run
 

@@ -62,8 +62,9 @@ class SweepCommand:
     chunk: int | None = None
     """Number of members that train together; by default as many as fit."""
     mesh: str | None = None
-    """Devices that share the environments of a member, and groups of such devices that share the
-    members: env=4,member=2 takes eight. As many groups as there are devices by default."""
+    """Numbers of devices: env=4,member=2 divides the environments of each member among four
+    devices, and the members among two such groups, eight devices in all. By default there are as
+    many groups as the devices can form."""
     quiet: bool = False
     """Show no progress."""
     checkpoint_every: float = 60.0
@@ -82,8 +83,8 @@ class SweepCommand:
     rounds: int | None = None
     """With --search: number of rounds, after each of which members are compared; 10 by default."""
     factor: float | None = None
-    """With --search: of halving, one trial in this many goes on (3 by default); of pbt, values are
-    multiplied or divided by it (1.25 by default)."""
+    """With --search halving, one trial in this many goes on (3 by default). With --search pbt,
+    values are multiplied or divided by this factor (1.25 by default)."""
     replaced: float | None = None
     """With --search pbt: share of the members that are replaced after a round; 0.25 by default."""
     seed: int | None = None
@@ -197,7 +198,7 @@ class SweepCommand:
         return search(config, space, method=self.search, **options, **common)
 
     def _require_fitting_options(self) -> None:
-        """Checks that options of a search come with one, and those of a sweep without."""
+        """Raises a `ConfigError` for search options without --search, or sweep options with it."""
         of_search = ("members", "rounds", "factor", "replaced", "seed")
         of_sweep = ("seeds", "draws", "batch", "chunk", "shard", "mesh", "storage")
         for name in of_search if self.search is None else of_sweep:
@@ -235,12 +236,10 @@ class MergeCommand:
         if merged.unwritten:  # a report needs all tables
             return 1
         if merged.num_missing:
-            how = (
-                f"the command of the sweep without --shard and with --run-dir {self.output} trains"
-            )
+            how = f"run the sweep without --shard and with --run-dir {self.output} to train them"
             if merged.is_shared:
-                how = "the commands of the workers that have begun them train"
-            print(f"{merged.num_missing} members are missing; {how} them")
+                how = "run the command of each worker again to finish them"
+            print(f"{merged.num_missing} members are missing; {how}")
             return 1
         _print_report(self.output)
         return 0

@@ -62,7 +62,7 @@ class ProcessOptions:
         enable_compilation_cache()
         process = parse_fraction("process", self.process)
         if process is not None and process[1] > 0:
-            # Each process has its share of the mesh; devices other than CPUs are what they are.
+            # Each process has its share of the mesh. Only the number of CPU devices can be set.
             make_cpu_devices(max(1, config.num_devices * (member_devices or 1) // process[1]))
         timeout = self.connect_timeout
         timeout = processes.CONNECT_TIMEOUT if timeout is None else timeout
@@ -104,7 +104,7 @@ class TrainCommand:
     run_dir: Path | None = None
     """Directory of the run; runs/ENV_ALGORITHM_SEED_TIME by default."""
     overwrite: bool = False
-    """Replace a run that is there already."""
+    """Replace a run that --run-dir already holds."""
     resume: bool = False
     """Continue the run in --run-dir, if there is one; for jobs that a scheduler starts again."""
     checkpoint_every: float = 60.0
@@ -112,7 +112,7 @@ class TrainCommand:
     eval_episodes: int = 128
     """Episodes of the evaluation at the end, for each seed."""
     eval_every: int | None = None
-    """Updates between two evaluations while it trains, of which the best policy is kept."""
+    """Updates between two evaluations during training; the best policy is kept."""
     log_every: int | None = None
     """Updates per row of metrics.jsonl; by default about 1000 rows in all."""
     log: str = ""
@@ -121,13 +121,14 @@ class TrainCommand:
     stop_at_return: float | None = None
     """Stop once the mean return of an evaluation reaches this; needs --eval-every."""
     mesh: str | None = None
-    """Devices that share the environments of a training, and groups of such devices that share
-    the seeds: env=4,member=2 takes eight. As many groups as there are devices by default."""
+    """Numbers of devices: env=4,member=2 divides the environments of each seed among four devices,
+    and the seeds among two such groups, eight devices in all. By default there
+    are as many groups as the devices can form with equally many seeds each."""
     processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = ProcessOptions()
     debug_nans: bool = False
     """Stop at the first update with a NaN, and name the operation that made it. Slower."""
     dry_run: bool = False
-    """Compile the training and say what it would take and do; run nothing and write nothing."""
+    """Compile the training and print its steps, memory and compile time; run and write nothing."""
     deterministic: bool = False
     """On a GPU, use only operations that give the same bits in every run, which may be slower. On a
     CPU every run does so in any case."""
@@ -186,7 +187,7 @@ class TrainCommand:
         )
 
     def _print_dry_run(self, config: Config, hparams: Any, member_devices: int | None) -> int:
-        """Prints what the training would do and take."""
+        """Prints steps, memory and compile time of the training; returns the exit status."""
         prepare_devices(config, self.seeds, member_devices)
         from ppo_jax.runs.run import dry_run
 
@@ -194,7 +195,7 @@ class TrainCommand:
         seeds = f", for each of {self.seeds} seeds" if self.seeds is not None else ""
         available = "" if found.limit is None else f" of {found.limit / 2**20:,.0f} MiB"
         print(f"steps    {found.timesteps:,} in {found.num_updates:,} updates{seeds}")
-        print(f"memory   {found.num_bytes / 2**20:,.1f} MiB{available} a device")
+        print(f"memory   {found.num_bytes / 2**20:,.1f} MiB{available} per device")
         print(f"compile  {found.compile_seconds:.1f} s")
         print("nothing was run, and no file was written")
         return 0
@@ -210,8 +211,8 @@ class ResumeCommand:
     run_dir: tyro.conf.Positional[Path]
     """A directory that `ppo-jax train` wrote."""
     total_timesteps: int | None = None
-    """Environment steps in all, over all environments. A schedule of the learning rate is that of
-    the new total."""
+    """Environment steps in all, over all environments. A learning-rate schedule follows the new
+    total."""
     num_devices: int | None = None
     """Devices that share the environments from now on."""
     mesh: str | None = None
@@ -281,7 +282,7 @@ def _say_rounded(config: Config) -> None:
     if config.total_timesteps not in (timesteps, usual):
         say(
             f"{config.total_timesteps:,} steps are not a whole number of updates of "
-            f"{config.batch_size:,}: it trains for {timesteps:,} in all."
+            f"{config.batch_size:,}: training takes {timesteps:,} in all."
         )
 
 
@@ -292,13 +293,13 @@ def _run_training(
     *,
     rounded: Config | None = None,
 ) -> int:
-    """Trains, and says what came of it in the first process; returns the exit status.
+    """Runs a training, prints its result in the first process, and returns the exit status.
 
     Args:
-      run: trains.
-      config: of the training.
-      options: of its processes.
-      rounded: a config whose steps the user has chosen; None where nobody has.
+      run: calls `train` or `resume`, and returns the result.
+      config: config of the training.
+      options: options of its processes.
+      rounded: config whose `total_timesteps` is reported if it is rounded; None for no report.
     """
     from ppo_jax.runs.interrupt import exit_at_second_signal
 
@@ -319,7 +320,7 @@ def _run_training(
 
 
 def _is_interrupted(result: Any) -> bool:
-    """Returns whether a signal stopped a training, which its directory continues."""
+    """Returns whether a signal stopped a training before it was evaluated."""
     # A training whose seeds have all failed is not one to continue.
     return result.evaluation is None and len(result.failures) < len(result.seeds)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __getattr__ = submodules_of(__name__)
 
 VARIANTS = {"CartPole-v1-positions": ("CartPole-v1", (("observe_only", "0,2"),))}
-"""Environments of gymnax in wrappers, by name: tasks that need a memory."""
+"""Variants of gymnax's environments that need a memory: `(environment, wrappers)` by name."""
 
 WRAPPER_NAMES = (
     "time_limit",
@@ -45,7 +45,7 @@ def names() -> tuple[str, ...]:
 
 
 def is_name(name: str) -> bool:
-    """Returns whether `make` takes a name; only its package knows the tasks of a host suite.
+    """Returns whether `make` takes a name; for host suites only the prefix is checked.
 
     >>> is_name("CartPole-v1"), is_name("gymnasium:Hopper-v5"), is_name("Cartpole")
     (True, True, False)
@@ -171,7 +171,7 @@ def adapted(name: str, env: Any) -> "Environment":
     if isinstance(env, Environment):
         check_env(env)
         return env
-    # Told by the interface instead of the type, so that neither suite has to be imported.
+    # Recognised by its attributes instead of its type, so that neither suite has to be imported.
     if hasattr(env, "default_params"):
         converted = gymnax.adapt(name, env)
         check_env(converted)

@@ -43,8 +43,8 @@ def check_env(env: Environment) -> None:
         if shape != needed:
             raise ConfigError(
                 f"{name} must {'be a scalar' if needed == () else f'have the shape {needed}'}; "
-                f"{env.name} has the shape {shape}. An environment "
-                "describes a single one: jax.vmap adds the axis of environments."
+                f"{env.name} has the shape {shape}. A step describes a "
+                "single environment: jax.vmap adds the axis of environments."
             )
 
 
@@ -58,7 +58,7 @@ def _returned(env: Environment, name: str, count: int, function: Any, *args: Any
 
 
 def _traced(env: Environment, name: str, function: Any, *args: Any) -> Any:
-    """Returns the shapes of what a function returns, or the error of one that JAX cannot trace."""
+    """Returns the shapes of a function's results; raises a `ConfigError` if JAX cannot trace it."""
     try:
         return jax.eval_shape(function, *args)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:

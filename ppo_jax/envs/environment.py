@@ -123,8 +123,8 @@ def vectorized(env: Environment) -> Vectorized:
         pool: tuple[Any, Any], done: jax.Array, used: jax.Array
     ) -> tuple[tuple[Any, Any], jax.Array]:
         ended = done[::num_agents].astype(jnp.int32)
-        # The order of the ends decides, so that what is drawn does not depend on what happened:
-        # as long as the pool lasts, initial states are independent draws.
+        # Episodes take entries of the pool in the order in which they end. No entry is chosen by
+        # what happened in an episode, so until the pool is used up, initial states are independent.
         size = jax.tree.leaves(pool[0])[0].shape[0] // num_agents
         place = (used + jnp.cumsum(ended) - ended) % size
         # Rows of the observations of all agents of an environment.
@@ -154,9 +154,10 @@ def cast(space: Space, obs: Any) -> Any:
 
 
 def one_hot_channels(grid: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Returns bool `[..., sum(sizes)]` for integers `[..., K]`: a channel for each of their values.
+    """Returns one-hot channels, bool `[..., sum(sizes)]`, of K integers `[..., K]`.
 
-    Categories such as the objects of a grid have no order, so they are no numbers for a network.
+    Categories such as the objects of a grid have no order, so a network must not see them as
+    numbers. `sizes` has the number of values of each integer.
     """
     parts = [jax.nn.one_hot(grid[..., k], size, dtype=bool) for k, size in enumerate(sizes)]
     return jnp.concatenate(parts, axis=-1)

@@ -8,8 +8,8 @@ import numpy as np
 from ppo_jax.envs import spaces
 from ppo_jax.errors import ConfigError
 
-# EnvPool gives numbers without bounds the limits of their type in C++. The lower one is the
-# smallest positive number.
+# Where an action has no bounds, EnvPool reports `std::numeric_limits` of its C++ type: `max()`, and
+# as the lower bound `min()`, which for floating-point types is the smallest positive number.
 _UNBOUNDED, _SMALLEST = 1e30, 1e-30
 
 

@@ -85,7 +85,7 @@ def refuse_arguments(kwargs: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def consecutive_seeds(seed: int, num_envs: int) -> np.ndarray:
-    """Returns the seeds of N environments, `[N]`, as numbers that C++ calls int.
+    """Returns consecutive seeds of N environments, int64 `[N]`, in the range of an int of C++.
 
     >>> consecutive_seeds(7, 3).tolist()
     [7, 8, 9]
@@ -94,7 +94,7 @@ def consecutive_seeds(seed: int, num_envs: int) -> np.ndarray:
 
 
 def with_rows(batch: Any, indices: np.ndarray, rows: Any) -> Any:
-    """Returns a copy of observations `[N, ...]` with others at some indices.
+    """Returns a copy of observations `[N, ...]` with `rows` at `indices` of the first axis.
 
     >>> with_rows(np.zeros(3), np.array([1]), np.ones(1)).tolist()
     [0.0, 1.0, 0.0]

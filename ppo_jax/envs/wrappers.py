@@ -278,7 +278,8 @@ _OURS: dict[str, Callable[..., Environment]] = {
     "previous_action_reward": _if_asked(previous_action_reward),
 }
 WRAPPERS = Registry("wrapper", _OURS)
-"""Functions `(env, argument) -> env` by name; the last two take True."""
+"""Functions `(env, argument) -> env` by name. The argument of `flatten_observation` and
+`previous_action_reward` is a bool; with False they return `env` unchanged."""
 
 
 def register(name: str, wrapper: Callable[..., Environment], *, overwrite: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""A policy as a function of arrays alone, with everything between observation and action inside."""
+"""A greedy policy as a function of arrays, from raw observations to the environment's actions."""
 
 import dataclasses
 from collections.abc import Callable

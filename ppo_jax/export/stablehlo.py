@@ -1,4 +1,4 @@
-"""A policy as StableHLO, by `jax.export`: any JAX of the next months runs it, on any platform."""
+"""A policy as StableHLO, by `jax.export`. JAX releases of the following six months can run it."""
 
 from typing import Any
 

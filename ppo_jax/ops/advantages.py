@@ -88,8 +88,8 @@ def discounted_sums_by_steps(x: jax.Array, done: jax.Array, decay: jax.Array) ->
 
     def backward(later: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         x_t, done_t = inputs
-        # A select instead of a factor of 0, which would make NaN of an infinite sum of the next
-        # episode.
+        # A select instead of a factor of 0: if the sum of the next episode is infinite, the product
+        # 0 · ∞ would be NaN.
         total = x_t + jnp.where(done_t, 0.0, decay * later)
         return total, total
 
@@ -158,16 +158,16 @@ def n_step(
 
 
 def first_episode(done: jax.Array) -> jax.Array:
-    """Returns which steps belong to the first episode of their column, `[T, N]`.
+    """Returns a bool mask of the steps in the first episode of each environment, `[T, N]`.
 
-    An episode that the rollout's end cuts is no sample of a whole trajectory, so its column is
-    False throughout.
+    If the end of the rollout cuts that episode, it is not a sample of a whole trajectory, and the
+    environment's column is False throughout.
 
     >>> first_episode(jnp.array([[0, 0], [1, 0], [0, 0]], bool)).tolist()
     [[True, False], [True, False], [False, False]]
     """
     chex.assert_rank(done, 2)
-    # Without the step itself: the last step of an episode belongs to it.
+    # The step itself is not counted, because the last step of an episode belongs to the episode.
     ended_before = jnp.cumsum(done, axis=0) - done > 0
     return jnp.logical_and(~ended_before, jnp.any(done, axis=0)[None])
 

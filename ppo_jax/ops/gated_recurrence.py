@@ -1,4 +1,7 @@
-"""Gated recurrences over sequences. Their loops hold only what depends on the step before."""
+"""Gated recurrences over sequences, whose loops compute only what depends on the previous step.
+
+Axes: T time, N environments, H units of the state, G gates.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,9 +35,12 @@ def gru(from_input: Gates, from_state: Gates, state: jax.Array) -> jax.Array:
     with the state, as in cuDNN and flax.
 
     Args:
-      from_input: for the gates r, z and n.
-      from_state: for the same gates.
-      state: before the step.
+      from_input: products with the input for the gates r, z and n, each `[..., N, H]`.
+      from_state: products with the state for the same gates.
+      state: the state before the step, `[..., N, H]`.
+
+    Returns:
+      The state after the step, `[..., N, H]`.
     """
     reset = jax.nn.sigmoid(from_input[0] + from_state[0])
     keep = jax.nn.sigmoid(from_input[1] + from_state[1])
@@ -51,9 +57,12 @@ def lstm(
     al. 2000 (doi:10.1162/089976600300015015).
 
     Args:
-      from_input: for the gates i, f, g and o.
-      from_state: for the same gates.
-      state: cell state and output before the step.
+      from_input: products with the input for the gates i, f, g and o, each `[..., N, H]`.
+      from_state: products with the output for the same gates.
+      state: cell state and output before the step, each `[..., N, H]`.
+
+    Returns:
+      Cell state and output after the step.
     """
     i, f, g, o = map(jnp.add, from_input, from_state)
     cell_state = jax.nn.sigmoid(f) * state[0] + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -121,11 +130,12 @@ class _Steps(NamedTuple):
 
 
 def _is_packed(parts: Parts) -> bool:
-    """Returns whether one part holds all gates, so that the loops must have few kernels.
+    """Returns whether one part holds all gates, the form for accelerators.
 
-    They then store as few arrays as possible: no products with the states, and derivatives of the
-    states alone. One kernel multiplies again for all steps together, another computes the
-    derivatives of the gates. Two steps are unrolled, whose results one kernel stores.
+    The loops then have few kernels, because they store as few arrays as possible: no products with
+    the states, and only the derivatives of the states. After the loops, one kernel computes the
+    products of all steps again, and another the derivatives of the gates. Two steps are unrolled,
+    so that one kernel stores the results of both.
     """
     return len(parts) == 1
 

@@ -45,7 +45,7 @@ def importance_sampling(
     weights = jnp.exp(log_p - log_q)
     scale = jnp.mean(weights) if self_normalized else 1.0
     mean = jnp.mean(weights * values) / scale
-    # A ratio of means has the variance of the delta method, a mean the usual one.
+    # The standard error of a ratio of means comes from the delta method.
     errors = weights * (values - mean) / scale if self_normalized else weights * values - mean
     return ImportanceEstimate(
         mean=mean,
@@ -56,7 +56,14 @@ def importance_sampling(
 
 
 def effective_sample_size(log_weights: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Computes Kish's (Σ w)² / Σ w², in samples, from log w without overflow.
+    """Computes Kish's effective sample size (Σ w)² / Σ w², from log w without overflow.
+
+    Args:
+      log_weights: log w, any shape.
+      mask: weights that count, of the same shape; None for all.
+
+    Returns:
+      A scalar, in samples.
 
     >>> float(effective_sample_size(jnp.zeros(8)))
     8.0

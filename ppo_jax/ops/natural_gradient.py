@@ -1,6 +1,7 @@
 """The natural gradient by conjugate gradients, and a line search inside a trust region.
 
-All functions work on flat vectors. Every trip count is fixed, so that all of them can be vmapped.
+All functions work on flat vectors `[P]` of P parameters. Every loop has a fixed trip count, so that
+all functions can be vmapped.
 """
 
 from collections.abc import Callable

@@ -9,9 +9,9 @@ import numpy as np
 
 Carry = TypeVar("Carry")
 
-_SMALL = 4  # elements of a row; so few of less than a word are stored as words
-_WARP = 32  # threads of a GPU that run together
-_NARROW = 8  # elements of a row; so few are stored with the rows as the last axis
+_SMALL = 4  # up to this many elements a row, types of 1 or 2 bytes are widened to 4 bytes
+_WARP = 32  # threads of a GPU that run together; arrays with fewer rows are not transposed
+_NARROW = 8  # up to this many elements a row, the rows become the last axis
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -31,14 +31,16 @@ class _Place(NamedTuple):
 class Packing:
     """Packs trees of one structure, whose leaves are scalars or have a first axis of environments.
 
-    An accelerator launches a kernel for every array that a loop stores in a step. Leaves with as
-    many rows and elements of the same size become one array of unsigned integers with their bits:
-    `[F, N]` for leaves with few elements a row, `[N, F]` for others, such as images. Random keys
-    and complex numbers are stored as they are.
+    An accelerator launches a kernel for every array that a loop stores in a step. Leaves with the
+    same number of rows N and the same element size are concatenated to one array of unsigned
+    integers, which holds their bits; F is the number of elements of all these leaves in one row.
+    Leaves with at most 8 elements a row become `[F, N]` if N is at least 32; other leaves, such as
+    images, become `[N, F]`. Random keys and complex numbers are stored unpacked.
 
     Args:
-      packs_wide: pack leaves with many elements a row as well, which are else stored as they are.
-        On a TPU, which tiles the last two axes of an array, packing moves them several times.
+      packs_wide: pack leaves with more than 8 elements a row as well; False stores them unpacked. A
+        TPU tiles the last two axes of an array, so that packing would move such leaves several
+        times.
 
     >>> packing = Packing()
     >>> tree = {"obs": jnp.ones((3, 2)), "done": jnp.array([True, False, False])}
@@ -55,7 +57,7 @@ class Packing:
         self._places: list[_Place] = []
 
     def pack(self, tree: Any) -> dict[str, jax.Array]:
-        """Returns the packed arrays; N is 1 for scalars."""
+        """Returns the packed arrays by group; scalars count as one row."""
         leaves, self._structure = jax.tree.flatten(tree)
         self._places = []
         groups: dict[str, list[jax.Array]] = {}
@@ -137,14 +139,15 @@ def scan(
     *,
     derive: Callable[[Carry], Any] = lambda carry: None,
 ) -> tuple[Carry, Any]:
-    """Computes `jax.lax.scan`, by `packed_scan` on accelerators.
+    """Scans `step` over inputs, with `jax.lax.scan` on a CPU and `packed_scan` on accelerators.
 
     Args:
       step: `(carry, derive(carry), input) -> (carry, outputs)`.
       carry: the initial carry.
       inputs: tree of arrays with a leading axis.
-      derive: computes from a carry what an accelerator shall carry as well, because XLA uses the
-        arguments of a loop in more ways than arrays that the loop computes.
+      derive: computes values from a carry, such as biases from a vector of parameters. On
+        accelerators the loop carries them, because XLA fuses an argument of a loop into kernels
+        into which it does not fuse an array that the loop computes.
 
     Returns:
       The carry after the last step, and the outputs with a leading axis.

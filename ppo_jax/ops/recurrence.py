@@ -10,8 +10,9 @@ _BLOCK = 8  # steps that one kernel computes
 def linear_recurrence(decay: jax.Array, x: jax.Array, state: jax.Array) -> jax.Array:
     """Computes y_t = decay_t y_{t−1} + x_t, where y_{−1} is the state, in a few passes.
 
-    The decay and the sum of a block of steps are the decay and the input of one step of a shorter
-    recurrence, whose results start the blocks. Blelloch 1990 (CMU-CS-90-190), section 1.4.
+    Eight steps compose to one step of the same form, so a recurrence over blocks of eight steps
+    gives the values at which the blocks start. It is computed in the same way, recursively.
+    Blelloch 1990 (CMU-CS-90-190), section 1.4.
 
     Args:
       decay: `[T, ...]`.
@@ -24,7 +25,7 @@ def linear_recurrence(decay: jax.Array, x: jax.Array, state: jax.Array) -> jax.A
     if len(x) <= _BLOCK:
         return jnp.stack(_steps(decay, x, state))
     padding = [(0, -len(x) % _BLOCK)] + [(0, 0)] * (x.ndim - 1)
-    # By steps of a block: each `[K, ...]`, for K blocks.
+    # The leading axis is the step within a block; each entry is `[K, ...]` for K blocks.
     decays, inputs = (
         jnp.moveaxis(jnp.pad(leaf, padding).reshape(-1, _BLOCK, *leaf.shape[1:]), 1, 0)
         for leaf in (decay, x)
@@ -57,7 +58,7 @@ def _linear_backward(saved: tuple[jax.Array, ...], d_y: jax.Array) -> tuple[jax.
     decay, y, state = saved
     # The derivative with respect to x is the same recurrence from the last step to the first.
     later = jnp.concatenate([jnp.zeros_like(decay[:1]), decay[:0:-1]])
-    # By its plain operations, which have derivatives of their own.
+    # `fun` is the function without `custom_vjp`, so that this rule can be differentiated again.
     d_x = linear_recurrence.fun(later, d_y[::-1], jnp.zeros_like(state))[::-1]
     before = jnp.concatenate([state[None], y[:-1]])
     return d_x * before, d_x, d_x[0] * decay[0]

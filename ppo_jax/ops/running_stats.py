@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ppo_jax.ops.collective import sum_over
 
 EPS = 1e-8
-"""Added to a variance before it divides."""
+"""Added to a variance before its square root, by which values are divided."""
 CLIP = 10.0
 """Bound on normalised values."""
 

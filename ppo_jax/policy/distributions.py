@@ -171,7 +171,7 @@ class Head(NamedTuple):
     parametrize: Callable[[jax.Array, jax.Array | None], Any]
     """`(outputs [..., num_outputs], log_std) -> params`."""
     noise: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    """`(key, batch_shape) -> noise` for that many actions."""
+    """`(key, batch_shape) -> noise` for a batch of actions of this shape, `[*batch_shape, ...]`."""
     sample: Callable[[Any, jax.Array], jax.Array]
     """`(params, noise) -> action`."""
     mode: Callable[[Any], jax.Array]
@@ -314,10 +314,10 @@ _EDGE = 1e-6
 
 
 def _beta(space: Box) -> Head:
-    """Returns the head of Chou et al. 2017 (PMLR 70).
+    """Returns the head of Beta distributions on a bounded interval: Chou et al. 2017 (PMLR 70).
 
-    α and β are 1 + softplus(·), so that the mode is inside of the interval. In float32 the KL and
-    the log-probabilities have an absolute error of about 10⁻⁶ max(α, β).
+    α and β are 1 + softplus(·), so that the mode is inside the interval. In float32 the KL and the
+    log-probabilities have an absolute error of about 10⁻⁶ max(α, β).
     """
     size = math.prod(space.shape)
     low, high = _bounds(space, "beta")
@@ -334,7 +334,7 @@ def _beta(space: Box) -> Head:
         # `jax.random.beta` takes one key for an array; actions need independent draws each.
         batch = params.alpha.shape[: params.alpha.ndim - len(space.shape)]
         flat = jax.tree.map(lambda x: x.reshape(-1, *space.shape), params)
-        # Keys of the older kind have an axis of their own.
+        # Raw uint32 keys, those of `jax.random.PRNGKey`, have one more axis than typed keys.
         keys = keys.reshape(math.prod(batch), *keys.shape[len(batch) :])
         action = jax.vmap(one)(keys, flat).reshape(params.alpha.shape)
         return jnp.clip(action, _EDGE, 1.0 - _EDGE)
@@ -363,7 +363,7 @@ def _beta(space: Box) -> Head:
 
 
 def _tanh_gaussian(space: Box, *, state_dependent_std: bool = False) -> Head:
-    # A function, which equals itself also after a policy was copied or pickled.
+    # Not a partial: a module-level function equals itself after a policy is copied or pickled.
     return _gaussian(space, squashed=True, state_dependent_std=state_dependent_std)
 
 
@@ -391,7 +391,7 @@ class RegisteredHead:
 
 
 def checked_head(name: str, head: Head, space: Box) -> Head:
-    """Returns a head, or a `ConfigError` if its functions give other shapes than training needs."""
+    """Returns `head`; raises a `ConfigError` if its functions return shapes that do not fit."""
     batch = 3
 
     def use(outputs: jax.Array, log_std: jax.Array | None) -> tuple[jax.Array, ...]:

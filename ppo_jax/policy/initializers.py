@@ -25,6 +25,9 @@ def orthogonal_matrices(key: jax.Array, shapes: Sequence[tuple[int, int]]) -> li
     Args:
       key: random key.
       shapes: rows and columns of each matrix.
+
+    Returns:
+      A matrix of each shape. Its columns are orthonormal if it is tall, and its rows if it is wide.
     """
     # Several batched QR decompositions under one `vmap` wait for each other forever on a CPU with
     # two threads (jaxlib 0.10.2).

@@ -102,7 +102,10 @@ class CNN(nn.Module):
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
     def bytes_of_patches(self, shape: tuple[int, ...]) -> int:
-        """Returns the size of the largest patches of an image `(height, width, channels)`."""
+        """Returns the maximum over layers of the float32 bytes of one image's patches.
+
+        The shape of the image is `(height, width, channels)`.
+        """
         height, width, channels = shape
         sizes = []
         for features, kernel, stride in self.layers:
@@ -132,7 +135,10 @@ class ResNet(nn.Module):
         return self.activation(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
     def bytes_of_patches(self, shape: tuple[int, ...]) -> int:
-        """Returns the size of the largest patches of an image `(height, width, channels)`."""
+        """Returns the maximum over layers of the float32 bytes of one image's patches.
+
+        The shape of the image is `(height, width, channels)`.
+        """
         height, width, channels = shape
         sizes = []
         for features in self.widths:
@@ -318,8 +324,8 @@ class ActorCritic(nn.Module):
     def is_separable(self) -> bool:
         """True if the critic can be differentiated after the actor at little cost.
 
-        Computed together, actor and critic save a torso that both use, kernels of the loops of two
-        memories, and patches of images. Flat images count as images: in Breakout with an MLP they
+        It is False where computing both together saves work: a shared torso, the loops of two
+        memories, or patches of images. Images that an MLP flattens count as well: in Breakout they
         take most of the memory, and activations little.
         """
         return (
@@ -354,7 +360,7 @@ class ActorCritic(nn.Module):
         """Returns the features of actor and critic, which share no torso."""
         assert self.critic_torso is not None
         of_actor = self._apply_torso(self.actor_torso, self.actor_view, obs)
-        # Of images the two share the patches of their first convolutions.
+        # The first convolutions of both may share the patches of images, so these stay merged.
         if not any(map(is_image, leaves(self.critic_view.space))):
             obs = _unmerged(obs)
         of_critic = self._apply_torso(self.critic_torso, self.critic_view, obs)
@@ -388,10 +394,10 @@ class ActorCritic(nn.Module):
 
 
 def _unmerged(obs: Any) -> Any:
-    """Returns observations whose products XLA does not merge with others of the same observations.
+    """Returns observations behind an optimisation barrier, except on a CPU.
 
-    For a GPU it would compute the first layers of actor and critic as one product, and then add
-    their biases and separate the outputs by kernels of their own.
+    Without the barrier, XLA for GPUs merges the first layers of actor and critic to one product,
+    and needs more kernels to add the biases and to separate the outputs.
     """
     return jax.lax.platform_dependent(
         obs, cpu=lambda obs: obs, default=jax.lax.optimization_barrier
@@ -457,14 +463,14 @@ def _hidden(
     activation: Callable[[jax.Array], jax.Array] = lambda y: y,
     dot_general: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-    """Applies a dense layer of the module that calls this, and an activation.
+    """Adds a dense layer to the calling module, and returns its activated outputs `[..., size]`.
 
     Args:
       x: `[..., F]`.
       size: number of outputs.
-      dtype: None for single precision.
-      activation: of the outputs.
-      dot_general: computes the product in single precision; None for that of JAX.
+      dtype: dtype of the product and the result; None for single precision.
+      activation: function that is applied to the outputs.
+      dot_general: replaces `jax.lax.dot_general` in single precision; ignored with a `dtype`.
     """
     if dtype is None:
         kernel_init = orthogonal("hidden_gain")
@@ -501,10 +507,10 @@ _LARGE_KERNEL = 256
 
 
 class Dense(nn.Module):
-    """A dense layer and its activation, of which only half precision is stored.
+    """A dense layer with an activation, which stores only half-precision arrays for its derivative.
 
-    The bias and the activation are computed in single precision. Parameters are those of flax's
-    layer of this name.
+    The bias and the activation are computed in single precision. The parameters have the names and
+    shapes of `flax.linen.Dense`.
     """
 
     size: int

@@ -22,9 +22,9 @@ from ppo_jax.policy.spec import (
 
 
 def _as_arrays(space: spaces.Space, obs: Any) -> Any:
-    """Returns an observation with arrays for its lists of numbers, in the structure of its space.
+    """Converts the leaves of an observation to arrays; JAX would take a list for a tree of scalars.
 
-    To JAX a list is a tree of scalars. An observation of another structure is returned unchanged.
+    An observation whose structure is not that of `space` is returned unchanged.
     """
     if isinstance(space, spaces.Dict):
         if isinstance(obs, Mapping) and obs.keys() == set(space.names):
@@ -85,8 +85,8 @@ class Policy(struct.PyTreeNode):
             action_params, recurrent_state = self.step(obs, recurrent_state)
         except ScopeParamShapeError as error:
             raise ConfigError(
-                "a policy acts with the parameters of one seed; these have another shape. Of "
-                "several seeds take one, jax.tree.map(lambda x: x[0], policy), or use jax.vmap."
+                "a policy acts with the parameters of one seed; these have another shape. Choose a "
+                "seed by jax.tree.map(lambda x: x[0], policy), or use jax.vmap."
             ) from error
         if key is None:
             action = head.mode(action_params)
@@ -155,7 +155,7 @@ class Policy(struct.PyTreeNode):
     def values(
         self, obs: Any, recurrent_state: Any = None, start: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Returns V(s) of a sequence, and the critic's recurrent state after every step.
+        """Returns V(s) of a sequence, `[T, N]`, and the critic's recurrent state after every step.
 
         Args:
           obs: observations, `[T, N, ...]`; any batch shape without a memory.

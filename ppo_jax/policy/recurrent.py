@@ -57,7 +57,9 @@ class _Cell(NamedTuple):
 
     step: Cell
     scope: str
+    """Name of the flax module."""
     gates: str
+    """One letter for each gate, in the order in which `step` takes them."""
     with_input_bias: str
     """Gates whose product with the input has a bias."""
     with_state_bias: str
@@ -99,7 +101,10 @@ class RecurrentLayer(nn.Module):
 
     @nn.compact
     def weights(self, num_inputs: int) -> Any:
-        """Returns the weights for inputs of a size; a gated cell has a part for each gate."""
+        """Returns the weights for inputs `[..., num_inputs]`.
+
+        A linear recurrent unit has `_LruWeights`; other cells have `_Weights`, one part per gate.
+        """
         if self.kind == "lru":
             return _Lru(self.size, name="LRU_0")(num_inputs)
         if self.kind == "mingru":
@@ -203,13 +208,13 @@ def run(
     inputs: Sequence[jax.Array],
     start: jax.Array,
 ) -> list[Any]:
-    """Returns the states of layers of one kind and size after every step.
+    """Returns the states after every step of several layers of one kind and size, `[T, N, ...]`.
 
-    A GPU runs one loop, which launches as many kernels for several layers as for one. Elsewhere
-    each layer has a loop: a CPU multiplies a batch of small matrices more slowly than one after the
-    other, and the compiler for TPUs keeps arrays of both layers in the main memory. An update of
-    CartPole with two GRUs would move 124 instead of 19 GiB there, in 239 instead of 127 ms
-    (predicted for a v5e).
+    On a GPU all layers share one loop, which launches as many kernels as the loop of one layer. On
+    other platforms each layer has its own loop. A CPU multiplies a batch of small matrices more
+    slowly than the same matrices in turn. The TPU compiler would keep the arrays of a common loop
+    in main memory: for an update of CartPole with two GRUs it predicts 124 instead of 19 GiB of
+    traffic, and 239 instead of 127 ms (v5e).
 
     Args:
       layers: bound modules.

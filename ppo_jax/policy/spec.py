@@ -200,8 +200,8 @@ def register_action_distribution(
 def register_network(name: str, module: nn.Module, *, overwrite: bool = False) -> None:
     """Makes a module of your own available as `Config(network=name)`.
 
-    A run stores the name. A command that loads the run needs `--import` with the Python file that
-    registers it.
+    A run stores the name. A command that loads the run needs `--import MODULE`, where MODULE is the
+    Python module that registers the network.
 
     Args:
       name: a name that is not taken.
@@ -221,8 +221,9 @@ _CACHE = 2**24  # bytes of patches, which two cores of an AMD EPYC convolve the 
 def images_in_cache(spec: PolicySpec) -> int | None:
     """Returns how many images a CPU should convolve together; None if the network convolves none.
 
-    Patches that exceed the cache bind a CPU to its memory. The gradient of `nature_cnn` for 256
-    images takes 137 ms at once and 80 ms in chunks of 32 (two cores, jax 0.10.2).
+    If the patches exceed the cache, a CPU is limited by its memory bandwidth. The gradient of
+    `nature_cnn` for 256 images takes 137 ms in one batch and 80 ms in chunks of 32 (two cores,
+    jax 0.10.2).
     """
     torso = network_of(spec).actor_torso
     make_image = torso.image if isinstance(torso, networks.Torso) else None
@@ -294,7 +295,9 @@ _CONTRACT = "network must be a flax.linen module that maps observations [B, ...]
 def _require_module(module: Any) -> None:
     """Raises a `ConfigError` unless a user's network is a module that can be a key of caches."""
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"{_CONTRACT}; got {module!r}. Make one, or name one of ours.")
+        raise ConfigError(
+            f"{_CONTRACT}; got {module!r}. Pass such a module, or the name of a network."
+        )
     try:
         hash(module)
     except TypeError as error:

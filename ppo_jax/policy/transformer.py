@@ -18,8 +18,8 @@ from ppo_jax.policy.initializers import orthogonal
 TransformerState = tuple[jax.Array, jax.Array, jax.Array]
 """The memory and the last output of a gated transformer; a plain tuple, for exported policies.
 
-Inputs of each layer in the last M steps, the newest last, `[N, L, M, D]`; how many of them are of
-the episode, int32 `[N]`; and the output `[N, D]`.
+Inputs of each layer in the last M steps, the newest last, `[N, L, M, D]`; the number of these steps
+that belong to the current episode, int32 `[N]`; and the output `[N, D]`.
 """
 
 
@@ -76,8 +76,8 @@ class _Layer(nn.Module):
         """Returns outputs `[T, N, D]` of inputs `[M + T, N, D]`; for `visible` see `_visible`."""
         size = inputs.shape[-1]
         x = inputs[-len(visible) :]
-        # What a step does not see has weight 0, and 0 times NaN would be NaN. The step that is not
-        # finite itself has such an output all the same, by `x`.
+        # Inputs that a step does not see have weight 0, but 0 times NaN would be NaN. A step whose
+        # own input is not finite still has such an output, because `x` keeps that input.
         inputs = jnp.where(jnp.isfinite(inputs), inputs, 0.0)
         attended = _Attention(self.num_heads, name="attention")(
             nn.LayerNorm(name="attention_norm")(inputs), visible
@@ -90,7 +90,7 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention of several heads to steps at a distance."""
+    """Multi-head attention with the relative positions of Transformer-XL."""
 
     num_heads: int
 

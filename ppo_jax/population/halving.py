@@ -134,7 +134,7 @@ def make_halving(
     check_hparam_names(space, trainer.hparams)
     for name, distribution in space.items():
         for value in extremes(distribution):
-            trainer.hparams.replace(**{name: value})  # within its range, or an error
+            trainer.hparams.replace(**{name: value})  # raises if it is out of range
     if not space:
         raise ConfigError("a space must have a hyperparameter to draw; it is empty.")
     if factor < 2:
@@ -149,10 +149,10 @@ def make_halving(
         num_slots = keys.shape[0]
         if num_slots < factor:
             raise ConfigError(
-                f"a population must be as large as factor, to leave one of them; got {num_slots} "
-                f"and {factor}. Use more members, or a smaller factor."
+                "a population must be at least as large as factor, so that one trial goes on; got "
+                f"{num_slots} and {factor}. Use more members, or a smaller factor."
             )
-        # A record of the algorithm's type, which may have hyperparameters that are drawn.
+        # Converted to the algorithm's own type, which has all hyperparameters that can be drawn.
         given = {} if hparams is None else hparams.given()
         fixed = for_every_member(type(trainer.hparams)(**given), num_slots)
         # The first member's second key draws for the whole search.

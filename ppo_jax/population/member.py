@@ -129,7 +129,7 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
 
     A training fails with an update that would make parameters NaN or infinite. It also fails once
     `max_skipped_updates` consecutive updates were skipped, or half of all updates if that is fewer.
-    With 0 no number of skipped updates fails.
+    With 0, skipped updates do not make a training fail.
     """
     limit = min(max_skipped_updates, math.ceil(num_updates / 2))
 
@@ -138,7 +138,7 @@ def guarded_step(trainer: Trainer, max_skipped_updates: int, num_updates: int) -
     ) -> tuple[TrainState, Guard, Metrics]:
         new, metrics = trainer.step(state, hparams)
         consecutive_skips = jnp.where(all_skipped(metrics), guard.consecutive_skips + 1, 0)
-        # Rules of a user's own need not skip anything.
+        # A user's update rule need not skip updates that are not finite.
         fails = ~is_finite(new.learner.params)
         if limit:
             fails |= consecutive_skips >= limit

@@ -117,7 +117,7 @@ def make_pbt(
     if early:
         raise ConfigError(
             "hyperparameters that are changed must act throughout; got "
-            f"{', '.join(early)}, of the first weights alone. Leave them out."
+            f"{', '.join(early)}, which only set the initial weights. Leave them out."
         )
     if not 0 < replaced <= 0.5:
         raise ConfigError(f"the share that is replaced must be in (0, 0.5]; got {replaced}.")
@@ -159,7 +159,7 @@ def make_pbt(
         )
         copied = jax.tree.map(lambda x: x[parents], state.hparams)
         changed = explore(explore_key, copied, parents != members, names, factor)
-        # Of the round that is over: the changed values belong to the next one.
+        # The record has the values of the round that is over, not the changed ones of the next.
         lineage = Lineage(after.scores, state.hparams, parents, after.metrics)
         return state._replace(states=inherited, hparams=changed), lineage
 

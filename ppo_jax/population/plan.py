@@ -1,4 +1,4 @@
-"""From configurations and seeds to groups, each of which is one compiled program."""
+"""Groups of a sweep's members, configurations times seeds; each is one compiled program."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -123,7 +123,7 @@ def make_plan(
 
 
 def _require_switched_off(asked: Mapping[str, Any], hparams: HParams) -> None:
-    """Checks that a None, with which a row switches something off, does so."""
+    """Raises a `ConfigError` if a row's None keeps a default instead of switching it off."""
     for name, value in asked.items():
         default = getattr(hparams, name)
         if value is None and default is not None and hparams.ranges()[name][1] == math.inf:

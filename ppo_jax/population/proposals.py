@@ -50,9 +50,9 @@ class Proposals(Protocol):
         """
 
     def ask(self, worker: str = "") -> dict[int, Row]:
-        """Returns the next batch by the numbers of its configurations; an empty one at the end.
+        """Returns the next batch as rows by configuration number; an empty batch ends the sweep.
 
-        A worker of a shared study first gets the batch with which it was stopped.
+        A worker of a shared study that was stopped first gets its unfinished configurations again.
         """
 
     def tell(self, scores: Sequence[float]) -> None:
@@ -267,7 +267,7 @@ class _TreeParzen:
         return [trial for trial in running if trial.user_attrs.get("worker") == worker]
 
     def _num_before(self, number: int | None = None) -> int:
-        """Returns the number of trials, of those before a trial or of all; failed ones are none."""
+        """Returns how many trials have not failed: those before trial `number`, or all."""
         return sum(
             trial.state != self._failed and (number is None or trial.number < number)
             for trial in self._study.get_trials(deepcopy=False)

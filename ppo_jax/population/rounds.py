@@ -115,7 +115,7 @@ def make_search(
     score: Score | None = None,
     member_map: MemberMap = jax.vmap,
 ) -> Search:
-    """Returns the search that starts and decides by two functions.
+    """Returns a search, given the functions that start it and that decide after each round.
 
     A member whose learner is not finite, or whose updates were all skipped in the round because
     their gradients were not, has a score of −∞: its policy may still act and score by chance.
@@ -192,7 +192,7 @@ def make_search(
 
 
 def for_every_member(hparams: HParams, num_members: int) -> HParams:
-    """Returns the values that are set as arrays `[S]`."""
+    """Broadcasts every hyperparameter that has a value to `[S]`."""
     return jax.tree.map(
         lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), num_members), hparams
     )

@@ -221,7 +221,7 @@ def parse(entry: Any) -> list[Any] | Distribution:
 
 
 def read_value(value: Any) -> Any:
-    """Parses a value in a file: YAML takes 1e-3 for a word, and knows no tuples."""
+    """Parses a value in a file: YAML reads 1e-3 as a string, and has no tuples."""
     if isinstance(value, list):
         return tuple(map(read_value, value))
     if isinstance(value, dict):
@@ -230,7 +230,7 @@ def read_value(value: Any) -> Any:
 
 
 def _scalar(word: str) -> Any:
-    # Words of Python and YAML, in any case.
+    # The words of Python and of YAML, in upper or lower case.
     known = {"none": None, "true": True, "false": False}
     if word.lower() in known:
         return known[word.lower()]

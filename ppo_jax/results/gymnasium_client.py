@@ -1,4 +1,4 @@
-"""A policy in the original environment of Gymnasium, and how that differs from gymnax's."""
+"""Evaluation of policies in Gymnasium's environments, and comparison of those with gymnax's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from ppo_jax.runs.trained import load, summarize
 
 
 class _Original(NamedTuple):
-    """Names and ranges of the state of an environment, by which it is set to any state."""
+    """State variables of an environment, and the ranges from which compared states are drawn."""
 
     state: tuple[str, ...]
     """Entries of gymnax's state, in the order of Gymnasium's state vector."""

@@ -107,7 +107,7 @@ def write_page(
 
 
 def _tiles(values: Mapping[str, str]) -> str:
-    """Returns the figures at the top of the page."""
+    """Returns the tiles with the key numbers of the run, as HTML."""
     return "".join(
         f'<div class="tile"><b>{html.escape(value)}</b>{html.escape(name)}</div>'
         for name, value in values.items()
@@ -181,7 +181,7 @@ def _episode(run_dir: str | Path, network: Any) -> str:
 
 
 def _return_figures(curves: Curves) -> str:
-    """Returns the returns over steps and over seconds, of training and of evaluations."""
+    """Returns figures of the return over steps and over seconds, in training and evaluations."""
     frames = {"training episodes": (curves.metrics, RETURN)}
     if len(curves.evaluations):
         frames["greedy evaluations"] = (curves.evaluations, EVALUATED_RETURN)

@@ -46,6 +46,9 @@ def play(
       max_steps: bound on the steps of an episode.
       greedy: take the most likely actions instead of sampling.
 
+    Returns:
+      One `Episode` for each key.
+
     Raises:
       ConfigError: the environment has no renderer.
     """
@@ -89,7 +92,7 @@ def _renderer_of(env: Environment) -> Renderer:
     if env.host is not None:
         raise ConfigError(
             f"episodes are drawn in an environment in JAX; {env.name} is stepped on the host. "
-            "Render it by its own package, with the policy that ppo_jax.load returns."
+            "Render it with its own package, and the policy that ppo_jax.load returns."
         )
     if env.renderer is None:
         raise ConfigError(

@@ -35,15 +35,15 @@ _FIELDS = {
     "made_with": dict,
     "sha256": str,
 }
-_LARGEST_MANIFEST = 2**24  # bytes; one of this project has some thousand
+_LARGEST_MANIFEST = 2**24  # bytes; a real manifest has a few thousand
 
 
 OF_RUN = "run"
-"""Arrays of this prefix belong to a run, besides the state of its training."""
+"""Prefix of the arrays in a run's checkpoint that are not part of the `TrainState`."""
 
 
 class DamagedError(ConfigError):
-    """A checkpoint is not what was written."""
+    """A checkpoint is incomplete, or has changed since it was written."""
 
 
 class SavedState(NamedTuple):
@@ -57,14 +57,14 @@ class SavedState(NamedTuple):
 def save_state(path: str | Path, state: TrainState, config: Config, hparams: HParams) -> None:
     """Writes the state of a training, of one or of several members, with its settings.
 
-    `trainer.step` continues from the state that `load_state` returns as from this one, bit for bit
-    on the same device and with the same versions.
+    On the same device and with the same versions, a training that continues from the state that
+    `load_state` returns is bit-identical to one that was not interrupted.
 
     Args:
       path: directory to be written; one of the same name is replaced.
       state: as `trainer.init` or `trainer.step` returns it, or with leading axes of `jax.vmap`.
-      config: of the trainer.
-      hparams: of the training; arrays where they differ between members.
+      config: config of the trainer.
+      hparams: hyperparameters of the training; arrays where they differ between members.
     """
     arrays, implementations = flatten(state)
     write(Path(path), arrays, {**settings_to_plain(config, hparams), "keys": implementations})
@@ -108,11 +108,11 @@ def unflatten(
     """Returns arrays as a tree.
 
     Args:
-      template: a tree of shapes and dtypes. The arrays may have more leading axes, of `jax.vmap`;
-        all of them the same.
-      arrays: by name, as `flatten` returns them.
-      keys: implementations of the typed random keys.
-      path: for errors.
+      template: a tree of shapes and dtypes. The arrays may have additional leading axes, as from
+        `jax.vmap`, which must be the same for all of them.
+      arrays: arrays by name, as `flatten` returns them.
+      keys: implementations of the typed random keys, by name.
+      path: path of the checkpoint, for error messages.
 
     Raises:
       ConfigError: names, shapes or dtypes differ from the template's.
@@ -123,15 +123,15 @@ def unflatten(
     batch = None
     found = {}
     for name in wanted.keys() & arrays.keys():
-        # Compared as it was written: without x64, JAX would cut double precision to single.
+        # The stored dtype is compared, because `jnp.asarray` makes float64 float32 without x64.
         leaf, array, dtype = wanted[name], jnp.asarray(arrays[name]), arrays[name].dtype
         if name in keys:
             try:
                 array = jax.random.wrap_key_data(array, impl=keys[name])
             except (TypeError, ValueError) as error:
-                different.append(f"{name}, which is no random key: {error}")
+                different.append(f"{name}, which is not a random key: {error}")
                 continue
-        # Another implementation of keys is no other training.
+        # A key may have another implementation, and so another dtype, than the template.
         same_dtype = dtype == leaf.dtype or name in keys
         axes = array.ndim - len(leaf.shape)
         leading = array.shape[:axes] if axes >= 0 else None
@@ -151,7 +151,7 @@ def unflatten(
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Writes arrays and a record of JSON, with the keys' implementations, as a checkpoint."""
+    """Writes a checkpoint of arrays and a JSON record with "keys", as `flatten` returns them."""
     payload = safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()})
     manifest = {
         **record,
@@ -194,7 +194,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     content = file.read_bytes()
     try:
         manifest = json.loads(content)
-        # A manifest is written in one way only, so that every changed byte shows.
+        # Encoding is deterministic: encoding the parsed manifest again reveals any changed byte.
         is_whole = _encode({k: v for k, v in manifest.items() if k != "digest"}) == content
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{_MANIFEST} is not what was written") from error

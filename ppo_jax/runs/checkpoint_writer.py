@@ -1,4 +1,4 @@
-"""Checkpoints by time, written in a thread beside the training."""
+"""Periodic checkpoints, written in a background thread while the training continues."""
 
 import shutil
 import threading
@@ -13,8 +13,8 @@ import numpy as np
 from ppo_jax.errors import ConfigError
 from ppo_jax.runs import checkpoint, files, provenance
 
-_KEPT = 2  # the newest; the older one is for a newest one that is damaged
-_SHARE = 0.02  # of the time, at most, in which a training waits for copies of its state
+_KEPT = 2  # checkpoints; the older one is a fallback in case the newest is damaged
+_SHARE = 0.02  # largest share of the time that a training waits for copies of its state
 
 
 def require_checkpoint_every(seconds: float) -> None:
@@ -34,9 +34,10 @@ class CheckpointWriter:
         """Prepares a writer; nothing is written yet.
 
         Args:
-          folder: of the checkpoints.
+          folder: directory of the checkpoints.
           every: seconds between two checkpoints; 0 writes none.
-          before_write: brings files to the disk that a checkpoint must not be ahead of.
+          before_write: called before each checkpoint is written; syncs the files of earlier
+            updates, such as the metrics.
         """
         self.folder = folder
         self._every = every
@@ -59,9 +60,9 @@ class CheckpointWriter:
         """Copies a state to the host, and starts to write it.
 
         Args:
-          number: environment steps, or something else that increases.
-          tree: arrays.
-          record: types of JSON; the implementations of random keys are added.
+          number: name of the checkpoint, which must increase, such as environment steps.
+          tree: pytree of arrays.
+          record: JSON-serialisable entries; the implementations of random keys are added.
         """
         if not self._every:
             return
@@ -81,7 +82,7 @@ class CheckpointWriter:
         self._waited = self._last - started
 
     def wait(self) -> None:
-        """Waits until the last state is written, or could not be."""
+        """Waits until the last write has succeeded or failed."""
         if self._thread is not None:
             self._thread.join()
 
@@ -95,11 +96,11 @@ class CheckpointWriter:
             for old in list_checkpoints(self.folder)[:-_KEPT]:
                 files.remove_directory(old)
             self.error = None
-        # Whatever it is, in a thread it would go unnoticed: the disk, or no memory for a copy.
+        # In a thread, an uncaught error such as a full disk or a lack of memory goes unnoticed.
         except Exception as error:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".strip()
             self.error = f"{path} could not be written: {reason}"
-            # Half of a checkpoint must not take the last of the disk.
+            # A partial checkpoint must not keep a disk full.
             shutil.rmtree(files.unfinished(path), ignore_errors=True)
 
 
@@ -107,7 +108,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the complete checkpoints of a folder, the oldest first."""
     if not folder.is_dir():
         return []
-    # Names have leading zeros, so that their order is that of the numbers. A link is not ours.
+    # Names have leading zeros, so they sort by number. This package makes no symbolic links.
     return sorted(
         path
         for path in folder.iterdir()
@@ -144,7 +145,7 @@ def find_newest(folder: Path) -> Found | None:
             damages.append(f"{path} cannot be read: {error.strerror}.")
             continue
         for damage in damages:
-            _warn(f"{damage} It continues from {path}.")
+            _warn(f"{damage} Training continues from {path}.")
         _warn_of_changes(path, record["made_with"])
         return Found(path, arrays, record)
     if damages:
@@ -168,7 +169,7 @@ def _warn_of_changes(path: Path, made_with: Mapping[str, Any]) -> None:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parts of a provenance record on which bits depend."""
+    """Returns the entries of a provenance record that can change how results are rounded."""
     versions = record.get("versions")
     names = ("platform", "device", "device_count", "x64", "xla_flags")
     return {

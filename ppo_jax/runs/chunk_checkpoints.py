@@ -13,7 +13,7 @@ from ppo_jax.runs.checkpoint_writer import CheckpointWriter, find_newest, list_c
 
 
 class ChunkCheckpoints:
-    """States of the members that are training, which are removed when they have finished."""
+    """Checkpoints of the members that are training; removed once the members have finished."""
 
     def __init__(self, folder: Path, every: float) -> None:
         """Prepares a folder; nothing is written yet.
@@ -41,24 +41,24 @@ class ChunkCheckpoints:
     def restore(
         self, label: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]], Any]
     ) -> tuple[Any, Mapping[str, Any]] | None:
-        """Returns the newest state and its record; None if there is none of this kind.
+        """Returns the newest state and its record; None if no usable checkpoint has the label.
 
         Args:
-          label: entries that the record must have.
+          label: entries that the record must have; otherwise all checkpoints are removed.
           shapes: returns the shapes, dtypes and placements of the state with that record.
         """
         try:
             found = find_newest(self._writer.folder)
             if found is None or any(found.record.get(k) != v for k, v in label.items()):
-                # Those of other members would be taken for newer ones.
+                # Left in place, checkpoints of other members could later look like the newest.
                 self.clear()
                 return None
             template = shapes(found.record)
             keys = found.record["keys"]
             tree = checkpoint.unflatten(template, found.arrays, keys, found.path)
         except ConfigError as error:
-            # Members can be trained again, unlike a run, which may be all that there is.
-            warnings.warn(f"{error} Its members start again.", RuntimeWarning, stacklevel=2)
+            # A warning and not an error, as for a run: members can be trained again.
+            warnings.warn(f"{error} The members start again.", RuntimeWarning, stacklevel=2)
             self.clear()
             return None
         # On the devices on which the programs expect it.

@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
     """Position in `members` of the highest mean return."""
     best_policy: Policy
     seconds: float
-    """Wall time of their training, with that before a checkpoint."""
+    """Wall time of their training, including the time before a checkpoint was restored."""
     size: int
     """Members that fit the devices together: the size of the next chunk."""
 
@@ -129,8 +129,9 @@ class CompiledPopulation:
           size: members that are trained together.
           is_stopped: whether to stop. It is asked after each piece, which takes about a second; a
             chunk that was stopped is not yielded.
-          on_piece: `(members, piece)`, called after each piece.
-          checkpoints: of the chunk that is running; None keeps finished chunks alone.
+          on_piece: `(num_members, piece)`, called after each piece, and once for the updates of a
+            restored checkpoint.
+          checkpoints: checkpoints of the chunk that is running; None writes none.
         """
         size = self._rounded_up(size)
         while members and not is_stopped():
@@ -171,7 +172,7 @@ class CompiledPopulation:
             state, done = programs.start(keys, hparams, env_params), 0
         else:
             state, done = found[0], found[1]["done"]
-            start -= found[1].get("seconds", 0.0)  # a checkpoint of 0.1 lacks it
+            start -= found[1].get("seconds", 0.0)  # checkpoints of version 0.1 lack it
             self._say(f"continuing {len(members)} members after {done} updates")
             on_piece(len(members), PieceDone(done, time.perf_counter() - start, math.nan))
         count = 1
@@ -212,7 +213,7 @@ class CompiledPopulation:
             size = self._smaller(size, int(size * limit / num_bytes))
 
     def _compile(self, members: Sequence[Member], size: int) -> int:
-        """Compiles the programs for chunks of `size`, once; returns the bytes that they take."""
+        """Compiles the programs for chunks of `size`, once; returns the bytes of the largest."""
         if size not in self._compiled:
             started = time.perf_counter()
             keys, hparams, env_params = self._arguments(members[:size], size)
@@ -225,14 +226,14 @@ class CompiledPopulation:
             self._compiled[size] = programs
             self.compile_seconds += time.perf_counter() - started
             megabytes = programs.num_bytes / 2**20
-            self._say(f"{size} members at once take {megabytes:,.0f} MiB a device")
+            self._say(f"{size} members together take {megabytes:,.0f} MiB per device")
         return self._compiled[size].num_bytes
 
     def _smaller(self, size: int, target: int) -> int:
         """Returns a size of at most `target` that is below `size` where that is possible."""
         count = self._mesh.shape[MEMBER_AXIS]
         smaller = max(1, min(target, size - 1) // count) * count
-        self._say(f"that does not fit; going on with {smaller} members at once")
+        self._say(f"{size} members do not fit the memory; continuing with {smaller} at a time")
         return smaller
 
     def _rounded_up(self, size: int) -> int:
@@ -246,7 +247,7 @@ class CompiledPopulation:
         padded = [*members, *[members[-1]] * (size - len(members))]
         keys = jax.vmap(jax.random.key)(np.array([member.seed for member in padded]))
         hparams = _stacked([jax.tree.map(np.float32, member.hparams) for member in padded])
-        # In the dtypes of the defaults, so that 9 and 9.8 are one program.
+        # Cast to the dtypes of the defaults, so that the values 9 and 9.8 share one program.
         dtypes = jax.tree.map(jnp.result_type, self._env.params)
         env_params = _stacked(
             [

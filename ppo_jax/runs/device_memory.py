@@ -13,7 +13,7 @@ _SHARE = 0.8  # of a device's memory; the runtime needs the rest
 
 
 def num_bytes(compiled: Any) -> int:
-    """Returns the memory that a program takes on a device; 0 where the compiler does not tell."""
+    """Returns the bytes that a program takes on a device; 0 if the compiler reports none."""
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
@@ -41,7 +41,7 @@ def is_exhausted(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def exhaustion_explained(num_bytes: int, num_envs: int) -> Iterator[None]:
-    """Turns the runtime's error of a device without memory into a `ConfigError`.
+    """Converts the runtime's out-of-memory error to a `ConfigError` with a remedy.
 
     The compiler's count is an estimate, and other programs may use the device as well.
 

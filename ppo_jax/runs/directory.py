@@ -47,7 +47,7 @@ OPTIONS = (
 )
 """Arguments of `train` that do not change the training."""
 _CHANGEABLE = ("total_timesteps", "num_devices")  # settings with which a run may continue
-_LARGEST_CONFIG = 2**24  # bytes; one of this project has some thousand
+_LARGEST_CONFIG = 2**24  # bytes; a real file has a few thousand
 EXPORT = "export"
 PAGE = "report.html"
 PLOTS = ("curves.png", "curves.svg")
@@ -70,11 +70,11 @@ class RunDirectory:
 
     @staticmethod
     def check(path: str | Path, *, overwrite: bool) -> None:
-        """Raises a `ConfigError` unless `path` is free or empty, or `overwrite` a run in it."""
+        """Raises a `ConfigError` unless `path` is new or empty, or holds a run to overwrite."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run_dir must be a directory; {path} is a file. Choose another.")
-        # A run that was killed at once leaves no more than these.
+        # A run that was killed before it wrote its settings leaves only these.
         unused = (_LOCK, files.unfinished(path / CONFIG).name)
         is_used = path.exists() and any(entry.name not in unused for entry in path.iterdir())
         if is_used and not overwrite:
@@ -82,7 +82,7 @@ class RunDirectory:
                 f"run_dir must be new or empty; {path} holds files. Choose another, pass resume "
                 "(ppo-jax resume) to continue that run, or overwrite (--overwrite) to replace it."
             )
-        # Folders of a user's own may have the names of ours, such as checkpoints.
+        # Only runs are overwritten: a user's own folder may have names such as checkpoints, too.
         if is_used and not _is_run(path):
             what = "a sweep" if (path / _SWEEP).exists() else "files that are no run"
             raise ConfigError(
@@ -160,9 +160,7 @@ class RunDirectory:
         seeds: int | Iterable[int],
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes the settings that start the same run again, and what it was made with.
-
-        It starts a run: files of an earlier one are removed.
+        """Starts a run: removes the files of an earlier one, and writes settings and provenance.
 
         `config` has the settings as they were asked for, `resolved` the algorithm's settings with
         its defaults, and `made_with` versions, device, commit and time.
@@ -192,10 +190,10 @@ class RunDirectory:
     def continue_config(
         self, config: Config, hparams: HParams, *, options: Mapping[str, Any], updates: int
     ) -> None:
-        """Writes the settings with which a run goes on, under its earlier record.
+        """Writes the settings of a resumed run, and adds the resumption to its record.
 
         Args:
-          config: of the run; `total_timesteps` and `num_devices` may differ.
+          config: config of the run; `total_timesteps` and `num_devices` may differ.
           hparams: complete hyperparameters.
           options: arguments of the run that do not change its training.
           updates: updates that are done.
@@ -227,7 +225,7 @@ class RunDirectory:
         ):
             for name in sorted(before if group == "resolved" else before.keys() | now.keys()):
                 if name not in _CHANGEABLE and before.get(name) != now.get(name):
-                    # A setting that was asked for is named as it was asked for.
+                    # `resolved` repeats settings of `config`, whose entry is the one that is shown.
                     change = f"{name} (was {before.get(name)}, now {now.get(name)})"
                     differences.setdefault(name, change)
         if record["seeds"] != seeds:
@@ -240,7 +238,7 @@ class RunDirectory:
             )
 
     def is_repeated_by(self, config: Config) -> bool:
-        """Returns whether the run with this config repeats what it did after its checkpoint."""
+        """Returns whether resuming with this config repeats the updates after the checkpoint."""
         found = self._read_record()["config"]
         return all(found.get(name) == getattr(config, name) for name in _CHANGEABLE)
 

@@ -27,7 +27,8 @@ class Failure(NamedTuple):
     timesteps: int
     """Environment steps of the seed up to and including the update."""
     cause: str | None
-    """The first quantity of the next update that was not finite; None if all of them were."""
+    """The first quantity that was not finite when an update was repeated, or the reason why it is
+    not known; None if all quantities were finite."""
 
     def __str__(self) -> str:
         cause = f"; the first quantity that is not finite is {self.cause}" if self.cause else ""
@@ -92,12 +93,12 @@ def failure_finder(
 
 
 def fail_at_first_skip(guard: Guard, metrics: Metrics, update: int) -> Guard:
-    """Returns the guard with those seeds failed that skipped an update.
+    """Returns the guard in which every seed that skipped this update has failed.
 
     Args:
-      guard: `[seeds]`.
-      metrics: of the update alone, `[1, seeds]`.
-      update: its index.
+      guard: guard before the update, `[seeds]`.
+      metrics: metrics of this single update, `[1, seeds]`.
+      update: index of the update.
     """
     skipped = sum(metrics[name][0] for name in (SKIPPED, CRITIC_SKIPPED) if name in metrics)
     fails = (guard.failed_at < 0) & (np.asarray(skipped) > 0)

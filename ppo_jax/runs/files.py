@@ -1,4 +1,4 @@
-"""Files that are complete or not there, whenever a process was killed."""
+"""Crash-safe writes: a file is complete or absent, even if the process is killed while writing."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
     Args:
       path: the final name.
-      write: writes the file of the name that it is given.
+      write: is called with the temporary path, and writes the file there.
     """
     temporary = unfinished(path)
     try:
@@ -55,8 +55,8 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
 def replace_directory(temporary: Path, path: Path) -> None:
     """Renames a complete directory to its final name; one that is there already is replaced.
 
-    A directory that is not empty cannot be replaced in one step. A process that is killed between
-    the two leaves the old one under a name from which `mend` restores it.
+    A directory that is not empty cannot be replaced in one step, so the old one is renamed first.
+    If the process is killed between the two renames, `mend` restores the old directory.
     """
     replaced = path.with_name(f".{path.name}{_REPLACED}")
     if path.is_dir():
@@ -68,7 +68,7 @@ def replace_directory(temporary: Path, path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory; a process that is killed leaves all of it or none under its name."""
+    """Removes a directory, which is complete or gone if the process is killed meanwhile."""
     if path.is_dir():
         removed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(removed, ignore_errors=True)
@@ -95,7 +95,7 @@ def sync(path: Path) -> None:
     # Only POSIX opens directories; elsewhere a rename is as durable as the system makes it.
     if os.name != "posix" and path.is_dir():
         return
-    # Windows syncs no file that was opened for reading alone.
+    # Windows cannot sync a file that was opened only for reading.
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -26,8 +26,8 @@ def evaluate_on_host(
 ) -> Evaluation:
     """Plays complete episodes in an environment on the host.
 
-    How many of its first episodes an environment contributes is fixed beforehand. An average over
-    the episodes that end first would count short episodes more often than long ones.
+    Each environment contributes a fixed number of episodes. An average over the episodes that end
+    first would count short episodes more often than long ones.
 
     Args:
       policy: acts.
@@ -35,13 +35,14 @@ def evaluate_on_host(
       key: random key.
       num_episodes: E.
       greedy: take the most likely actions instead of sampling.
-      max_steps: bound on the steps of an episode; an environment that reaches it plays no more.
+      max_steps: bound on the steps of an episode. An environment that reaches it plays no more, and
+        the cut episode counts for all that it had left.
 
     Returns:
       `Evaluation`, each field `[E]`.
     """
     num_envs = min(num_episodes, _EVALUATED_TOGETHER)
-    # Fixed beforehand: episodes of an environment, which differ by at most one.
+    # Number of episodes of each environment; these numbers differ by at most one.
     each = [len(range(i, num_episodes, num_envs)) for i in range(num_envs)]
     played: list[list[tuple[float, int, bool]]] = [[] for _ in range(num_envs)]
     make_envs = env.host.make_evaluation_envs or env.host.make_envs

@@ -46,9 +46,9 @@ def compile_host_training(
 ) -> Training:
     """Compiles the parts of a training that acts in environments on the host.
 
-    Everything but the steps is compiled: acting, and an update by a whole rollout. The state of
-    the environments is not part of the training's state: a training that is continued starts new
-    episodes.
+    Everything except the environment steps is compiled: the policy, and the update on a rollout.
+    The state of the environments is not part of the training's state, so a resumed training starts
+    new episodes.
 
     Args:
       trainer: of the config.
@@ -90,8 +90,8 @@ def compile_host_training(
     _compile_acting(trainer, state_shapes, before, environments.num_groups)
 
     def one_update(state: TrainState, guard: Guard, index: int) -> tuple:
-        # A training that is continued has no environments yet. An episode that an earlier rollout
-        # began is no sample of a whole trajectory.
+        # A resumed training has no environments yet. Algorithms that need whole episodes start new
+        # ones in every rollout, because an episode must not begin in an earlier rollout.
         if not environments.groups or resolved.algorithm.whole_episodes:
             state = state.replace(rollout=environments.reset(index))
         rollout = host_rollout.rollout(
@@ -141,7 +141,7 @@ class _Environments:
         self.num_groups = 2 if is_divided else 1
 
     def reset(self, updates_done: int) -> RolloutState:
-        """Starts episodes, whose seeds depend on the training's and on the updates so far."""
+        """Resets all environments, with seeds from the training's key and its updates so far."""
         if not self.groups:
             source: HostSource = self._env.host
             for _ in range(self.num_groups):
@@ -172,13 +172,13 @@ def _shapes_before(env: Environment, num_envs: int, recurrent_state: Any) -> Rol
 def _compile_acting(
     trainer: Trainer, state: TrainState, before: RolloutState, num_groups: int
 ) -> None:
-    """Compiles the acting for a group of environments, by a call with zeros.
+    """Compiles `host_rollout.act` for a group of environments by calling it with zeros.
 
     Args:
-      trainer: has the policy.
+      trainer: trainer whose policy acts.
       state: shapes of the training's state.
       before: shapes of the state of all environments.
-      num_groups: of environments.
+      num_groups: number of groups into which the environments are divided.
     """
 
     def zeros(x: Any) -> np.ndarray:

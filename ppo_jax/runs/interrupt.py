@@ -49,10 +49,10 @@ def deferred_interrupt() -> Iterator[Interrupt]:
 
 @contextlib.contextmanager
 def exit_at_second_signal() -> Iterator[None]:
-    """Makes a second Ctrl-C or SIGTERM end the process at once, for programs that own theirs.
+    """Makes a second Ctrl-C or SIGTERM end the process at once; for programs, not for libraries.
 
-    Python runs its handlers between two instructions, so that they wait while a piece is computed
-    or a program is compiled. The system writes signals to a pipe without waiting.
+    Python runs signal handlers in the main thread, which waits while a piece is computed or a
+    program is compiled. The number of a signal is written to a pipe at once, and a thread reads it.
     """
     if os.name != "posix" or threading.current_thread() is not threading.main_thread():
         yield
@@ -68,7 +68,7 @@ def exit_at_second_signal() -> Iterator[None]:
             if not number:
                 return
             if count == 1:
-                print("stopping after this piece; again to exit at once", file=sys.stderr)
+                print("stopping soon; send the signal again to exit at once", file=sys.stderr)
             else:
                 # Files are complete or under a temporary name, so nothing is to be cleaned up.
                 os._exit(128 + number[0])

@@ -32,7 +32,8 @@ def trainer_of(config: Config, mesh: Mesh | None = None) -> Trainer:
     """
     if not is_ours(config):
         return make_trainer(config, mesh)
-    # The precision, because environments make arrays. The text, because 1, 1.0 and True are equal.
+    # Environments hold arrays, so the precision is part of the key. So is the text of the config,
+    # because 1, 1.0 and True compare equal.
     key = (config, mesh, jax.config.values["jax_enable_x64"], repr(config))
     if key not in _entries:
         _entries[key] = _Entry(make_trainer(config, mesh), {})
@@ -49,8 +50,8 @@ def made_once(owner: Any, key: Hashable, make: Callable[[], Made]) -> Made:
 
     Args:
       owner: a trainer, its environment, or a result of this function.
-      key: what is made, and all sizes that decide it.
-      make: makes it for an owner that is not kept as well, whose results are not kept either.
+      key: identifies the result, with all sizes on which it depends.
+      make: makes the result. If the owner is not kept, it is called every time.
     """
     for entry in _entries.values():
         known = (entry.trainer, entry.trainer.env, *entry.made.values())

@@ -21,8 +21,8 @@ _ERROR = "ppo-jax: error: "
 _RAISED = "RuntimeError: "  # stands before the error of `run_job` in the launchers' own errors
 LauncherName = Literal["local", "slurm", "ray"]
 _RETRIES = 3  # of a shard whose worker Ray has lost, unless max_retries is given
-# A job of submitit that is out of time continues in a new one. Its own limits, two or five minutes
-# and three jobs, are for short functions.
+# A submitit job that runs out of time continues in a new job. The defaults of submitit are 2 or 5
+# minutes and 3 timeouts, which is too short for a training.
 _DEFAULT_MINUTES = {"local": 60 * 24 * 365, "slurm": 60}
 _MOST_TIMEOUTS = 1000
 
@@ -106,7 +106,7 @@ def run_job(run: Run, words: list[str]) -> None:
 
 
 class _Tee(io.TextIOBase):
-    """A stream that remembers the last error of a command that it passes on."""
+    """A stream that passes text on, and remembers the last error message in it."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -173,7 +173,7 @@ def _on_submitit(
 
 
 def _last_line(error: BaseException) -> str:
-    """Returns the end of an error of a launcher, which is that of the job."""
+    """Returns the last line of a launcher's error, which is the error of the job itself."""
     lines = [line for line in str(error).splitlines() if line.strip(" -")]
     raised = [line.partition(_RAISED)[2] for line in lines if _RAISED in line]
     return (raised or lines or [type(error).__name__])[-1]

@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def owned(path: Path, folders: tuple[str, ...] = ()) -> Iterator[None]:
-    """Owns a directory: a second process is refused until this one leaves or dies.
+    """Locks a directory for this process, until the context is left or the process dies.
 
     Files that killed processes left under temporary names are restored or removed.
 
@@ -51,7 +51,7 @@ def owned(path: Path, folders: tuple[str, ...] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writable(path: Path, what: str = "run_dir") -> Iterator[None]:
-    """Turns the system's error of files that cannot be written in a directory into ours."""
+    """Converts an `OSError` about writing to a directory to a `ConfigError`."""
     try:
         yield
     except OSError as error:

@@ -31,7 +31,7 @@ class MetricsFile:
         if not self._unwritten:
             return
         # Opened for each piece, so that a killed process loses no rows that were written. Without
-        # a buffer, which would be written when the file is closed, behind what was cut off.
+        # a buffer: after a failed write, closing the file would write the rest of the buffer.
         with self._path.open("ab", buffering=0) as file:
             size = file.tell()
             content = memoryview("".join(self._unwritten).encode())
@@ -59,13 +59,13 @@ class MetricsFile:
             files.sync(self._path)
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns all rows, those that could not be written included."""
+        """Returns all rows, including those that could not be written."""
         content = self._read() if self._path.exists() else ""
         rows = [row for _, row in _rows(content + "".join(self._unwritten))]
         return [{name: _number(value) for name, value in row.items()} for row in rows]
 
     def cut_back(self, updates: int) -> None:
-        """Removes the rows after a number of updates, and what is no row."""
+        """Removes the rows after a number of updates, and lines that are not valid rows."""
         if not self._path.exists():
             return
         content = self._read()

@@ -1,4 +1,4 @@
-"""Files that commands make of runs. A file that exists is replaced only if the user says so."""
+"""Checks of output paths: a command replaces an existing file only if the user asks for it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -21,7 +21,7 @@ Evaluate = Callable[[Policy], Evaluation]
 def make_evaluate(
     env: Environment, keys: jax.Array, num_episodes: int, *, greedy: bool = True
 ) -> Evaluate:
-    """Returns the evaluation of the policies of a training, which is compiled once.
+    """Returns a function that evaluates the policies of a training; it is compiled once.
 
     Args:
       env: the environment, with its parameters.
@@ -52,10 +52,10 @@ class Best(NamedTuple):
     policy: Policy | None
     """None before the first evaluation."""
     returns: np.ndarray  # [seeds]
-    updates: np.ndarray  # [seeds], with which the policies were evaluated
+    updates: np.ndarray  # [seeds], updates after which the policies were evaluated
 
     def until(self, updates: int) -> "Best":
-        """Returns a record in which the next evaluation replaces policies of later updates."""
+        """Returns a record in which policies from later updates have a return of −∞."""
         is_later = self.updates > updates
         return self._replace(returns=np.where(is_later, -np.inf, self.returns))
 
@@ -118,9 +118,9 @@ def evaluation_rows(
     """Returns a row for each seed of an evaluation.
 
     Args:
-      evaluation: of the policies of all seeds.
-      seeds: of the training.
-      updates: that were done before it.
+      evaluation: evaluation of the policies of all seeds.
+      seeds: seeds of the training.
+      updates: number of updates before the evaluation.
       batch_size: environment steps of an update, for each seed.
     """
     returns = np.reshape(evaluation.returns, (len(seeds), -1))
@@ -139,7 +139,10 @@ def evaluation_rows(
 
 
 def _choose(is_better: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Chooses for each seed; without an axis of seeds there is a single one."""
+    """Returns `new` for the seeds that are better, `old` for the others.
+
+    With a single seed, the arrays may have no axis of seeds.
+    """
     if len(is_better) == 1:
         return jnp.copy(new if is_better[0] else old)
     return jnp.where(is_better.reshape(-1, *[1] * (new.ndim - 1)), new, old)

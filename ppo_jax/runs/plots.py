@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DRAWN_POINTS = 250  # more cannot be told apart
-_LOG_RATIO = 50  # from this ratio of the largest to the smallest value on, an axis is logarithmic
+_LOG_RATIO = 50  # axes are logarithmic from this ratio of the largest to the smallest value
 
 
 def plot_returns(metrics: pd.DataFrame, axes: Any = None) -> Any:
@@ -42,7 +42,7 @@ def plot_returns(metrics: pd.DataFrame, axes: Any = None) -> Any:
             axes.plot(episodes.index, episodes, color="grey", alpha=0.5, lw=0.7)
         draw_curve(axes, table, f"interquartile mean of {num_seeds} seeds, 95 % interval")
     axes.set(xlabel="environment steps", ylabel="return of training episodes")
-    if num_seeds:  # of an episode that ended
+    if num_seeds:  # 0 if no episode ended
         axes.legend(loc="lower right")
     return axes
 
@@ -100,7 +100,7 @@ def label(row: pd.Series, names: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as text, of a number three digits."""
+    """Returns a value as text; a float has three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""A policy in a directory of the same format as a checkpoint; needs no environment to be read."""
+"""Files of a policy, in the format of a checkpoint; they are read without the environment."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def save_policy(policy: Policy, path: Path, notes: Mapping[str, Any] | None = No
     Args:
       policy: the policy.
       path: directory to be written; one of the same name is replaced.
-      notes: types of JSON that `load_policy_and_notes` returns.
+      notes: JSON-serialisable values, which `load_policy_and_notes` returns.
     """
     arrays, record = encode_policy(policy)
     checkpoint.write(path, arrays, {**record, "notes": dict(notes or {})})

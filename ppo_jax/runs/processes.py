@@ -28,8 +28,8 @@ from jax.sharding import Mesh, Sharding
 from ppo_jax.errors import ConfigError
 
 CONNECT_TIMEOUT = 300.0  # seconds; the default of JAX
-_LONGER = 60.0  # seconds by which JAX, whose time limit ends the process without a sentence, waits
-_LONGEST = 86_400  # seconds
+_LONGER = 60.0  # seconds that JAX waits beyond our time limit; its own ends with a stack trace
+_LONGEST = 86_400  # seconds; the largest time limit that is accepted
 _GRACE_SECONDS = 2.0
 _GREET_SECONDS = 5.0
 _KEEPALIVE_SECONDS = 60
@@ -38,7 +38,7 @@ _PART = 2**26  # bytes that are sent together, so that devices need not hold a w
 _LOST = ("Gloo", "NCCL", "closed by peer", "reset by peer", "UNAVAILABLE", "heartbeat")
 
 _ending = threading.Lock()
-_connections: list[socket.socket] = []  # of the others to the first process, until it ends
+_connections: list[socket.socket] = []  # held open by the first process, one to each other
 
 
 class ProcessError(RuntimeError):
@@ -51,7 +51,7 @@ def connect(
     *,
     timeout: float = CONNECT_TIMEOUT,
 ) -> None:
-    """Connects this process with the others; before JAX has computed anything.
+    """Connects this process to the others. Call it before JAX has computed anything.
 
     The process ends with status 1 and one sentence if the others do not connect in time.
 
@@ -64,7 +64,7 @@ def connect(
     Raises:
       ConfigError: an argument breaks a rule, or JAX finds no cluster.
     """
-    # JAX would look for a cluster, and name what is missing after minutes.
+    # With only one of them, JAX would look for a cluster, and fail after minutes.
     if (coordinator is None) != (process is None):
         raise ConfigError(
             "a coordinator and the number of the process go together; got "
@@ -118,7 +118,7 @@ def require_one(what: str, remedy: str) -> None:
 
 
 def count() -> int:
-    """Returns the number of processes; one that is not connected starts no backend for it."""
+    """Returns the number of processes; 1, without starting a backend, before `connect`."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -195,12 +195,12 @@ def from_first(make: Callable[[], bytes]) -> bytes:
 
 
 def plain_from_first(make: Callable[[], Any]) -> Any:
-    """Calls `from_first` for a value of JSON."""
+    """Calls a function in the first process, and returns its JSON value in every process."""
     return json.loads(from_first(lambda: json.dumps(make()).encode()))
 
 
 def on_first(call: Callable[[], object]) -> None:
-    """Calls a function in the first process; an error ends every process."""
+    """Calls a function in the first process; an error is raised in every process."""
 
     def answer() -> bytes:
         call()
@@ -210,7 +210,7 @@ def on_first(call: Callable[[], object]) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """Returns a tree whose arrays are whole in this process; all processes call it together."""
+    """Gathers every array of a tree in this process; all processes must call it together."""
     if count() == 1:
         return tree
     return jax.tree.map(_whole, tree)
@@ -227,7 +227,7 @@ def _whole(leaf: Any) -> Any:
 
 
 def place(array: jax.Array, sharding: Sharding) -> jax.Array:
-    """Returns an array, which is whole in every process, on the devices of all of them."""
+    """Places an array, of which every process has a full copy, on the devices of all processes."""
     if count() == 1:
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -267,7 +267,7 @@ def _loss(which: str) -> str:
 
 @contextlib.contextmanager
 def ended_together() -> Iterator[None]:
-    """Ends a program of several processes with its errors, so that no process waits for another.
+    """Ends this process at once if an error is raised, so that no process waits for another.
 
     An ordinary exit would wait until all processes exit. All processes enter the context together.
     """
@@ -292,9 +292,10 @@ def ended_together() -> Iterator[None]:
 def _watch_first(is_over: threading.Event) -> None:
     """Ends this process with a sentence when the first one ends before the training is over.
 
-    The first process has JAX's coordination service, without which XLA aborts the other processes
-    with a stack trace (with `jax_enable_recoverability` as well). A thread that waits for a
-    connection to close is nearly always earlier. A process that cannot connect is not watched.
+    The first process runs JAX's coordination service. Without it XLA aborts the other processes
+    with a stack trace, even with `jax_enable_recoverability`. A thread that waits for a connection
+    to close nearly always notices first. A process that cannot connect to the server watches
+    nothing.
     """
     if count() == 1:
         return
@@ -311,7 +312,11 @@ def _watch_first(is_over: threading.Event) -> None:
 
 
 def _start_server() -> tuple[list[str], int, str] | None:
-    """Returns names of this machine, the port of a server, and its token; None without a port."""
+    """Starts a server to which the other processes connect.
+
+    Returns:
+      Names of this machine, the port of the server, and its token; None if no server could start.
+    """
     try:
         if socket.has_dualstack_ipv6():
             server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -332,7 +337,7 @@ def _start_server() -> tuple[list[str], int, str] | None:
 
 
 def _greet(server: socket.socket, token: str, num_processes: int) -> None:
-    """Keeps the connections of so many processes open, which know the token."""
+    """Accepts and keeps the connections of `num_processes` processes that send the token."""
     with server:
         while len(_connections) < num_processes:
             try:
@@ -347,7 +352,7 @@ def _greet(server: socket.socket, token: str, num_processes: int) -> None:
 
 
 def _knows(connection: socket.socket, token: str) -> bool:
-    """Returns whether the other side knows the token as well."""
+    """Sends the token, and returns whether the other side sends the same."""
     with contextlib.suppress(OSError):
         connection.sendall(token.encode())
         connection.settimeout(_GREET_SECONDS)
@@ -384,11 +389,11 @@ def _watch(names: Sequence[str], port: int, token: str, end: Callable[[], None])
 
 
 def say_and_end(message: str, status: int = 1, *, grace_seconds: float = 0.0) -> None:
-    """Ends this process at once, with the sentence of the first thread that has one.
+    """Prints an error and ends this process at once; only the first thread that calls it prints.
 
     Args:
-      message: the sentence.
-      status: of the exit.
+      message: text of the error.
+      status: exit status.
       grace_seconds: seconds that other processes have to say what happened, before the runtime ends
         them with a stack trace because the first process is gone.
     """
@@ -399,5 +404,5 @@ def say_and_end(message: str, status: int = 1, *, grace_seconds: float = 0.0) ->
         sys.stderr.flush()
         sys.stdout.flush()  # `os._exit` does not
         time.sleep(grace_seconds)
-    finally:  # whoever read the messages may have gone
+    finally:  # writing fails if the reader of a pipe has ended
         os._exit(status)

@@ -45,7 +45,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def start(self, total: int, done: int = 0) -> None:
-        """Shows that compilation is done, and of `total` environment steps `done` were done."""
+        """Starts the display after compilation, at `done` of `total` environment steps."""
         self._total, self._done = total, done
         self._started = self._last_line = time.monotonic()
         self._bar.reset(self._task, description="training", total=total, status="")

@@ -50,7 +50,7 @@ def _cpu() -> str:
     return f"{len(models)} x {models[0]}" if models else platform.processor()
 
 
-@functools.cache  # the code that runs is that of the first call
+@functools.cache  # later commits do not change the code that this process runs
 def _commit(folder: Path) -> str | None:
     """Returns the commit of a folder, or None outside of a repository or without git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]

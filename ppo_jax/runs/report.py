@@ -17,7 +17,7 @@ _RESAMPLES = 2000
 MIN_SEEDS = 5
 """Seeds of each configuration below which no probability of improvement is given."""
 _MIN_DRAWS = 10  # for a rank correlation
-_LISTED_VALUES = 8  # a column of more different numbers is taken for drawn
+_LISTED_VALUES = 8  # a column with more distinct numbers counts as drawn, not listed
 _FIXED = ("member", "configuration", "seed", "timesteps", "update", "failed_at")
 
 
@@ -147,7 +147,8 @@ def make_report(members: pd.DataFrame, curves: pd.DataFrame) -> Report:
 def drawn_names(table: pd.DataFrame, names: list[str]) -> set[str]:
     """Returns those of the varied names whose values were drawn from a range, not from a list.
 
-    Drawn numbers hardly ever repeat; those of a list do, unless it is the only one or a long one.
+    Drawn numbers hardly ever repeat. Numbers from a list do, unless nothing else varies or the list
+    is long.
     """
     several = sum(table[name].nunique() > 1 for name in names) > 1
     return {

@@ -1,4 +1,4 @@
-"""Training with a progress bar and files: compiled updates in pieces, all else between them."""
+"""Training in compiled pieces, with a progress bar and files that are written between them."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ class Run:
     state: TrainState
     policy: Policy
     evaluation: Evaluation | None
-    """None if the training was stopped, by Ctrl-C or because all seeds failed."""
+    """None if a signal such as Ctrl-C stopped the training, or if all seeds failed."""
     metrics: pd.DataFrame
     """The learning curve: a row per logged update and seed, as in `metrics.jsonl`."""
     seeds: tuple[int, ...]
@@ -139,7 +139,8 @@ def train(
     resumed has the same numbers, too, on the same device and with the same versions. An environment
     on the host has no `trainer.run`, and starts new episodes where a run is resumed.
 
-    Ctrl-C and SIGTERM stop between two pieces, write a checkpoint and keep the policy so far.
+    After Ctrl-C or SIGTERM the training stops between two pieces, writes a checkpoint and keeps the
+    policy so far.
 
     An update with a gradient that is NaN or infinite is skipped. A seed whose updates are all
     skipped keeps its last finite policy. It is listed in `Run.failures`, with a warning, and the
@@ -150,15 +151,15 @@ def train(
       hparams: hyperparameters, scalars; None for the algorithm's defaults.
       seed: training starts from `jax.random.key(seed)`.
       num_seeds: train this many consecutive seeds together, under `vmap`, divided among devices.
-      member_devices: devices among which the seeds are divided. If the environments are divided as
-        well (`num_devices`), each seed has `num_devices`, so that the product is the number of
-        devices. None for as many as there are and divide the seeds.
+      member_devices: number of groups of devices among which the seeds are divided. A group is one
+        device, or `num_devices` devices if the environments are divided as well. None for as
+        many groups as the devices can form with equally many seeds each.
       run_dir: directory for `config.json`, `metrics.jsonl`, `policy`, `evaluation.json` and
         `checkpoints`; None writes nothing.
       overwrite: replace a run that is there already.
       resume: continue the run in `run_dir` from its newest checkpoint; start it if there is none.
-        Only `total_timesteps` and `num_devices` may differ from the run's settings. A schedule of
-        the learning rate is that of the new total.
+        Only `total_timesteps` and `num_devices` may differ from the run's settings. A learning-rate
+        schedule follows the new total.
       checkpoint_every: seconds between two checkpoints; 0 for none. The last state of a training
         is a checkpoint as well, so that a finished run can be extended.
       eval_episodes: episodes of the greedy evaluation at the end, for each seed.
@@ -169,17 +170,21 @@ def train(
         "trackio". They need `run_dir`.
       on_rows: is called between compiled pieces, about once a second, with the new rows of metrics
         and of evaluations: dicts with `update`, `timesteps`, `seed` and metrics. If it returns
-        True, the training stops and is evaluated. If it raises an error, it is warned of and not
-        called again.
+        True, the training stops and is evaluated. If it raises an error, a warning is issued, and
+        it is not called again.
       stop_at_return: stop once the mean return of an evaluation, over all seeds, is at least this.
         It needs `eval_every`. A resumed run keeps it; infinity never stops.
       debug_nans: stop at the first update with a NaN, repeat it, and name the operation in
         `Run.failures`. Updates run one by one, which is slower.
       progress: show a progress bar on standard error.
 
+    Returns:
+      A `Run`.
+
     Raises:
-      ConfigError: a setting breaks a rule, or `run_dir` holds files or is in use; before anything
-        is traced. Or the training does not fit the device's memory; before anything is allocated.
+      ConfigError: a setting breaks a rule, or `run_dir` holds files or is in use; raised before
+        anything is traced. The training does not fit the device's memory; raised before anything is
+        allocated.
     """
     require_config(config)
     require_positive_integers(
@@ -204,7 +209,7 @@ def train(
         "member_devices": member_devices,
         "eval_every": eval_every,
         "debug_nans": debug_nans,
-        # Other programs may have other collectives, whose order has to be the same.
+        # These change the compiled program, whose collectives must match in all processes.
         "the version of jax": jax.__version__,
         "jax_enable_x64": jax.config.values["jax_enable_x64"],
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
@@ -218,7 +223,7 @@ def train(
         sinks = Sinks({})
     # `num_seeds=1` keeps an axis of seeds; None has none.
     seeds = tuple(range(seed, seed + (num_seeds or 1)))
-    # Everything that was asked for, checked; files come after it.
+    # All arguments are checked by now; no file is written before this.
     plan = _Plan(
         trainer,
         mesh,
@@ -248,11 +253,13 @@ def train(
 def _opened(
     plan: "_Plan", run_dir: str | Path | None, *, resume: bool, overwrite: bool
 ) -> Iterator[tuple[RunDirectory | None, bool]]:
-    """Opens the directory of a run in the first process, and tells all whether it is resumed.
+    """Opens the directory of a run in the first process.
+
+    Yields the directory, None in other processes, and in all of them whether the run is resumed.
 
     Args:
-      plan: of the run.
-      run_dir: path of the directory; None for none.
+      plan: plan of the run.
+      run_dir: path of the directory; None writes nothing.
       resume: continue a run that is in it.
       overwrite: replace a run that is in it.
     """
@@ -344,8 +351,8 @@ def resume(
 
     Args:
       run_dir: directory that `train` wrote.
-      total_timesteps: extends the run; None keeps its number. A schedule of the learning rate is
-        that of the new total.
+      total_timesteps: new number of steps of the run; None keeps the old one. A learning-rate
+        schedule follows the new number.
       num_devices: devices that share the environments from now on, with a warning if their number
         changes; None keeps it.
       member_devices: see `train`; None, here and below, is the value of the run.
@@ -358,6 +365,9 @@ def resume(
       stop_at_return: see `train`.
       network: the module that was `Config.network`, unless that was a name.
       progress: show a progress bar on standard error.
+
+    Returns:
+      A `Run`.
 
     Raises:
       ConfigError: there is no run, it has no checkpoint that is whole, or another process uses it.
@@ -393,7 +403,7 @@ def resume(
 
 
 class _Plan(NamedTuple):
-    """A training and how it is run, checked."""
+    """The checked arguments of a training."""
 
     trainer: Trainer
     mesh: Mesh | None
@@ -468,7 +478,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
             device_memory.exhaustion_explained(training.num_bytes, config.num_envs),
         ):
             stack.callback(training.close)
-            # Otherwise other evaluations will take the places of those after the checkpoint.
+            # If False, different evaluations will replace those after the checkpoint.
             is_repeated = directory is None or not is_resumed or directory.is_repeated_by(config)
             start = _start(plan, training, directory, is_resumed=is_resumed)
             policy = processes.fetch(plan.trainer.policy(start.state))
@@ -492,7 +502,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
                     writer.finish(saved, policy)
                     rows, evaluations = writer.metrics.read(), writer.evaluations.read()
                 evaluation = None
-                # After a signal, the run that continues evaluates.
+                # After a signal there is no evaluation; it follows when the run is resumed.
                 is_done = end.updates == config.num_updates or sinks.ask_to_stop
                 if is_done and not interrupt.requested:
                     evaluation = periodic.evaluate(policy)
@@ -528,16 +538,16 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
 def _on_devices(
     config: Config, num_seeds: int | None, member_devices: int | None
 ) -> tuple[Trainer, Mesh | None]:
-    """Returns the trainer of a training and its devices; None for the first one."""
+    """Returns the trainer and the mesh of a training; see `_mesh_of`."""
     if config.num_devices == 1:
-        # Its errors come before a backend is started.
+        # The trainer comes first, so that its errors are raised before a backend starts.
         return trainer_of(config), _mesh_of(config, num_seeds, member_devices)
     mesh = _mesh_of(config, num_seeds, member_devices)
     return trainer_of(config, mesh), mesh
 
 
 def _mesh_of(config: Config, num_seeds: int | None, member_devices: int | None) -> Mesh | None:
-    """Returns the devices of a training; None for the first one."""
+    """Returns the mesh of a training; None for one device without an axis of seeds."""
     if num_seeds is None:
         if member_devices is not None:
             raise ConfigError(
@@ -570,7 +580,7 @@ def _info(
         run_dir=None if directory is None else directory.path,
         seeds=plan.seeds,
         settings=settings,
-        # Its first start, with the second: other settings may change when a run is extended.
+        # `made_with` has the time of the first start; settings may change when a run is extended.
         identity=json.dumps([name, settings.get("made_with")]),
         is_resumed=is_resumed,
         timesteps_before=start.updates * plan.config.batch_size,
@@ -581,8 +591,10 @@ def _info(
 def _writer(
     plan: _Plan, directory: RunDirectory | None, policy: Policy
 ) -> Iterator[RunWriter | None]:
-    """Makes the writer of a run's files, among them such a policy; None without a directory."""
-    # A policy that cannot be saved is an error now, and not after hours of training.
+    """Yields the writer of a run's files, or None without a directory.
+
+    If the policy could not be saved, the error comes now, and not after hours of training.
+    """
     processes.on_first(lambda: directory and encode_policy(policy))
     if directory is None:
         yield None
@@ -630,7 +642,7 @@ def _start(
 
 
 def _require_checkpoints(directory: RunDirectory | None) -> None:
-    """Checks that a run without a checkpoint was killed before its first one."""
+    """Raises a `ConfigError` for a run without a checkpoint that never writes one."""
     if directory is None:
         return
     options = directory.read_options()
@@ -639,7 +651,7 @@ def _require_checkpoints(directory: RunDirectory | None) -> None:
             f"a run continues from a checkpoint; {directory.path} holds the policy of a member of "
             "a sweep, and no checkpoint. Train with its settings in another run_dir."
         )
-    # A run that writes none could lose hours unnoticed.
+    # Starting such a run from scratch would silently discard its hours of training.
     if not options["checkpoint_every"]:
         raise ConfigError(
             f"a run continues from a checkpoint; {directory.path} was made with "
@@ -673,10 +685,11 @@ def _run_updates(
     bar: TrainingProgress,
     interrupt: Interrupt,
 ) -> tuple[Snapshot, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Runs the updates of a training in pieces of about a second, until something stops it.
+    """Runs the updates of a training in pieces of about a second.
 
-    It stops after a signal, and once all seeds have failed. Returns the last snapshot, and without
-    a writer the rows of metrics and of evaluations.
+    It stops after the last update, after a signal, if a sink asks for it, or once all seeds have
+    failed. Returns the last snapshot, the rows of metrics and the rows of evaluations. Both lists
+    are empty if a writer has written the rows.
     """
     config, seeds = plan.config, plan.seeds
     update_timesteps = config.batch_size * len(seeds)
@@ -726,7 +739,7 @@ def _run_updates(
         count = min(count, config.num_updates - updates, until_evaluation or count)
         piece_started = time.perf_counter()
         had_failed = guard.failed_at >= 0
-        # The update that is repeated needs the state before it, whose buffers are given away.
+        # A diagnosis repeats the update from the state before it, which `advance` donates.
         before = jax.tree.map(jnp.copy, state) if plan.debug_nans else None
         # If an environment fails, the updates of this piece are lost.
         with _saved_on_failure(plan, writer, snapshot):
@@ -761,13 +774,15 @@ def _run_updates(
 def _agreed(
     count: int, sinks: Sinks, *, is_interrupted: bool, is_due: bool
 ) -> tuple[int, bool, bool]:
-    """Returns decisions that depend on clocks, signals and files, the same in all processes.
+    """Returns `(count, is_stopped, is_due)`, on which all processes agree.
+
+    Clocks, signals and files differ between processes, so all exchange their values.
 
     Args:
-      count: length of the next piece.
-      sinks: have asked to stop, or not; those of the first process speak for all.
-      is_interrupted: this process has got a signal.
-      is_due: it is time for a checkpoint.
+      count: updates of the next piece; the value of the first process is used.
+      sinks: sinks, of which those of the first process can ask to stop.
+      is_interrupted: True if this process has received a signal.
+      is_due: True if it is time for a checkpoint; the value of the first process is used.
     """
     every = processes.agree([count, sinks.ask_to_stop, is_interrupted, is_due])
     sinks.ask_to_stop = bool(every[0, 1])

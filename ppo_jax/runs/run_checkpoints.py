@@ -22,7 +22,7 @@ from ppo_jax.types import TrainState
 
 
 class Snapshot(NamedTuple):
-    """Everything that continues a run, between two pieces."""
+    """Everything that is needed to continue a run, taken between two pieces."""
 
     state: TrainState
     guard: Guard  # [seeds], in NumPy
@@ -140,14 +140,14 @@ def _restored(
 
 
 def _counters(record: Mapping[str, Any], path: Path) -> tuple[int, int, tuple[Failure, ...], float]:
-    """Returns the updates that are done and logged, failures and seconds, checked."""
+    """Checks and returns the updates done, the updates logged, the failures and the seconds."""
     try:
         updates, logged = (operator.index(record[name]) for name in ("updates", "logged_updates"))
         failures = tuple(Failure(**failure) for failure in record["failures"])
-        seconds = float(record.get("seconds", 0.0))  # a checkpoint of 0.1 may lack it
+        seconds = float(record.get("seconds", 0.0))  # checkpoints of version 0.1 may lack it
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"a run continues from a checkpoint of a run; {path} is another one. Remove it."
+            f"a run continues from a checkpoint of a run; {path} is not one. Remove it."
         ) from error
     return updates, logged, failures, seconds
 

@@ -62,7 +62,7 @@ class RunWriter:
         self._best = None if is_written else best
 
     def _sync(self) -> None:
-        """Brings to the disk what a checkpoint must not be ahead of."""
+        """Syncs the rows of earlier updates; an `OSError` keeps a checkpoint from being written."""
         if self._best is not None:
             raise OSError(errno.EIO, "the best policy is not written yet")
         self.metrics.sync()
@@ -99,7 +99,7 @@ class RunWriter:
         self._checkpoints.wait()
 
     def _attempt(self, name: str, write: Callable[[], Any]) -> bool:
-        """Writes a file; returns whether it could be."""
+        """Calls `write`; returns whether it succeeded, and otherwise records the reason."""
         try:
             write()
         except OSError as error:

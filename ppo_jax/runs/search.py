@@ -88,7 +88,7 @@ def search(
       eval_episodes: episodes of each member's final greedy evaluation.
       log: trackers, as in `train`. Each member is a run of its own, which is logged when the search
         is complete. They need `run_dir`.
-      say: takes lines about what will be done; None is silent.
+      say: called with each line of text about the plan; None prints nothing.
       progress: show a progress bar on standard error.
 
     Returns:
@@ -211,7 +211,7 @@ def _result(
     tables: tuple[pd.DataFrame, pd.DataFrame],
     names: Mapping[str, Any],
 ) -> Sweep:
-    """Returns the result of a search that was complete already."""
+    """Returns the result of a complete search that took no time in this call."""
     return Sweep(
         *tables,
         names=tuple(names),
@@ -249,7 +249,7 @@ def _make_plan(
     num_rounds: int,
     seed: int,
 ) -> _Plan:
-    """Returns the plan of a search, or the error of its method."""
+    """Returns the plan of a search; raises a `ConfigError` if an argument does not fit."""
     if config.num_devices > 1:
         raise ConfigError(
             "num_devices must be 1 in a search, whose devices share its members; got "
@@ -288,7 +288,7 @@ def _make_plan(
 def _distributions(
     space: Mapping[str, Sequence[float] | Distribution], config: Config
 ) -> dict[str, Distribution]:
-    """Returns the distributions of a space, in which a list is a choice, or its error."""
+    """Returns a space in which each list is a `Choice`; raises a `ConfigError` for a bad entry."""
     if not space:
         raise ConfigError(
             "a search needs a hyperparameter with several values; the space is empty. Give one, "
@@ -306,16 +306,16 @@ def _distributions(
         values = extremes(found[name])
         if None in values:
             raise ConfigError(
-                f"a search varies numbers; {name} has none among {values}. Leave it out, or write "
-                "inf, which switches a bound off."
+                f"a search varies numbers; {name} has the values {values}. Leave None out, or "
+                "write inf, which switches a bound off."
             )
         for value in values:
-            complete_hparams({name: value}, config)  # used, and within its range, or an error
+            complete_hparams({name: value}, config)  # raises if unused or out of range
     return found
 
 
 def _whole_rounds(config: Config, num_rounds: int) -> Config:
-    """Returns the config with as many updates as whole rounds have."""
+    """Returns the config with its updates rounded down to a whole number of rounds."""
     updates_per_round = config.num_updates // num_rounds
     if updates_per_round < 1:
         raise ConfigError(
@@ -370,7 +370,7 @@ def _compile(plan: _Plan) -> _Programs:
         num_members = len(plan.keys)
         raise ConfigError(
             f"a population must fit the memory of its devices; {num_members} members need "
-            f"{num_bytes / 2**20:,.0f} MiB a device of {limit / 2**20:,.0f}. "
+            f"{num_bytes / 2**20:,.0f} MiB per device, and have {limit / 2**20:,.0f} MiB. "
             f"Use {max(1, int(num_members * limit / num_bytes))} members, or fewer environments."
         )
     return programs
@@ -425,7 +425,12 @@ def _run(
 def _start(
     programs: _Programs, plan: _Plan, checkpoints: ChunkCheckpoints | None
 ) -> tuple[SearchState, list[SearchRecord], int, float]:
-    """Returns a search's state, its records, the next round's updates, and the seconds so far."""
+    """Starts or restores a search.
+
+    Returns:
+      The state, the records of the finished rounds, the updates that are done in the current round,
+      and the seconds so far.
+    """
 
     def shapes(record: Mapping[str, Any]) -> Any:
         _, one_round = output_shapes(programs.finish_round)
@@ -437,7 +442,7 @@ def _start(
         return programs.init(plan.keys, plan.hparams), [], 0, 0.0
     tree, record = found
     records = [jax.device_get(tree["records"][i]) for i in range(record["rounds"])]
-    seconds = record.get("seconds", 0.0)  # a checkpoint of 0.1 lacks it
+    seconds = record.get("seconds", 0.0)  # checkpoints of version 0.1 lack it
     return tree["state"], records, record["done"], seconds
 
 

@@ -98,7 +98,7 @@ def _draw_rungs(
     for _, row in top.iterrows():
         rows = curves[curves["member"] == row["member"]]
         axes.plot(rows["timesteps"], _finite(rows["score"]), ".-", label=label(row, names))
-    # The stopped end at a rung, but for those that were no longer healthy.
+    # Trials are stopped at a rung, except unhealthy ones, which are stopped after any round.
     ends = curves[curves["stopped"]]
     axes.plot(ends["timesteps"], _finite(ends["score"]), "x", color="0.4", ms=5, label="stopped")
     for rung in sorted(ends["timesteps"].unique()):

@@ -50,13 +50,13 @@ class Sink:
     """
 
     def start(self, run: RunInfo) -> None:
-        """Is called once, before the first rows."""
+        """Prepares the sink; called once, before the first rows."""
 
     def on_rows(self, rows: Rows) -> bool | None:
         """Takes new rows. Returns True to ask the training to stop."""
 
     def finish(self) -> None:
-        """Is called once, after the last rows or after an error in another method."""
+        """Closes the sink; called once, after the last rows or an error in another method."""
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:

@@ -215,7 +215,7 @@ class Sinks:
 
     @contextlib.contextmanager
     def running(self, run: RunInfo) -> Iterator[None]:
-        """Starts the sinks, and finishes them at the end, also of a training that fails."""
+        """Starts the sinks, and finishes them at the end, even if the training fails."""
         self._each(lambda sink: sink.start(run))
         try:
             yield
@@ -225,7 +225,7 @@ class Sinks:
     def on_rows(self, rows: Rows) -> None:
         """Passes rows on, if there are any."""
         if rows:
-            # A copy for each, which may change it.
+            # Each sink gets a copy, because it may change its rows.
             answers = self._each(lambda sink: sink.on_rows([dict(row) for row in rows]))
             self.ask_to_stop |= any(answers)
 

@@ -32,7 +32,7 @@ class Sweep(NamedTuple):
     """The results of a sweep, as tidy tables."""
 
     members: pd.DataFrame
-    """One row per member: its values, its seed, its final evaluation, where it failed if it did."""
+    """One row per member: its values, seed and final evaluation, and the update where it failed."""
     curves: pd.DataFrame
     """One row per member and logged update."""
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class Sweep(NamedTuple):
     run_dir: Path | None
     compile_seconds: float
     run_seconds: float
-    """Wall time of training in this call, with that before the checkpoint it began with."""
+    """Wall time of training in this call, and of earlier calls up to a restored checkpoint."""
     is_complete: bool
     """False after Ctrl-C or SIGTERM."""
     best_policy: Policy | None
@@ -77,10 +77,10 @@ def sweep(
 
     Members that differ in traced values only (hyperparameters, environment parameters, seeds) are
     one vmapped population. It is compiled once, and runs in chunks that fit the device's memory.
-    Several devices divide a chunk's members among them, and with `num_devices` the environments of
-    each member as well. On one platform, the numbers of a member
-    are bit-identical in chunks of one size, whatever its neighbours are. Chunks of other sizes are
-    other programs, whose numbers agree to rounding. A member whose parameters become NaN is frozen.
+    The members of a chunk are divided among the devices. With `num_devices`, the environments of
+    each member are divided as well. On one platform, the results of a member are bit-identical in
+    chunks of the same size, whatever the other members are. Chunks of different sizes are different
+    programs, whose results agree up to rounding. A member whose parameters become NaN is frozen.
 
     Args:
       config: settings that the space does not vary.
@@ -107,7 +107,7 @@ def sweep(
       num_rows: rows of each member's curve; each is the mean over a window of updates.
       log: trackers, as in `train`. Each member is a run of its own, which is logged when it is
         finished. They need `run_dir`.
-      say: takes lines about what will be done; None is silent.
+      say: called with each line of text about the plan; None prints nothing.
       progress: show a progress bar on standard error.
 
     Returns:
@@ -161,14 +161,14 @@ def sweep(
             is_stopped=lambda: interrupt.requested,
             on_rows=sinks.on_rows,
         )
-        # A grid is asked for once; an adaptive sampler asks again after it was told the scores.
+        # A grid comes in one batch; an adaptive sampler proposes the next one from the scores.
         worker = "" if storage is None else store.worker()
         while asked := proposals.ask(worker):
             if len(asked) < proposals.total:
                 say(f"configurations {_ranges(asked)} of {proposals.total}:")
             if proposals.is_adaptive:
                 plan = planned(list(asked.values()), numbers=list(asked))
-            # Results on disk are told to the sampler as answers to these questions.
+            # The sampler is told the scores on disk, so they must be of these configurations.
             store.require(asked)
             runner.run(plan, store)
             if interrupt.requested:

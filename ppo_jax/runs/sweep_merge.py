@@ -16,7 +16,7 @@ class Merged(NamedTuple):
     num_missing: int
     """Members that no shard has finished."""
     is_shared: bool = False
-    """True if workers shared a study, which alone can draw more configurations."""
+    """True if workers shared a study; then only a worker can train the missing members."""
     unwritten: tuple[str, ...] = ()
     """Files that could not be written, with the reasons; the same merge writes them again."""
 
@@ -68,7 +68,7 @@ def merge(shards: Sequence[str | Path], run_dir: str | Path) -> Merged:
 
 
 def _common(paths: Sequence[Path], descriptions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the description of the whole sweep."""
+    """Checks that directories are shards of one sweep, and returns the sweep's description."""
     wholes = [
         {name: x for name, x in description.items() if name != "shard"}
         for description in descriptions

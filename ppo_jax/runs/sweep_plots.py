@@ -89,7 +89,7 @@ def _draw_curves(axes: "Axes", curves: pd.DataFrame, report: Report) -> None:
 
 
 def _draw_space(axes: "Axes", report: Report, names: list[str]) -> None:
-    """Draws points of one name, a heat map or a scatter of two, parallel coordinates of more."""
+    """Draws points for one setting, a heat map or scatter plot for two, parallel axes for more."""
     table = report.configurations
     axes.set_title("final greedy evaluation: interquartile mean over seeds")
     if len(names) < 2:

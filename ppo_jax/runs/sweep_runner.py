@@ -98,8 +98,8 @@ class SweepRunner:
         # sampler share it.
         if program not in self._populations:
             self._populations[program] = self._make_population(planned)
-            # Chunks of one size are one program, and give the same bits. A chunk that is asked for
-            # is as large in a shard of the sweep as in all of it.
+            # Chunks of one size are one program, and give the same bits. If `chunk` is given, a
+            # shard uses the same chunk size as the whole sweep.
             size = len(group.members) if self._chunk is None else group.size
             # A single member a device is compiled without batched kernels and rounds differently.
             smallest = 2 * planned.mesh.shape[MEMBER_AXIS] if self._same_bits else 1
@@ -155,9 +155,10 @@ class SweepRunner:
 
 
 def plan_group(group: Group, member_devices: int | None) -> PlannedGroup:
-    """Returns a group with its trainer, checked for the longest episodes of its members.
+    """Returns a group with its trainer and its devices.
 
-    Some algorithms need whole episodes in a rollout.
+    The trainer is built for the longest episodes of the members: some algorithms require that a
+    rollout holds a whole episode.
 
     Args:
       group: the members.

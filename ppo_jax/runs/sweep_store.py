@@ -75,7 +75,7 @@ class SweepStore:
             yield cls(None)
             return
         path = Path(path)
-        # Before it is owned: whoever owns a directory removes leftovers from it.
+        # Checked before it is locked, because locking removes temporary files from the directory.
         if path.exists() and not cls._is_usable(path):
             raise ConfigError(
                 f"run_dir must be new, empty or a sweep; {path} is something else. Choose another."
@@ -89,7 +89,7 @@ class SweepStore:
             try:
                 yield store
             finally:
-                # The thread that writes the last checkpoint ends with the process.
+                # Waits, because the thread that writes the last checkpoint ends with the process.
                 error = store.checkpoints.finish()
                 if error is not None:
                     store.unwritten[CHECKPOINTS] = error
@@ -153,7 +153,7 @@ class SweepStore:
         return {int(index) for members, _ in self.parts for index in members["member"]}
 
     def worker(self) -> str:
-        """Returns the name of the worker that has this store among those that share a study."""
+        """Returns the unique name of this store's worker, which the directory keeps."""
         if self.path is None:
             return uuid.uuid4().hex
         file = self.path / _WORKER
@@ -208,7 +208,7 @@ class SweepStore:
         if self.path is not None:
             self._waiting.append(tables)
             self._write_waiting()
-            # Only now: until then the members can be had from their checkpoint.
+            # Only once the tables are on disk: until then the checkpoint restores the members.
             if self.checkpoints is not None and not self._waiting:
                 self.checkpoints.clear()
 
@@ -216,7 +216,7 @@ class SweepStore:
         """Writes the tables that are not on disk; a full disk leaves them for the next time."""
         assert self.path is not None
         folder = self.path / _PARTS
-        # In their order: a chunk that is on disk is not trained again.
+        # The first failure ends the loop; the rest is tried again with the next chunk.
         while self._waiting and self._attempt(
             _PARTS, lambda: _write_part(folder, self._waiting[0])
         ):
@@ -300,7 +300,7 @@ class SweepStore:
 
 
 def to_json(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a description of a sweep as JSON reads it, without the numbers of NumPy."""
+    """Returns a description as it is read back from JSON, with NumPy scalars as numbers."""
     return json.loads(json.dumps(description, default=lambda number: number.item()))
 
 

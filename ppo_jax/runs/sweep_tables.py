@@ -23,7 +23,7 @@ def make_tables(
       outcome: their results, `[S]`.
     """
     num_rows = np.shape(outcome.curves.num_updates)[1]
-    # Update i belongs to window i * num_rows // num_updates. These are the last ones of windows.
+    # Update i is in window i * num_rows // num_updates. Window w ends after ends[w] updates.
     ends = [math.ceil((row + 1) * config.num_updates / num_rows) for row in range(num_rows)]
     columns = {name: np.asarray(values) for name, values in sorted(outcome.curves.items())}
     summaries, curves = [], []

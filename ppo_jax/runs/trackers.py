@@ -25,7 +25,7 @@ class TensorBoard(Sink):
         self._writers: dict[int, Any] = {}
 
     def start(self, run: RunInfo) -> None:
-        """Opens a file for each seed. Points after the state that is continued are hidden."""
+        """Opens a file for each seed. A resumed run hides the points after its checkpoint."""
         assert run.run_dir is not None, "train checks it"
         for seed in run.seeds:
             folder = run.run_dir / TENSORBOARD / run.label_of(seed)
@@ -116,7 +116,7 @@ class MLflow(Sink):
     def start(self, run: RunInfo) -> None:
         """Starts a run for each seed, or continues it."""
         self._client = self._client_of()
-        # The client does not read this variable, as `mlflow.start_run` does.
+        # Unlike `mlflow.start_run`, the client does not read this variable.
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
@@ -194,7 +194,7 @@ class Trackio(Sink):
     def on_rows(self, rows: Rows) -> None:
         """Logs a row as one point."""
         for row in rows:
-            # Its axis is the step; there is no setting of another one, as W&B has.
+            # The x axis is always the step; unlike W&B, Trackio has no setting for another one.
             self._runs[row["seed"]].log(metrics_of(row), step=row["timesteps"])
 
     def finish(self) -> None:
@@ -209,7 +209,7 @@ TRACKERS: Mapping[str, Callable[[], Sink]] = {
     "mlflow": MLflow,
     "trackio": Trackio,
 }
-"""Trackers by their names in `train(log=…)`; each name is that of an extra."""
+"""Trackers by their names in `train(log=…)`; the pip extra of a tracker has the same name."""
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -23,7 +23,7 @@ def load(
 
     Args:
       run_dir: directory that `train` wrote.
-      seed: of a run of several seeds; None is the only seed or the first.
+      seed: seed whose policy is loaded, for a run of several seeds; None takes the first.
       best: the best policy of the evaluations while the run trained (`eval_every`), instead of the
         last one.
       network: the module that was `Config.network`, unless that was a name.
@@ -130,7 +130,7 @@ def _interval_of_mean(values: np.ndarray) -> list[float | None]:
     """Returns the 95 % interval of the mean of a sample; None for a sample of one."""
     if len(values) < 2:
         return [None, None]
-    # Few episodes are no normal sample: t is wider than z.
+    # Student's t instead of the normal distribution: few episodes estimate the standard deviation.
     error = values.std(ddof=1) / np.sqrt(len(values))
     half = scipy.special.stdtrit(len(values) - 1, 0.975) * error
     return [values.mean() - half, values.mean() + half]

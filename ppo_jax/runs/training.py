@@ -23,7 +23,7 @@ LARGEST_PIECE = 1024  # updates; bounds the buffer of metrics on the device
 
 
 class Piece(NamedTuple):
-    """Some updates on the device."""
+    """The results of a piece, which is a number of consecutive updates."""
 
     state: TrainState
     guard: Guard  # [seeds], in NumPy

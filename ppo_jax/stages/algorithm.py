@@ -63,7 +63,7 @@ class Algorithm(NamedTuple):
     """Makes the rule by which parameters change: one of `stages.update_rules`, or a new one."""
     has_critic: bool = True
     whole_episodes: bool = False
-    """Every rollout starts from a reset, and the first episode of each environment counts."""
+    """Every rollout starts from a reset, and only the first episode of each environment counts."""
     report: Report | None = None
     """Metrics that are computed after each update, besides those of the losses."""
     hparams_type: type[HParams] = HParams

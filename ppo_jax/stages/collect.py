@@ -35,7 +35,7 @@ class Collected(NamedTuple):
     rollout: RolloutState
     """State of the environments after the rollout."""
     trajectory: Trajectory
-    """The rollout as it was seen and done."""
+    """Observations, actions and raw rewards of the rollout, `[T, N]`."""
     batch: Batch
     """Data for the update, `[T, N]`."""
     ended: EpisodeStats
@@ -45,7 +45,7 @@ class Collected(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A rollout and what was before and after it, wherever the environments were stepped."""
+    """A rollout, with the states before and after it; stepped on the device or on the host."""
 
     before: RolloutState
     trajectory: Trajectory
@@ -126,11 +126,11 @@ def to_batch(
     hparams: HParams,
     shard: Shard,
 ) -> Collected:
-    """Returns a rollout as a batch, with values, advantages and normalised rewards.
+    """Turns a rollout into a batch, with values, advantages and normalised rewards.
 
     Args:
-      policy: that acted; its critic, if it has one, evaluates the states.
-      rollout: what it did.
+      policy: the policy that acted; its critic, if it has one, evaluates the states.
+      rollout: the rollout of this policy.
       statistics: statistics before the rollout. They normalise the observations of the batch, as
         they did when the policy acted. Rewards are normalised by statistics that include the
         rollout, because actions do not depend on the statistics of rewards.
@@ -138,6 +138,9 @@ def to_batch(
       algorithm: estimates advantages and targets.
       hparams: complete hyperparameters: each that the algorithm uses has a value.
       shard: the environments of this device.
+
+    Returns:
+      The batch, and the state and statistics after the rollout.
     """
     before, trajectory, state, ended = rollout
     values, starts, state = evaluate_trajectory(
@@ -214,8 +217,8 @@ def evaluate_trajectory(
     if before.recurrent_state is None:
         values = None
         if has_critic:
-            # A core's cache holds 512 states, or fewer images. Other devices have memory, and
-            # launch each block.
+            # A CPU core's cache holds 512 states, or fewer images. Accelerators have memory for
+            # more, and launch kernels for every block.
             together = min(num_states, 2**9, images_in_cache(policy.spec) or num_states)
             values = jax.lax.platform_dependent(
                 policy,
@@ -235,10 +238,10 @@ def evaluate_trajectory(
 
 
 def _evaluated_together(config: Config, shard: Shard) -> int:
-    """Returns how many states the critic evaluates together, each with its successor, at most.
+    """Returns the maximum number of states that the critic evaluates together.
 
-    Their activations take the memory of a minibatch's. A block has at least one time step of all
-    environments.
+    Each is evaluated with its successor, so the activations take as much memory as those of one
+    minibatch. The bound does not hold for a single step of all environments, the smallest block.
     """
     assert config.num_minibatches is not None, "the config is complete"
     return shard.num_envs * config.num_steps // config.num_minibatches // 2

@@ -39,7 +39,7 @@ def act(
     index: Any,
     greedy: bool = False,
 ) -> Acted:
-    """Chooses actions.
+    """Returns the actions of a policy for N environments, and its next recurrent state.
 
     Args:
       policy: acts.
@@ -61,10 +61,10 @@ def act(
 
 
 def placed(tree: Any) -> Any:
-    """Returns arrays on the default device, to which they are committed.
+    """Returns arrays that are committed to the default device.
 
-    Arguments of `act` that come from NumPy, from a new array and from a compiled update would make
-    three programs of it.
+    Otherwise `act` would be compiled three times: for arguments from NumPy, for new arrays of JAX,
+    and for results of a compiled update.
     """
     return jax.device_put(tree, next(iter(jnp.zeros(()).devices())))
 
@@ -98,7 +98,7 @@ def rollout(
     """Acts for `num_steps` steps in every environment.
 
     With two groups that step in the background, the policy acts for one while the other steps. The
-    numbers do not depend on which is first.
+    results do not depend on the timing.
 
     Args:
       groups: of environments, of equal numbers; one or two.
@@ -207,7 +207,12 @@ class _Group:
 def after_step(
     state: RolloutState, step: HostStep, recurrent_state: Any
 ) -> tuple[np.ndarray, np.ndarray, RolloutState]:
-    """Returns returns and lengths of the episodes with a step, and the state after it, `[N]`."""
+    """Adds a step to the current episodes.
+
+    Returns:
+      `(returns, lengths, state)`: return and length of each episode with this step, `[N]`, and the
+      state after it, in which episodes that ended count from 0 again.
+    """
     done = step.terminated | step.truncated
     returns = np.asarray(state.episode_return) + step.reward
     lengths = np.asarray(state.episode_length) + np.int32(1)
@@ -224,5 +229,5 @@ def _concatenated(trees: Sequence[Any], axis: int = 0) -> Any:
     def join(*parts: Any) -> Any:
         return (jnp if isinstance(parts[0], jax.Array) else np).concatenate(parts, axis)
 
-    # A copy of a rollout of images is a tenth of its time.
+    # A single group is not copied: for images, the copy takes a tenth of the rollout's time.
     return jax.tree.map(join, *trees) if len(trees) > 1 else trees[0]

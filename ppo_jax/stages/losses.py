@@ -55,7 +55,10 @@ class Losses:
         return self._composed(samples, _policy_weights(hparams), batch)
 
     def value(self, params: Any, batch: Batch, hparams: HParams) -> tuple[jax.Array, Scalars]:
-        """Returns half the mean squared error of the critic, and metrics."""
+        """Returns the mean loss of the critic, and metrics.
+
+        The loss is half the squared error, or its clipped form if `value_clip_eps` is set.
+        """
         values, _ = self.network.apply(
             # The actor's part is not computed.
             params,
@@ -141,7 +144,10 @@ class Losses:
         return samples
 
     def _mean_episode_length(self, batch: Batch, dtype: Any) -> jax.Array:
-        """Returns the factor that turns a mean over steps into a sum over an episode's steps."""
+        """Returns the mean length of the episodes that count, a scalar.
+
+        Times this factor, a mean over steps is a sum over the steps of an episode.
+        """
         assert batch.mask is not None, "whole episodes come with a mask"
         # Each episode that counts has one end. This holds for minibatches of samples, too.
         counts = jnp.stack([jnp.sum(batch.mask), jnp.sum(batch.mask & batch.done)])

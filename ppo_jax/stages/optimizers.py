@@ -75,7 +75,7 @@ def register_lr_schedule(
 
     rule = "a schedule must map the progress of a training, a scalar, to a scalar"
     try:
-        # Its values are not looked at: a command imports modules before a backend may be started.
+        # Only the shape is computed: modules may register schedules before a backend is started.
         found = jax.eval_shape(as_array, jax.ShapeDtypeStruct((), np.float32))
     # A user's function can fail in any way; the original error stays attached.
     except Exception as error:
@@ -119,9 +119,10 @@ def register_optimizer(
 
 
 def make_optimizer(config: Config) -> Optimizer:
-    """Returns the optimiser that `config` names, behind clips of the gradient's norm and entries.
+    """Returns the optimiser that `config` names, after clipping of the gradient's norm and entries.
 
-    With `separate_grad_norms` the update clips the norms itself, by `clip_actor_and_critic`.
+    With `separate_grad_norms` the update rule clips the norms instead, with
+    `clip_actor_and_critic`.
 
     Raises:
       ConfigError: unknown optimiser, or an argument that it does not take.

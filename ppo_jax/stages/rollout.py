@@ -15,19 +15,23 @@ from ppo_jax.policy.spec import head_of
 from ppo_jax.types import EpisodeStats, RolloutState, Trajectory, strongly_typed
 
 Carry = tuple[RolloutState, EpisodeStats, Any]
-"""State, sums of ended episodes, and the episodes taken from the pool; None without a pool."""
+"""State, sums over ended episodes, and the number of initial states taken from the pool so far. The
+last one is None without a pool."""
 
-_DRAWN_BYTES = 2**22  # of new episodes that are drawn together, or an eighth of the trajectory
-_DRAWN_BYTES_CPU = 2**19  # they should stay in the cache of a core
-# Steps in an iteration of an accelerator's loop: at most so many, and so many operations of them.
-# On an H100 an update of CartPole takes 6.8 ms with two and 6.4 ms with eight, one of Breakout 16.8
-# and 14.8 ms. Compiling Craftax with eight steps takes 150 s instead of 54 s, and saves nothing.
+# Bytes of the initial states that are drawn together. Accelerators draw an eighth of the trajectory
+# if that is more; on a CPU they should stay in the cache of a core.
+_DRAWN_BYTES = 2**22
+_DRAWN_BYTES_CPU = 2**19
+# An iteration of an accelerator's loop has at most this many steps, and this many operations in
+# total. On an H100 an update of CartPole takes 6.8 ms with two steps and 6.4 ms with eight, one of
+# Breakout 16.8 and 14.8 ms. Craftax with eight steps compiles in 150 s instead of 54 s, and gains
+# nothing.
 _UNROLLED_STEPS = 8
 _UNROLLED_OPERATIONS = 10_000
 
 
 class _Plan(NamedTuple):
-    """A loop over steps as a platform runs it best."""
+    """Parameters of the loop over steps, chosen for one platform."""
 
     make_packing: Callable[[], packing.Packing | packing.NoPacking]
     """Returns a new packing of what the loop carries and stores. Accelerators launch a kernel for
@@ -75,8 +79,8 @@ def rollout(
 ) -> tuple[RolloutState, Trajectory, EpisodeStats]:
     """Acts for `num_steps` steps in every environment.
 
-    The loop computes only what the next action needs. Noise and keys are drawn before the loop;
-    log-probabilities and values are computed after it, in one batch each.
+    The loop computes only what the next action needs. Noise and keys are drawn before the loop.
+    `stages.collect` computes log-probabilities and values after it, for many steps at a time.
 
     Args:
       env: the environment.
@@ -85,8 +89,8 @@ def rollout(
       state: of the N environments at the first step.
       key: random key.
       num_steps: T.
-      reset_pool: new episodes that are drawn together, see `Config.reset_pool`; None for all that
-        may be needed.
+      reset_pool: number of initial states in the pool, see `Config.reset_pool`; None draws one for
+        every new episode.
 
     Returns:
       The state after the last step, the trajectory `[T, N]`, and sums over the episodes that ended.
@@ -178,14 +182,14 @@ def _act_in_groups(
     *,
     plan: _Plan,
 ) -> tuple[Carry, Trajectory]:
-    """Acts at every step; draws the new episodes of several blocks of steps together.
+    """Acts at every step; draws the initial states of several blocks of steps together.
 
-    Each draw is several kernels.
+    A draw for each block would launch several kernels each time.
 
     Args:
       act: `(new_episodes, carry, (noise, keys)) -> (carry, transition)`, one step.
-      draw: draws new episodes, `[B, N]` keys.
-      size: steps of a block, which share new episodes.
+      draw: `keys [blocks, N] -> new_episodes`, observations and states `[blocks, N, ...]`.
+      size: steps of a block; in a block, every environment starts at most one new episode.
       carry: before the first step.
       inputs: noise `[T, N, ...]`, and keys of steps and of draws `[T, N, 2]`.
       plan: of the platform.
@@ -193,7 +197,7 @@ def _act_in_groups(
     num_steps = len(inputs[1])
     state, *_ = carry
     episode_bytes = _num_bytes((state.obs, state.env_state))
-    # At least four groups: with the episodes of all blocks at once, W1 is 5 % slower on a CPU.
+    # At least four groups: with a single one, CartPole with 4 x 128 steps is 5 % slower on a CPU.
     num_blocks = largest_divisor(
         num_steps // size,
         at_most=max(1, min(plan.drawn_bytes // episode_bytes, num_steps // size // 4)),

@@ -44,7 +44,7 @@ def make(task: str, **kwargs: Any) -> Environment:
     roms = _roms()
     if task not in roms:
         raise unknown_name("game of ale", task, roms, listed_by="ppo-jax envs --suite ale")
-    # ale-py checks these in a thread, whose error would end the process or be waited for forever.
+    # ale-py checks these in a thread. An error there ends the process, or leaves it waiting.
     require_positive_integers({name: kwargs.get(name) for name in _SIZES})
 
     def make_envs(num_envs: int, **changes: bool) -> Any:

@@ -67,8 +67,8 @@ def adapt(name: str, env: Any) -> Environment:
         # The tasks are made for actions in this range and do not clip them.
         try:
             inner = env.step(state.inner, jnp.clip(action, -1.0, 1.0))
-        # brax 0.14.2 calls functions of JAX by arguments that JAX 0.10 has removed: for swimmer,
-        # which moves in a fluid.
+        # For tasks in a fluid (swimmer), brax 0.14.2 passes arguments to JAX that JAX 0.10 has
+        # removed.
         except (TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{name} must be one that can be stepped with jax {jax.__version__}, which fails: "

@@ -14,9 +14,9 @@ _NO_LIMIT = 2**31 - 1
 
 
 def make(task: str, **kwargs: Any) -> Environment:
-    """Builds a task; `kwargs` are those of its static parameters, such as `map_size`.
+    """Builds a task; `kwargs` replace fields of its static parameters, such as `map_size`.
 
-    Craftax reports its time limit as an end like any other: here it is a truncation.
+    Craftax does not distinguish its time limit from other ends; here the limit is a truncation.
     """
     from craftax.craftax_env import make_craftax_env_from_name
 
@@ -32,7 +32,7 @@ def make(task: str, **kwargs: Any) -> Environment:
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         obs, state, reward, _, _ = inner.step_env(key, state, action, params)
-        # `is_terminal` is also true at the time limit, so it is asked without one.
+        # `is_terminal` is also true at the time limit, so it is called with an unreachable limit.
         return Step(
             obs=obs,
             state=state,

@@ -185,7 +185,7 @@ class _GymnasiumEnvs:
             return
         # Not by Gymnasium's own `close`, which waits for as long as a process needs. A process that
         # is asked closes its environment, which may have started something itself.
-        for pipe in filter(None, self._envs.parent_pipes):  # of one that failed there is none
+        for pipe in filter(None, self._envs.parent_pipes):  # None for a process that failed
             with contextlib.suppress(OSError):
                 pipe.send(("close", None))
         until = time.monotonic() + (_CLOSING if self._is_healthy else 0.0)

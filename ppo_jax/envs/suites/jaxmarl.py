@@ -25,9 +25,10 @@ class State(NamedTuple):
 def make(task: str, **kwargs: Any) -> Environment:
     """Builds a game that one policy plays for all agents; `kwargs` go to `jaxmarl.make`.
 
-    An agent sees its own observation, zero-padded to the longest one, and its number. Agents with
-    fewer actions than others have an action mask. JaxMARL tells no time limit from an end: every
-    end at the game's limit of steps is a truncation here, also one by the rules of a game.
+    An agent sees its own observation, zero-padded to the largest shape, and its index. Agents with
+    fewer actions than others have an action mask. JaxMARL does not distinguish time limits from
+    other ends. Here every end at the game's limit of steps counts as a truncation, even if the
+    rules of the game ended it.
     """
     # jaxmarl prints at import which of its optional parts are missing.
     with contextlib.redirect_stdout(io.StringIO()):

@@ -22,8 +22,8 @@ class Params(flax.struct.PyTreeNode):
 def make(task: str, **kwargs: Any) -> Environment:
     """Builds a game; `kwargs` go to its environment, such as `frame_skip`.
 
-    Observations are the frames since the previous action as channels, bool `[64, 32, frames]`. A
-    game starts in one state, with random numbers of its own.
+    Observations are the frames since the previous action as channels, bool `[64, 32, frames]`. All
+    episodes of a game start from the same state; their random numbers differ.
     """
     from octax.env import OctaxEnvState
     from octax.environments import create_environment
@@ -40,7 +40,7 @@ def make(task: str, **kwargs: Any) -> Environment:
         state, obs, _ = inner.reset(key)
         return observed(obs), state
 
-    # Its own step tells the time limit as well, of a static number of steps.
+    # octax's own truncation is not used: its time limit is static, and this one is a parameter.
     def step(key: jax.Array, state: Any, action: jax.Array, params: Params) -> Step:
         # The game's instruction for random numbers reads this key.
         state, obs, reward, terminated, _, _ = inner.step(state.replace(rng=key), action)
