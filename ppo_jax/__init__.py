@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ppo_jax.runs.run import resume, train
     from ppo_jax.runs.search import search
     from ppo_jax.runs.sweep import sweep
-    from ppo_jax.runs.trained import load
+    from ppo_jax.runs.trained import load, load_config
     from ppo_jax.stages.algorithm import Algorithm
     from ppo_jax.stages.metrics import Metrics
     from ppo_jax.stages.optimizers import register_lr_schedule, register_optimizer
@@ -51,6 +51,7 @@ _MODULES = {
     "evaluate": "evaluation",
     "hyperparameter": "hparams",
     "load": "runs.trained",
+    "load_config": "runs.trained",
     "load_state": "runs.checkpoint",
     "make_env": "envs",
     "make_mesh": "devices",
@@ -81,6 +82,7 @@ __all__ = [
     "evaluate",
     "hyperparameter",
     "load",
+    "load_config",
     "load_state",
     "make_env",
     "make_mesh",

@@ -25,6 +25,7 @@ from ppo_jax.commands.sweeping import MergeCommand, ReportCommand, SweepCommand
 from ppo_jax.commands.training import ResumeCommand, TrainCommand
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, unknown_name
+from ppo_jax.runs.directory import CONFIG, RunDirectory, is_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,9 +194,18 @@ def _with_options(command: type, **groups: Any) -> Any:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Reads the settings of a training from a file. The values are those of a sweep's file."""
+    """Reads the settings of a training from a file, or from the directory of a run.
+
+    The values in a file are those of a sweep's file.
+    """
     from ppo_jax.population import search_space
 
+    run_dir = path if path.is_dir() else path.parent
+    # A user's file may have the same name.
+    if path.is_dir() or (path.name == CONFIG and is_run(run_dir)):
+        config, hparams = RunDirectory.open(run_dir).read_config()
+        settings = {**vars(config), **hparams.given()}
+        return {name: value for name, value in settings.items() if value is not None}
     settings = search_space.read(path)
     known = [*vars(Config()), *flags.hparam_names()]
     for name, value in settings.items():

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
+
 from ppo_jax.errors import (
     ConfigError,
-    replace_fields,
+    Settings,
     require_known,
     require_positive_integer,
     require_positive_integers,
@@ -165,7 +167,7 @@ class PolicySettings:
     """A Gaussian's standard deviation is an output of the network instead of a parameter."""
 
     def __post_init__(self) -> None:
-        # Lists of a JSON file or a notebook become tuples, which are hashable.
+        self._set_plain(PolicySettings)
         self._set_sizes("hidden_sizes")
         if self.critic_hidden_sizes is not None:
             self._set_sizes("critic_hidden_sizes")
@@ -192,11 +194,16 @@ class PolicySettings:
             require_known("network", self.network, NETWORKS)
         self._check_conv_layers()
         # Options that would be ignored are refused.
-        if self.compute_dtype != "float32" and not self.has_hidden_layers:
-            raise ConfigError(
-                f"compute_dtype needs hidden layers; got {self.compute_dtype} and hidden_sizes=(). "
-                "Leave compute_dtype out."
-            )
+        for name, default in (
+            ("activation", PolicySettings.activation),
+            ("compute_dtype", PolicySettings.compute_dtype),
+            ("layer_norm", PolicySettings.layer_norm),
+        ):
+            if getattr(self, name) != default and not self.has_hidden_layers:
+                raise ConfigError(
+                    f"{name} needs hidden layers; got {getattr(self, name)} and hidden_sizes=(). "
+                    f"Leave {name} out."
+                )
         if self.memory_size is not None and self.memory is None:
             raise ConfigError(
                 f"memory_size needs a memory; got {self.memory_size} and none. Set memory, to "
@@ -211,6 +218,11 @@ class PolicySettings:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the only way in a frozen dataclass
+
+    def _set_plain(self, group: type) -> None:
+        """Stores values of NumPy, which no file of a run takes, as values of Python."""
+        for field in dataclasses.fields(group):
+            self._set(field.name, _plain(getattr(self, field.name)))
 
     def _set_sizes(self, name: str) -> None:
         """Checks layer widths, and stores them as a tuple; a single integer means one layer."""
@@ -247,7 +259,7 @@ class PolicySettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(PolicySettings, TrainingSettings):
+class Config(PolicySettings, TrainingSettings, Settings):
     """Everything that changes shapes or control flow: one `Config`, one compilation.
 
     Frozen, hashable, and checked when made. Numbers that change no shapes are in `HParams`, which
@@ -265,6 +277,7 @@ got 4 * 128 and 3. Try 2 or 4.
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._set_plain(TrainingSettings)
         if not isinstance(self.env, str):
             raise ConfigError(
                 f"env must be the name of an environment; got {type(self.env).__name__}. "
@@ -362,10 +375,6 @@ got 4 * 128 and 3. Try 2 or 4.
         """
         return self.total_timesteps // self.batch_size
 
-    def replace(self, **changes: Any) -> "Config":
-        """Returns a copy with some fields changed; an unknown field is a `ConfigError`."""
-        return replace_fields(self, changes)
-
 
 SETTINGS_OF_LAYERS = (
     "hidden_sizes",
@@ -435,15 +444,17 @@ def _divisors(number: int, near: int) -> str:
     return " or ".join(map(str, nearest_divisors(number, near)))
 
 
-def _hashable(value: Any) -> Any:
-    """Returns a value with its lists, nested ones included, converted to tuples."""
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+def _plain(value: Any) -> Any:
+    """Returns a value with its lists as tuples, which are hashable, and without types of NumPy."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _pairs(name: str, value: Any) -> tuple[tuple[str, Value], ...]:
     """Returns a mapping, or pairs, as a tuple of pairs, which is hashable."""
     try:
-        pairs = tuple((key, _hashable(x)) for key, x in dict(value).items())
+        pairs = tuple((key, _plain(x)) for key, x in dict(value).items())
         # A config is a key of caches.
         hash(pairs)
     except (TypeError, ValueError) as error:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.errors import ConfigError, require_positive_integers
+from ppo_jax.ops.blocks import largest_divisor
 from ppo_jax.types import Shard, TrainState
 
 ENV_AXIS = "env"
@@ -57,33 +58,26 @@ def make_mesh(
     return Mesh(np.array(devices[:needed]).reshape(member, env), (MEMBER_AXIS, ENV_AXIS))
 
 
-def num_groups(num_members: int, available: int) -> int:
-    """Returns the largest number of groups, at most `available`, with equally many members each.
-
-    >>> num_groups(6, 8), num_groups(4, 6), num_groups(7, 4)
-    (6, 4, 1)
-    """
-    return next(n for n in range(max(1, available), 0, -1) if num_members % n == 0)
-
-
 def population_mesh(num_members: int, *, env: int = 1, member: int | None = None) -> Mesh:
     """Returns the mesh of a population.
 
     Args:
       num_members: members that are trained together.
       env: devices that share the environments of each member.
-      member: groups of such devices. None takes as many as `num_groups` allows.
+      member: groups of such devices. None takes as many as the devices can form with equally
+        many members each.
 
     Raises:
       ConfigError: there are fewer devices, or `member` does not divide the members.
     """
     if member is None:
-        member = num_groups(num_members, jax.device_count() // env)
+        member = largest_divisor(num_members, at_most=max(1, jax.device_count() // env))
     mesh = make_mesh(env=env, member=member)
     if num_members % member:
+        nearest = largest_divisor(num_members, at_most=member)
         raise ConfigError(
             "the mesh axis member must divide the seeds or members that are trained together; got "
-            f"member={member} and {num_members}. Use {num_groups(num_members, member)}."
+            f"member={member} and {num_members}. Use {nearest}."
         )
     return mesh
 

@@ -6,7 +6,7 @@ Needs no JAX, so that the command line can refuse a setting at once.
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -113,10 +113,33 @@ def require_positive_integers(values: dict[str, Any]) -> None:
             require_positive_integer(name, value)
 
 
-def replace_fields(instance: Any, changes: dict[str, Any]) -> Any:
-    """Returns a copy of a dataclass; a name that it does not have is a `ConfigError`."""
-    known = [field.name for field in dataclasses.fields(instance)]
-    for name in changes:
-        if name not in known:
-            raise unknown_name(f"{type(instance).__name__} field", name, known)
-    return dataclasses.replace(instance, **changes)
+class Settings:
+    """Base of records of settings, whose unknown names are errors with a suggestion."""
+
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        """Checks the names before the initialiser of the dataclass does, with a plain TypeError."""
+        cls._require_fields(values)
+        return super().__new__(cls)
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with some fields changed; an unknown name is a `ConfigError`."""
+        self._require_fields(changes)
+        return cast(Self, dataclasses.replace(cast(Any, self), **changes))
+
+    @classmethod
+    def _require_fields(cls, names: Iterable[str]) -> None:
+        # Users of Stable-Baselines3 and CleanRL know all settings as arguments of one function.
+        records = {cls, *Settings.__subclasses__()}
+        known = {
+            record: [x.name for x in dataclasses.fields(cast(Any, record))] for record in records
+        }
+        for name in names:
+            if name in known[cls]:
+                continue
+            for other in records:
+                if name in known[other]:
+                    raise ConfigError(
+                        f"{name} is a field of {other.__name__}, and not of {cls.__name__}. Pass "
+                        f"{other.__name__}({name}=…)."
+                    )
+            raise unknown_name(f"{cls.__name__} field", name, known[cls])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ppo_jax.envs.environment import Environment, vectorized
 from ppo_jax.policy.policy import Policy
+from ppo_jax.types import NO_METRICS
 
 
 class Evaluation(NamedTuple):
@@ -15,6 +16,9 @@ class Evaluation(NamedTuple):
     returns: jax.Array  # [E], undiscounted; the mean over agents
     lengths: jax.Array  # [E]
     finished: jax.Array  # [E], False where max_steps cut the episode
+    metrics: dict[str, jax.Array] = (
+        NO_METRICS  # each [E], sums over the episode; see `Environment.metrics`
+    )
 
 
 _EVALUATION_STREAM = 0xE7A1  # folded into a key, so that training and evaluation draw differently
@@ -67,6 +71,7 @@ def evaluate(
         returns=jnp.zeros(num_episodes),
         lengths=jnp.zeros(num_episodes, jnp.int32),
         finished=jnp.zeros(num_episodes, bool),
+        metrics={name: jnp.zeros(num_episodes) for name in env.metrics},
     )
 
     # A while loop instead of a scan: the longest episode decides, and its length is not known.
@@ -88,6 +93,10 @@ def evaluate(
             returns=result.returns + jnp.where(running, rewards, 0.0),
             lengths=result.lengths + running,
             finished=result.finished | done,
+            metrics={
+                name: result.metrics[name] + jnp.where(running, x[:: env.num_agents], 0.0)
+                for name, x in step.metrics.items()
+            },
         )
         return time + 1, step.state, step.obs, recurrent_state, result
 

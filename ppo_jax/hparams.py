@@ -6,11 +6,11 @@ This module needs no JAX, so that the command line can explain or refuse a value
 import dataclasses
 import math
 import sys
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from ppo_jax.errors import ConfigError, replace_fields
+from ppo_jax.errors import ConfigError, Settings
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -34,7 +34,7 @@ def hyperparameter(low: float = 0.0, high: float = LARGEST) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class HParams:
+class HParams(Settings):
     """Hyperparameters that are traced: any of them can be an array under `jax.vmap`.
 
     `None`, the default, leaves a value to the algorithm. For `target_kl`, `value_clip_eps`,
@@ -142,10 +142,6 @@ class HParams:
         {'gamma': 0.9}
         """
         return {name: value for name, value in vars(self).items() if value is not None}
-
-    def replace(self, **changes: Any) -> Self:
-        """Returns a copy with some values changed; an unknown name is a `ConfigError`."""
-        return replace_fields(self, changes)
 
 
 _pytrees: set[type] = set()

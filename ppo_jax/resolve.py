@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ppo_jax import envs
 from ppo_jax.algorithms import ALGORITHMS, get_algorithm
 from ppo_jax.config import ALGORITHM_SETTINGS, LR_SCHEDULES, NETWORKS, Config, require_config
@@ -136,6 +138,7 @@ def complete_hparams(
             f"{network if isinstance(network, str) else type(network).__name__} and hidden_sizes "
             f"are {config.hidden_sizes}. Leave hidden_gain out."
         )
+    _require_scalars(given)
     for name, value in given.items():
         if name not in used and value is not None:
             raise ConfigError(
@@ -145,6 +148,28 @@ def complete_hparams(
     # None never overrides a default; infinity switches off a bound that is on by default.
     values = {**used, **{name: value for name, value in given.items() if value is not None}}
     return algorithm.hparams_type(**values)
+
+
+def hparams_of(hparams: HParams | Mapping[str, Any] | None, config: Config) -> HParams:
+    """Returns hyperparameters as a record; those that are not given stay unset.
+
+    Raises:
+      ConfigError: an unknown name, or a value that is not a scalar.
+    """
+    if not isinstance(hparams, HParams):
+        hparams = get_algorithm(config.algorithm).hparams_type(**(hparams or {}))
+    _require_scalars(hparams.given())
+    return hparams
+
+
+def _require_scalars(given: Mapping[str, Any]) -> None:
+    """Raises a `ConfigError` for an array, which would be broadcast with samples."""
+    for name, value in given.items():
+        if np.ndim(value):
+            raise ConfigError(
+                f"{name} must be a scalar; got the shape {np.shape(value)}. Train several values "
+                "by jax.vmap, ppo_jax.sweep or ppo_jax.search."
+            )
 
 
 def _require_whole_environments(config: Config, env: Environment) -> None:

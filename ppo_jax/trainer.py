@@ -15,7 +15,7 @@ from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives, running_stats
 from ppo_jax.ops.collective import mean_over
-from ppo_jax.policy.policy import Policy
+from ppo_jax.policy.policy import Policy, require_policy
 from ppo_jax.policy.spec import init_params, initial_obs_stats, initial_recurrent_state
 from ppo_jax.resolve import Resolved, complete_hparams, resolve
 from ppo_jax.stages.algorithm import UpdateInputs, UpdateRule
@@ -44,7 +44,8 @@ class Trainer(NamedTuple):
     """
 
     init: Callable[..., TrainState]
-    """`(key, hparams=None, env_params=None) -> state`."""
+    """`(key, hparams=None, env_params=None, policy=None) -> state`. The training starts from the
+    parameters and the statistics of observations of `policy`; None draws new parameters."""
     step: Callable[..., tuple[TrainState, Metrics]]
     """`(state, hparams=None) -> (state, metrics)`: one update; metrics are scalars. Updates after
     `config.num_updates` use the schedule's last learning rate, which is 0 for "linear" and
@@ -91,8 +92,13 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     """
     stages = make_stages(config, mesh)
 
-    def init(key: jax.Array, hparams: HParams | None = None, env_params: Any = None) -> TrainState:
-        return _init(stages, key, hparams, env_params)
+    def init(
+        key: jax.Array,
+        hparams: HParams | None = None,
+        env_params: Any = None,
+        policy: Policy | None = None,
+    ) -> TrainState:
+        return _init(stages, key, hparams, env_params, policy)
 
     def step(state: TrainState, hparams: HParams | None = None) -> tuple[TrainState, Metrics]:
         return _step(stages, state, hparams)
@@ -134,7 +140,7 @@ def make_stages(config: Config, mesh: Mesh | None = None) -> Stages:
         per_episode=algorithm.whole_episodes,
     )
     rule = algorithm.update_rule(config, losses, resolved.optimizer)
-    _check_shared_parts(config, rule)
+    _check_combination(resolved, rule)
     # `report_learning_rates` is innermost, so that the rates include an adaptive factor.
     rule = report_learning_rates(rule)
     if resolved.schedule.adapt is not None:
@@ -159,12 +165,28 @@ def _mesh_of(config: Config, mesh: Mesh | None) -> Mesh | None:
     return make_mesh(env=config.num_devices) if mesh is None else mesh
 
 
-def _check_shared_parts(config: Config, rule: UpdateRule) -> None:
-    """Checks what actor and critic share against how the rule updates them."""
+def _check_combination(resolved: Resolved, rule: UpdateRule) -> None:
+    """Checks settings against how the algorithm collects data and updates actor and critic."""
+    config, algorithm = resolved.config, resolved.algorithm
+    if config.shared_torso and not algorithm.has_critic:
+        raise ConfigError(
+            f"shared_torso joins an actor and a critic; {config.algorithm} has no critic. Leave "
+            "shared_torso out."
+        )
     if rule.fits_critic_separately and config.shared_torso:
         raise ConfigError(
             "shared_torso must be off where the critic is fitted separately from the policy; "
             f"{config.algorithm} does so. Leave shared_torso out."
+        )
+    if algorithm.whole_episodes and config.reset_pool is not None:
+        raise ConfigError(
+            "reset_pool is for algorithms that continue episodes; every update of "
+            f"{config.algorithm} resets all environments. Leave reset_pool out."
+        )
+    if resolved.schedule.adapt is not None and "learning_rate" not in algorithm.hparams:
+        raise ConfigError(
+            f"lr_schedule={config.lr_schedule!r} adapts the policy's learning rate; "
+            f"{config.algorithm} has none. Choose another schedule."
         )
     if config.separate_grad_norms and (rule.fits_critic_separately or config.shared_torso):
         raise ConfigError(
@@ -172,13 +194,18 @@ def _check_shared_parts(config: Config, rule: UpdateRule) -> None:
             f"no torso; got {config.algorithm} and shared_torso={config.shared_torso}. "
             "Set separate_grad_norms to False, or leave shared_torso out."
         )
+    if config.separate_grad_norms and resolved.hparams.max_grad_norm is None:
+        raise ConfigError(
+            "separate_grad_norms needs max_grad_norm, which bounds each of the norms; "
+            f"{config.algorithm} has none. Set separate_grad_norms to False."
+        )
 
 
 class HostTrainer(NamedTuple):
     """The compiled parts of a training whose environments are stepped on the host. Pure."""
 
-    init: Callable[[jax.Array, HParams | None, RolloutState], TrainState]
-    """`(key, hparams, rollout) -> state`, with environments that have been reset."""
+    init: Callable[..., TrainState]
+    """`(key, hparams, rollout, policy=None) -> state`, with environments that have been reset."""
     rollout_key: Callable[[TrainState], jax.Array]
     """`state -> key` of its next rollout."""
     learn: Callable[[TrainState, HParams | None, Rollout], tuple[TrainState, Metrics]]
@@ -192,9 +219,12 @@ def make_host_trainer(config: Config) -> HostTrainer:
     stages = make_stages(config)
     resolved = stages.resolved
 
-    def init(key: jax.Array, hparams: HParams | None, rollout: RolloutState) -> TrainState:
+    def init(
+        key: jax.Array, hparams: HParams | None, rollout: RolloutState, policy: Policy | None = None
+    ) -> TrainState:
         network_key, _, key = jax.random.split(key, 3)
-        return _init_learner(stages, rollout, resolved.env.params, (network_key, key), hparams)
+        keys = network_key, key
+        return _init_learner(stages, rollout, resolved.env.params, keys, hparams, policy=policy)
 
     # The three keys of an update are those of `_step_on_one_device`.
     def rollout_key(state: TrainState) -> jax.Array:
@@ -224,8 +254,14 @@ def _policy(stages: Stages, state: TrainState) -> Policy:
     return Policy(state.learner.params, state.statistics.obs, spec=stages.resolved.spec)
 
 
-def _init(stages: Stages, key: jax.Array, hparams: HParams | None, env_params: Any) -> TrainState:
-    """Returns the state before the first update."""
+def _init(
+    stages: Stages,
+    key: jax.Array,
+    hparams: HParams | None,
+    env_params: Any,
+    policy: Policy | None,
+) -> TrainState:
+    """Returns the state before the first update; arguments are those of `Trainer.init`."""
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
     env_params = _without_folding(env.params if env_params is None else env_params)
     # The last key is the training's: every update splits it again.
@@ -237,7 +273,7 @@ def _init(stages: Stages, key: jax.Array, hparams: HParams | None, env_params: A
         num_envs=config.num_envs,
         recurrent_state=initial_recurrent_state(spec, (config.num_envs,)),
     )
-    return _init_learner(stages, rollout, env_params, (network_key, key), hparams)
+    return _init_learner(stages, rollout, env_params, (network_key, key), hparams, policy=policy)
 
 
 def _init_learner(
@@ -246,6 +282,8 @@ def _init_learner(
     env_params: Any,
     keys: tuple[jax.Array, jax.Array],
     hparams: HParams | None,
+    *,
+    policy: Policy | None,
 ) -> TrainState:
     """Returns the state before the first update, given the state of the environments.
 
@@ -255,6 +293,7 @@ def _init_learner(
       env_params: parameters of the environments.
       keys: the key that draws the network, and the key that the state stores.
       hparams: hyperparameters; None for the algorithm's defaults.
+      policy: has the first parameters and statistics of observations; None draws new ones.
     """
     config, env, spec = stages.resolved.config, stages.resolved.env, stages.resolved.spec
     hparams = _without_folding(complete_hparams(hparams, config, stages.resolved.algorithm))
@@ -268,7 +307,14 @@ def _init_learner(
     # A gain that the training does not use is not set, and keeps its default in layers of a user's
     # module.
     gains = {name: given[name] for name in GAINS if name in given}
-    params = init_params(spec, network_key, rollout.obs, gains)
+    if policy is None:
+        params = init_params(spec, network_key, rollout.obs, gains)
+    else:
+        shapes = jax.eval_shape(lambda: init_params(spec, network_key, rollout.obs, gains))
+        require_policy(policy, Policy(shapes, statistics.obs, spec=spec))
+        # Copies, because a caller may donate the state.
+        params = jax.tree.map(jnp.array, policy.params)
+        statistics = statistics._replace(obs=jax.tree.map(jnp.array, policy.obs_stats))
     state = TrainState(
         learner=Learner(params, stages.rule.init(params, hparams)),
         rollout=rollout,

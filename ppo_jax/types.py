@@ -15,6 +15,9 @@ from ppo_jax.ops.running_stats import RunningStats
 Scalars = dict[str, jax.Array]
 """Named scalars of one update, before they become `Metrics`; keys are "train/…"."""
 
+NO_METRICS: dict[str, jax.Array] = {}
+"""Metrics of an environment that reports none. Never changed."""
+
 
 class Shard(NamedTuple):
     """The part of a training that one device computes."""
@@ -33,6 +36,7 @@ class EpisodeStats(NamedTuple):
     return_sum: jax.Array  # []
     length_sum: jax.Array  # []
     num_episodes: jax.Array  # []
+    metric_sums: dict[str, jax.Array] = NO_METRICS  # each []; see `Environment.metrics`
 
 
 class RolloutState(struct.PyTreeNode):
@@ -44,6 +48,7 @@ class RolloutState(struct.PyTreeNode):
     episode_length: jax.Array  # [N]
     discounted_return: jax.Array  # [N], Σ γ^(t−i) r_i of the unfinished episodes
     recurrent_state: Any = None  # [N, ...], of the policy before obs; None without a memory
+    episode_metrics: Any = struct.field(default_factory=dict)  # by name, [N], as episode_return
 
     @property
     def start(self) -> jax.Array:
@@ -61,6 +66,7 @@ class Trajectory(NamedTuple):
     terminated: jax.Array  # [T, N]
     truncated: jax.Array  # [T, N]
     final_obs: Any  # [T, N, ...], the true successor of obs, before any reset
+    metrics: dict[str, jax.Array] = NO_METRICS  # each [T, N], float32; see `Environment.metrics`
 
     @property
     def done(self) -> jax.Array:

@@ -244,6 +244,11 @@ def check_devices_communicate_once_a_minibatch():
     assert set(groups) == {"{{0,1,2,3},{4,5,6,7}}"}  # members exchange nothing
 
 
+def check_seeds_use_as_many_devices_as_divide_them():
+    assert [population_mesh(n).shape["member"] for n in (3, 6, 7, 12)] == [3, 6, 7, 6]
+    assert population_mesh(6, env=2).shape == {"member": 3, "env": 2}
+
+
 def check_meshes_that_do_not_fit_are_errors():
     for arguments, message in (
         ({"num_seeds": 4, "member_devices": 4}, "env=4 times member=4 and 8. Use fewer"),
@@ -327,6 +332,7 @@ if __name__ == "__main__":
     check_seeds_and_environments_are_divided()
     check_members_and_their_environments_are_divided()
     check_devices_communicate_once_a_minibatch()
+    check_seeds_use_as_many_devices_as_divide_them()
     check_meshes_that_do_not_fit_are_errors()
     check_agents_and_pools_are_divided()
     check_one_device_too_many_is_an_error()

@@ -159,7 +159,29 @@ class Entries(gymnasium.Env):
         return self.observation_space.sample(), 1.0, False, self.time == 7, {}
 
 
-for env in (Counting, Failing, Reusing, BySeed, Endless, NotANumber, WithChild, Entries):
+class Frames(gymnasium.Env):
+    """Images of two stacked frames, channels first, whose last column counts the steps."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (2, 6, 5), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        self.time = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.time += 1
+        return self._obs(), 1.0, False, self.time == 3, {}
+
+    def _obs(self):
+        obs = np.zeros((2, 6, 5), np.uint8)
+        obs[1, :, 4] = self.time
+        return obs
+
+
+for env in (Frames, Counting, Failing, Reusing, BySeed, Endless, NotANumber, WithChild, Entries):
     gymnasium.register(
         f"{env.__name__}-v0", entry_point=env, disable_env_checker=True, order_enforce=False
     )

@@ -42,7 +42,9 @@ def make_team():
         earned = jnp.float32(action == state.bits)
         after = TeamState(~state.bits, state.time + 1)
         reward = earned + 0.1 * jnp.roll(earned, 1)
-        return Step(observed(after), after, reward, jnp.array(False), after.time >= LIMIT)
+        metrics = {"right": jnp.mean(earned)}
+        ends = (jnp.array(False), after.time >= LIMIT)
+        return Step(observed(after), after, reward, *ends, metrics)
 
     return Environment(
         "team",
@@ -54,6 +56,7 @@ def make_team():
         longest_episode=lambda params: LIMIT,
         renderer=Renderer(TeamState),
         num_agents=A,
+        metrics=("right",),
     )
 
 

@@ -13,7 +13,7 @@ from ppo_jax import Config, ConfigError, HParams, load_state, make_trainer, save
 from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.config import MemoryKind
 from ppo_jax.defaults import OPTIMIZERS
-from ppo_jax.runs.checkpoint import flatten
+from ppo_jax.runs.checkpoint import flatten, read, write
 from ppo_jax.runs.policy_files import load_policy, save_policy
 
 SMALL = {
@@ -155,3 +155,10 @@ def test_a_state_replaces_one_of_the_same_name_and_leaves_nothing_behind(saved, 
         save_state(tmp_path / "state", state, found.config, found.hparams)
         assert load_state(tmp_path / "state").state.updates_done == updates
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_record_with_numbers_of_numpy_is_written(tmp_path):
+    """They come from settings such as `log_every=np.int64(4)`."""
+    write(tmp_path / "state", {"x": np.zeros(2)}, {"updates": np.int64(3), "keys": {}})
+    _, record = read(tmp_path / "state")
+    assert record["updates"] == 3

@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 
+import ppo_jax
 from ppo_jax import Config, HParams, cli, flags
 from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.cli import _parse, main
@@ -112,6 +113,20 @@ def test_a_file_of_settings_is_between_the_preset_and_the_flags(tmp_path):
     assert config["separate_grad_norms"] is True  # of the file only
     assert hparams["learning_rate"] == 1e-3
     assert hparams["value_clip_eps"] == 0.2  # of the preset only
+
+
+@pytest.mark.parametrize("name", ["run", "run/config.json"])
+def test_the_settings_of_a_run_are_used_again(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = ["CartPole-v1", *SMALL, "--total-timesteps", "128", "--env-params", "gravity", "9.0"]
+    first += ["--learning-rate", "3e-3", "--target-kl", "0.5", "--run-dir", "run"]
+    assert main(["train", *first, "--quiet"]) == 0
+    config, hparams = ppo_jax.load_config("run")
+    assert (config.env_params, hparams.target_kl) == ((("gravity", 9.0),), 0.5)
+    again = ["--config", name, "--seed", "1", "--total-timesteps", "256", "--run-dir", "again"]
+    assert main(["train", *again, "--quiet"]) == 0
+    found, same = ppo_jax.load_config("again")
+    assert (found, same) == (config.replace(total_timesteps=256), hparams)
 
 
 @pytest.mark.parametrize(

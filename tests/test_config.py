@@ -1,5 +1,8 @@
+import copy
+import dataclasses
 import json
 import math
+import pickle
 from pathlib import Path
 
 import flax.linen as nn
@@ -9,11 +12,11 @@ import numpy as np
 import pytest
 
 import ppo_jax
-from ppo_jax import Config, ConfigError, HParams, make_trainer
+from ppo_jax import Config, ConfigError, HParams, make_trainer, sweep, train
 from ppo_jax.algorithms import ALGORITHMS
 from ppo_jax.config import ALGORITHM_SETTINGS, LR_SCHEDULES
 from ppo_jax.defaults import COMMON_HPARAMS
-from ppo_jax.resolve import complete_hparams
+from ppo_jax.resolve import complete_hparams, hparams_of
 from ppo_jax.runs.settings import settings_from_plain, to_plain
 
 
@@ -54,6 +57,7 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
     ("fields", "message"),
     [
         ({"env": "CartPol-v1"}, "unknown environment 'CartPol-v1'. Did you mean CartPole-v1"),
+        ({"env": "Hopper-v5"}, "unknown environment 'Hopper-v5'.*One of Gymnasium is gymnasium:Ho"),
         ({"algorithm": "pop"}, "unknown algorithm 'pop'. Did you mean .*ppo"),
         ({"algorithm": "reinforce", "num_epochs": 2}, "num_epochs is given and reinforce uses"),
         ({"cg_iterations": 2}, "cg_iterations is given and ppo uses num_epochs"),
@@ -77,12 +81,31 @@ def test_a_config_that_breaks_a_rule_says_so(fields, message):
             {"num_envs": 2, "num_steps": 2, "num_minibatches": 4},
             r"at least two samples; a minibatch of 2 \* 2 samples and 4 minibatches has one",
         ),
+        (
+            {"algorithm": "reinforce", "shared_torso": True, "num_steps": 500},
+            "shared_torso joins an actor and a critic; reinforce has no critic",
+        ),
+        (
+            {"algorithm": "reinforce", "reset_pool": 4, "num_steps": 500},
+            "reset_pool is for algorithms that continue episodes; every update of reinforce resets",
+        ),
+        (
+            {"algorithm": "trpo", "lr_schedule": "kl_adaptive"},
+            "lr_schedule='kl_adaptive' adapts the policy's learning rate; trpo has none",
+        ),
         ({"optimizer": "adm"}, "unknown optimizer 'adm'. Did you mean adam"),
         ({"optimizer_kwargs": {"epz": 1.0}}, "unknown argument of optax.adam 'epz'"),
         ({"env_params": {"gravty": 1.0}}, "unknown parameter of CartPole-v1 'gravty'.*gravity"),
         ({"wrappers": {"time_limt": 3}}, "unknown wrapper 'time_limt'. Did you mean time_limit"),
         ({"wrappers": {"time_limit": 0}}, "time_limit must be a positive integer; got 0"),
         ({"wrappers": {"frame_stack": 2.5}}, "frame_stack must be a positive integer; got 2.5"),
+        ({"wrappers": {"scale_reward": "x"}}, "scale_reward must be a number; got 'x'"),
+        ({"wrappers": {"scale_reward": math.nan}}, "scale_reward must be a number; got nan"),
+        ({"wrappers": {"sticky_actions": "0.5"}}, "of sticky_actions must be a number; got '0.5'"),
+        (
+            {"wrappers": {"flatten_observation": "no"}},
+            "flatten_observation must be True or False; got 'no'",
+        ),
         ({"wrappers": {"observe_only": "x"}}, "observe_only takes entries from 0 to 3; got x"),
         ({"wrappers": {"observe_only": "0,7"}}, "observe_only takes entries from 0 to 3; got 0,7"),
         ({"network": "minatar_cnn"}, "network minatar_cnn needs images.*Use mlp"),
@@ -149,6 +172,74 @@ def test_replace_refuses_an_unknown_field():
         Config().replace(num_env=3)
     with pytest.raises(ConfigError, match="unknown HParams field 'gama'. Did you mean gamma"):
         HParams().replace(gama=0.9)
+
+
+@pytest.mark.parametrize("record", [Config, Config().replace])
+def test_a_hyperparameter_among_the_settings_is_named(record):
+    message = r"learning_rate is a field of HParams, and not of Config. Pass HParams\(learning_rate"
+    with pytest.raises(ConfigError, match=message):
+        record(learning_rate=1e-3)
+    with pytest.raises(ConfigError, match="unknown Config field 'n_envs'. Did you mean num_envs"):
+        record(n_envs=4)
+
+
+@pytest.mark.parametrize("record", [HParams, HParams().replace])
+def test_a_setting_among_the_hyperparameters_is_named(record):
+    with pytest.raises(ConfigError, match="num_envs is a field of Config, and not of HParams"):
+        record(num_envs=4)
+
+
+def test_records_are_copied_and_pickled():
+    for record in (Config(env="Acrobot-v1", env_params={"b": 1}), HParams(gamma=0.5)):
+        assert copy.copy(record) == copy.deepcopy(record) == record
+        assert pickle.loads(pickle.dumps(record)) == record
+
+
+def test_values_of_numpy_are_stored_as_values_of_python():
+    config = Config(
+        num_envs=np.int64(4),
+        total_timesteps=np.float64(2048),
+        hidden_sizes=np.array([8, 16]),
+        normalize_obs=np.bool_(True),
+        env=np.str_("CartPole-v1"),
+        env_params={"gravity": np.float32(9), "max_steps_in_episode": np.int64(50)},
+    )
+    assert config.hidden_sizes == (8, 16)
+    json.dumps(dataclasses.asdict(config))  # no type of NumPy
+
+
+def test_an_array_in_place_of_a_hyperparameter_is_refused():
+    message = r"gamma must be a scalar; got the shape \(4,\). Train several values by jax.vmap"
+    hparams = HParams(gamma=np.array([0.9, 0.1, 0.5, 0.2]))
+    trainer = make_trainer(Config(num_envs=4))
+    with pytest.raises(ConfigError, match=message):
+        trainer.run(jax.random.key(0), hparams)
+    for call in (train, sweep):
+        arguments = {"space": {"ent_coef": [0.0]}} if call is sweep else {}
+        with pytest.raises(ConfigError, match=message):
+            call(Config(num_envs=4), hparams=hparams, progress=False, **arguments)
+    # Under `vmap` each member has a scalar.
+    jax.eval_shape(jax.vmap(trainer.run, in_axes=(None, 0)), jax.random.key(0), hparams)
+
+
+def test_hyperparameters_of_a_sweep_may_be_a_mapping():
+    assert hparams_of({"gamma": 0.9}, Config()) == HParams(gamma=0.9)
+    with pytest.raises(ConfigError, match="unknown HParams field 'gama'. Did you mean gamma"):
+        hparams_of({"gama": 0.9}, Config())
+
+
+def test_norms_are_clipped_separately_only_if_there_is_a_bound(monkeypatch):
+    row = ALGORITHMS["ppo"]
+    without = row._replace(hparams={**row.hparams, "max_grad_norm": None})
+    monkeypatch.setitem(ALGORITHMS, "unbounded", without)
+    with pytest.raises(ConfigError, match="separate_grad_norms needs max_grad_norm"):
+        make_trainer(Config(algorithm="unbounded", separate_grad_norms=True))
+
+
+@pytest.mark.parametrize("setting", [{"layer_norm": True}, {"activation": "relu"}])
+def test_a_setting_of_hidden_layers_that_are_not_there_is_refused(setting):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))} needs hidden layers"):
+        Config(hidden_sizes=(), **setting)
 
 
 def test_a_hyperparameter_that_the_algorithm_does_not_use_is_refused(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from ppo_jax import Config, ConfigError, envs
+from ppo_jax import Config, ConfigError, envs, make_trainer
 from ppo_jax.algorithms import get_algorithm
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.ops import objectives
@@ -55,20 +55,24 @@ def test_statistics_of_shards_are_those_of_the_whole():
         np.testing.assert_allclose(shares.mean(), objectives.masked_mean(x, m), rtol=1e-5)
 
 
-def learned_in_chunks(num_envs, chunk_sizes, **settings):
-    """Returns parameters and metrics after an update, for each size of the chunks."""
-    config = Config(num_envs=num_envs, num_steps=8, hidden_sizes=(16,), **settings)
-    config = complete_config(config)
+def collected(**settings):
+    """Returns the configuration, the specification, parameters, hyperparameters and a batch."""
+    config = complete_config(Config(num_steps=8, hidden_sizes=(16,), **settings))
     env = envs.make(config.env)
     spec = make_spec(config, env)
     hparams = complete_hparams(None, config)
     algorithm = get_algorithm(config.algorithm)
-    state = reset(env, env.params, jax.random.key(2), num_envs=num_envs)
+    policy = Policy(params=None, spec=spec)
+    state = reset(
+        env,
+        env.params,
+        jax.random.key(2),
+        num_envs=config.num_envs,
+        recurrent_state=policy.initial_recurrent_state((config.num_envs,)),
+    )
     params = init_params(spec, jax.random.key(1), state.obs)
-    policy = Policy(params=params, spec=spec)
-    key = jax.random.key(3)
     batch = collect(
-        policy,
+        policy.replace(params=params),
         state,
         Statistics(),
         config=config,
@@ -76,9 +80,16 @@ def learned_in_chunks(num_envs, chunk_sizes, **settings):
         env=env,
         env_params=env.params,
         hparams=hparams,
-        key=key,
-        shard=Shard(num_envs),
+        key=jax.random.key(3),
+        shard=Shard(config.num_envs),
     ).batch
+    return config, spec, params, hparams, batch
+
+
+def learned_in_chunks(num_envs, chunk_sizes, **settings):
+    """Returns parameters and metrics after an update, for each size of the chunks."""
+    config, spec, params, hparams, batch = collected(num_envs=num_envs, **settings)
+    algorithm = get_algorithm(config.algorithm)
     learned = []
     for chunk_size in chunk_sizes:
         shard = Shard(num_envs, chunk_size=chunk_size)
@@ -89,6 +100,43 @@ def learned_in_chunks(num_envs, chunk_sizes, **settings):
         after, _, metrics = jax.jit(rule.update)(params, state, inputs)
         learned.append(ravel_pytree((after, metrics))[0])
     return learned
+
+
+def step_memory(**settings):
+    """Returns the bytes of temporary memory of an update."""
+    config = Config(
+        env="Breakout-MinAtar",
+        network="minatar_cnn",
+        num_envs=32,
+        num_steps=32,
+        num_minibatches=16,
+        hidden_sizes=(32,),
+        **settings,
+    )
+    trainer = make_trainer(config)
+    state = jax.eval_shape(trainer.init, jax.random.key(0))
+    program = jax.jit(trainer.step, donate_argnums=0).lower(state).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_the_kl_of_an_update_takes_the_memory_of_a_minibatch():
+    bound = 1.2 * step_memory()
+    assert step_memory(lr_schedule="kl_adaptive") < bound
+    assert step_memory(algorithm="off_policy_pg") < bound
+
+
+@pytest.mark.parametrize("memory", [None, "gru"])
+def test_the_kl_of_an_update_is_that_of_all_samples(memory):
+    config, spec, params, _, batch = collected(num_envs=4, num_minibatches=4, memory=memory)
+    losses = Losses(config, spec, get_algorithm("ppo").objective, Shard(4))
+    moved = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(5), x.shape), params)
+    kl = jax.jit(losses.kl_of_update)(moved, batch)
+    assert kl > 1e-4
+    np.testing.assert_allclose(kl, losses.kl(moved, batch), rtol=1e-5)
+    log_ratio = jax.jit(losses.log_ratio)(moved, batch)
+    assert log_ratio.shape == (8, 4)
+    # The mean of the estimator k1 and the exact KL differ by sampling alone.
+    assert 0 < -log_ratio.mean() < 10 * kl
 
 
 def test_chunks_of_a_minibatch_add_up_to_its_gradient():

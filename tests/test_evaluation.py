@@ -1,10 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ppo_jax import Config, envs, evaluate, make_trainer
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
+from ppo_jax.runs.periodic_evaluation import PeriodicEvaluation
 
 
 def random_length_env():
@@ -69,3 +71,31 @@ def test_a_population_is_evaluated_under_vmap():
     for i in range(3):
         alone = one(jax.tree.map(lambda x, i=i: x[i], policies), keys[i])
         np.testing.assert_array_equal(many.returns[i], alone.returns)
+
+
+def test_a_policy_is_evaluated_once_after_an_update():
+    policy, env = untrained_policy("CartPole-v1")
+    calls = []
+
+    def evaluated(policy):
+        calls.append(policy)
+        return evaluate(policy, env, env.params, jax.random.key(0), 2)
+
+    periodic = PeriodicEvaluation(evaluated, (0,), batch_size=8, every=2)
+    rows = periodic.after(2, policy)
+    assert periodic.evaluate(2, policy).returns.mean() == rows[0]["eval/return"]
+    assert len(calls) == 1
+    periodic.evaluate(3, policy)
+    assert len(calls) == 2
+
+
+def test_returns_of_episodes_that_are_cut_are_warned_of():
+    policy, env = untrained_policy("CartPole-v1")
+    periodic = PeriodicEvaluation(
+        lambda policy: evaluate(policy, env, env.params, jax.random.key(0), 4, max_steps=3),
+        (0,),
+        batch_size=8,
+        every=None,
+    )
+    with pytest.warns(RuntimeWarning, match="4 of 4 episodes .* after 16 steps .* within 3 steps"):
+        periodic.evaluate(2, policy)

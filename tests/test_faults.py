@@ -55,6 +55,8 @@ def test_a_best_policy_is_kept_although_another_seed_has_no_score(directory):
 
 def test_a_nan_is_never_the_best_score():
     assert best_of(np.array([1.0, np.nan, 2.0])) == 2
+    assert best_of(np.array([2.0, 1.0, 2.0, 2.0])) == 0
+    assert best_of(np.array([2.0, 1.0, 2.0, 2.0]), ties=np.array([1.0, 9.0, 3.0, 3.0])) == 2
     store = SweepStore(None)
     for score in (math.nan, 1.0, math.nan, 0.5):
         store.offer_policy(score, score, member=None, config=None)

@@ -91,6 +91,16 @@ def test_a_rollout_has_the_true_successors_and_the_right_ends(num_groups, env):
     np.testing.assert_allclose(total, trajectory.reward.sum())
 
 
+def test_images_with_their_channels_first_are_transposed():
+    config = counting(env="gymnasium:tests.host_envs:Frames-v0", network="minatar_cnn")
+    trajectory = rollouts_of(config, 1)[0].trajectory
+    assert trajectory.obs.shape == (T, N, 6, 5, 2)
+    assert trajectory.final_obs.shape == trajectory.obs.shape
+    np.testing.assert_array_equal(trajectory.obs[:, 0, 2, 4, 1], np.arange(T) % 3)
+    np.testing.assert_array_equal(trajectory.final_obs[:, 0, 2, 4, 1], np.arange(T) % 3 + 1)
+    assert trajectory.obs[..., :4, :].sum() == trajectory.obs[..., 0].sum() == 0
+
+
 def test_processes_change_no_number():
     found = [rollouts_of(config, 2) for config in (counting(), with_processes(counting()))]
     jax.tree.map(np.testing.assert_array_equal, *found)

@@ -306,3 +306,21 @@ def test_a_policy_that_cannot_act_on_an_observation_says_why():
     of_seeds = jax.tree.map(lambda x: jnp.stack([x, x]), policy)
     with pytest.raises(ConfigError, match=r"one seed; .*jax.tree.map\(lambda x: x\[0\], policy\)"):
         of_seeds.act(obs, policy.initial_recurrent_state((2,)))
+
+
+@pytest.mark.parametrize("network", ["mlp", "minatar_cnn"])
+def test_bytes_are_the_same_image_in_every_integer_dtype(network):
+    space = Box((6, 6, 3), "uint8")
+    spec = PolicySpec(observation_space=space, action_space=Discrete(5), network=network)
+    obs = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), np.uint8)
+    policy = Policy(init_params(spec, jax.random.key(0), jnp.asarray(obs)), spec=spec)
+    key = jax.random.key(1)
+    expected = jax.vmap(policy, in_axes=(None, 0))(obs, jax.random.split(key, 64))
+    assert len(np.unique(expected)) > 1
+    for same in (obs.tolist(), obs.astype(np.int32), jnp.asarray(obs, jnp.int16)):
+        found = jax.vmap(lambda k, same=same: policy(same, k))(jax.random.split(key, 64))
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(
+        ConfigError, match="integers from 0 to 255.*got float32. Pass them as uint8"
+    ):
+        policy(obs / 255.0)

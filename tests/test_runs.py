@@ -22,7 +22,8 @@ import ppo_jax
 from ppo_jax import Config, ConfigError, HParams, envs, make_trainer, trainer
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.population import member
-from ppo_jax.runs import kept, periodic_evaluation, progress, training
+from ppo_jax.population.search_space import LogUniform
+from ppo_jax.runs import kept, lock, periodic_evaluation, progress, training
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.interrupt import deferred_interrupt
 from ppo_jax.runs.metrics_log import MetricsLog
@@ -335,7 +336,7 @@ def test_what_is_no_run_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_between_pieces_and_keeps_what_was_learnt(number, tmp_path):
+def test_a_signal_stops_between_pieces_and_keeps_what_was_learnt(number, tmp_path, request):
     config = CONFIG.replace(total_timesteps=64 * 1_000_000)
     path = tmp_path / "stopped"
 
@@ -347,14 +348,58 @@ def test_a_signal_stops_between_pieces_and_keeps_what_was_learnt(number, tmp_pat
                 return
             time.sleep(0.05)
 
+    received = []
+    before = signal.signal(number, lambda *arguments: received.append(arguments))
+    request.addfinalizer(lambda: signal.signal(number, before))
     thread = threading.Thread(target=press_when_training)
     thread.start()
     run = ppo_jax.train(config, run_dir=path, progress=False, log_every=1)
     thread.join()
+    # The handler that the program had is called once everything is saved.
+    assert [x for x, _ in received] == [number]
     assert run.evaluation is None
     assert 0 < run.timesteps < config.total_timesteps
     assert rows_of(run)[-1]["timesteps"] == run.timesteps
     assert ppo_jax.load(path)(jnp.zeros(4)) in (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["train", "sweep", "search"])
+def test_ctrl_c_ends_a_script_that_trains_in_a_loop(kind, tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    path = tmp_path / "stopped"
+    config = CONFIG.replace(total_timesteps=64 * 1_000_000)
+    common = {"run_dir": path, "progress": False, "checkpoint_every": 1e-3}
+    space = {"learning_rate": LogUniform(1e-4, 1e-2)}
+    call = {
+        "train": lambda: ppo_jax.train(config, **common),
+        "sweep": lambda: ppo_jax.sweep(config, space, num_draws=2, seeds=1, **common),
+        "search": lambda: ppo_jax.search(
+            config, space, method="pbt", num_members=4, num_rounds=10, **common
+        ),
+    }[kind]
+
+    def press_when_there_is_a_checkpoint():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list(path.glob("*/[0-9]*/manifest.json")):
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=press_when_there_is_a_checkpoint)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        call()
+    thread.join()
+    (note,) = stopped.value.__notes__
+    result = stopped.value.result
+    if kind == "train":
+        assert note == f"ppo_jax.resume('{path}') continues the run."
+        assert 0 < result.timesteps < config.total_timesteps
+    else:
+        assert note == f"The same call with run_dir='{path}' continues."
+        assert not result.is_complete
+    with lock.owned(path):  # the directory is free again
+        pass
 
 
 def test_a_second_ctrl_c_interrupts_at_once(request):

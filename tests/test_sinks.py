@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import ppo_jax
-from ppo_jax import Config, ConfigError, cli
+from ppo_jax import Config, ConfigError, cli, resume
 from ppo_jax.runs import periodic_evaluation, sink
 from ppo_jax.runs.sink import Sink
 from ppo_jax.runs.sinks import make_sinks
@@ -268,6 +268,24 @@ def test_a_sink_that_fails_ends_alone(name, monkeypatch, tmp_path, logged):
     assert broken.num_finished == (name != "finish")
     assert_same_bits(run.state, whole.state)
     assert len(rows) == len(whole.metrics) + len(whole.evaluations) + 2
+
+
+def test_an_error_of_a_callback_ends_the_training_after_a_checkpoint(tmp_path, logged):
+    whole, _ = logged
+
+    def prune(rows):
+        if rows[-1]["update"] >= 8:
+            raise LookupError("pruned")
+
+    path = tmp_path / "run"
+    with pytest.raises(LookupError, match="pruned"):
+        train(run_dir=path, on_rows=prune)
+    assert not (path / "evaluation.json").exists()
+    run = resume(path, progress=False)
+    assert 0 < run.timesteps_before < run.timesteps
+    assert_same_bits(run.state, whole.state)
+    with pytest.raises(LookupError, match="pruned"):
+        train(on_rows=prune)
 
 
 @pytest.mark.parametrize("answer", [3, "yes", np.arange(2), None, False])

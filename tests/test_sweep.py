@@ -71,6 +71,8 @@ def test_draws_follow_their_distributions(sampler):
         ({"learning_rat": [1.0]}, None, "unknown name in the space 'learning_rat'. Did you mean"),
         ([{"gama": 1.0}], None, "unknown name in the space 'gama'"),
         ({"gamma": []}, None, "every list of a space must hold a value; gamma holds none"),
+        ({"gamma": 0.9}, None, r"a space maps names to lists .*got gamma=0.9. Write \[0.9\]"),
+        ({"env": "CartPole-v1"}, None, "a space maps names to lists .*got env='CartPole-v1'"),
         ({"gamma": [0.9]}, 3, r"num_draws \(--draws\) must be given if and only if .* got 3"),
         ({"gamma": Uniform(0.0, 1.0)}, None, "got None and gamma"),
         ([{"gamma": 0.9}], 3, "num_draws needs distributions"),

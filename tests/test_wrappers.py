@@ -175,7 +175,13 @@ def test_a_config_keeps_the_order_of_its_wrappers():
 
 @pytest.mark.parametrize("name", wrappers.WRAPPERS)
 def test_every_wrapper_trains(name):
-    argument = {"sticky_actions": 0.25, "observe_only": "0,2", "scale_reward": 0.1}.get(name, 2)
+    argument = {
+        "sticky_actions": 0.25,
+        "observe_only": "0,2",
+        "scale_reward": 0.1,
+        "flatten_observation": True,
+        "previous_action_reward": True,
+    }.get(name, 2)
     config = Config(
         num_envs=2, num_steps=8, hidden_sizes=(4,), total_timesteps=32, wrappers={name: argument}
     )

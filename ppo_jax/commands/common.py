@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
+from ppo_jax.ops.blocks import largest_divisor
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -83,12 +84,12 @@ def with_mesh(config: Config, mesh: MeshOption) -> Config:
 
 def prepare_devices(config: Config, seeds: int | None, member_devices: int | None = None) -> None:
     """Prepares JAX for a training: its cache of programs, and the cores of a CPU as devices."""
-    from ppo_jax.devices import num_groups
-
     enable_compilation_cache()
     if member_devices is None:
         # Seeds need no communication, so that each core trains some of them.
-        member_devices = num_groups(seeds or 1, num_cores() // config.num_devices)
+        member_devices = largest_divisor(
+            seeds or 1, at_most=max(1, num_cores() // config.num_devices)
+        )
     if seeds is not None or config.num_devices > 1:
         make_cpu_devices(config.num_devices * member_devices)
 

@@ -101,6 +101,9 @@ class TrainCommand:
     seeds: int | None = None
     """Train this many seeds together, starting from --seed. A seed that is trained with others
     rounds differently than alone, and so may take another path: compare seeds of the same run."""
+    start_from: Path | None = None
+    """Start from the policy of this run, which may be of another environment with the same spaces,
+    instead of new parameters."""
     run_dir: Path | None = None
     """Directory of the run; runs/ENV_ALGORITHM_SEED_TIME by default."""
     overwrite: bool = False
@@ -135,7 +138,8 @@ class TrainCommand:
     quiet: bool = False
     """Show no progress."""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """YAML with a mapping of settings to values, applied to the preset; flags override it."""
+    """YAML with a mapping of settings to values, applied to the preset, or the directory of a run
+    whose settings are used again; flags override it."""
 
     def run(self) -> int:
         """Runs the command; returns its exit status."""
@@ -169,6 +173,7 @@ class TrainCommand:
                 seed=self.seed,
                 num_seeds=self.seeds,
                 member_devices=mesh.member,
+                start_from=self.start_from,
                 run_dir=run_dir,
                 overwrite=self.overwrite,
                 resume=self.resume,

@@ -1,6 +1,7 @@
 """Environments by name: `make`, `make_env`, `register`, `names`."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,10 @@ def is_ours(name: str) -> bool:
 def check_name(name: str) -> None:
     """Raises a `ConfigError` that lists the nearest names if there is no such environment."""
     if not is_name(name):
-        raise unknown_name("environment", name, names(), listed_by="ppo-jax envs")
+        error = unknown_name("environment", name, names(), listed_by="ppo-jax envs")
+        if re.search(r"-v\d+$", name):  # as Gymnasium versions its names
+            error = ConfigError(f"{error} One of Gymnasium is gymnasium:{name}.")
+        raise error
 
 
 def imported_by(name: str) -> str | None:

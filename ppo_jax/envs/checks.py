@@ -1,5 +1,6 @@
 """Checks of an environment against its description, by shapes alone: nothing is computed."""
 
+import re
 from typing import Any
 
 import jax
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Dict, Space, Tuple, dtype_of, shape_of
 from ppo_jax.errors import ConfigError
+
+_METRICS_OF_EPISODES = ("count", "finished", "length", "return", "return_std", "score")
+"""Names that metrics of episodes and evaluations have already."""
 
 
 def example(space: Space, batch_shape: tuple[int, ...]) -> Any:
@@ -37,14 +41,32 @@ def check_env(env: Environment) -> None:
             f"step must return a state of the shapes and dtypes that reset returns; {env.name} "
             f"has {_described(step.state)} and {_described(state)}. Cast the fields that differ."
         )
-    for name in ("reward", "terminated", "truncated"):
-        shape = jnp.shape(getattr(step, name))
+    _check_metrics(env, step)
+    values = {name: getattr(step, name) for name in ("reward", "terminated", "truncated")}
+    for name, value in (*values.items(), *step.metrics.items()):
+        shape = jnp.shape(value)
         needed = env.agent_axes if name == "reward" else ()
         if shape != needed:
             raise ConfigError(
                 f"{name} must {'be a scalar' if needed == () else f'have the shape {needed}'}; "
                 f"{env.name} has the shape {shape}. A step describes a "
                 "single environment: jax.vmap adds the axis of environments."
+            )
+
+
+def _check_metrics(env: Environment, step: Step) -> None:
+    """Checks the names of an environment's metrics."""
+    if set(step.metrics) != set(env.metrics):
+        raise ConfigError(
+            f"a step must report the metrics that its environment names; {env.name} names "
+            f"{sorted(env.metrics)} and reports {sorted(step.metrics)}. Set "
+            "Environment(metrics=…), or Step(metrics=…)."
+        )
+    for name in env.metrics:
+        if name in _METRICS_OF_EPISODES or not re.fullmatch(r"[\w./-]+", name):
+            raise ConfigError(
+                "a metric's name must have letters, digits and '_-./', and not be one of "
+                f"{', '.join(_METRICS_OF_EPISODES)}; got {name!r} of {env.name}. Rename it."
             )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.envs.spaces import Dict, Leaf, Space, Tuple, dtype_of
+from ppo_jax.types import NO_METRICS
 
 
 class Step(NamedTuple):
@@ -21,6 +22,9 @@ class Step(NamedTuple):
     """bool: the episode reached a terminal state, whose value is 0."""
     truncated: jax.Array
     """bool: a time limit cut the episode; the successor keeps its value."""
+    metrics: dict[str, jax.Array] = NO_METRICS
+    """A scalar for each name in `Environment.metrics`. Like rewards, they are summed over an
+    episode: a success is 1 in the step in which it happens, and 0 in all others."""
 
 
 class Renderer(NamedTuple):
@@ -75,6 +79,9 @@ class Environment(NamedTuple):
     and `step` raise a `ConfigError`."""
     num_agents: int = 1
     """Agents of an environment. `Config.num_envs` counts each of them as an environment."""
+    metrics: tuple[str, ...] = ()
+    """Names of what a step reports besides the reward. The mean over episodes of the sum over their
+    steps is `episode/NAME` of a training and `eval/NAME` of an evaluation."""
 
     @property
     def agent_axes(self) -> tuple[int, ...]:
@@ -113,8 +120,9 @@ def vectorized(env: Environment) -> Vectorized:
     def step(keys: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
         actions = action.reshape(-1, num_agents, *action.shape[1:])
         after = step_many(keys[::num_agents], state, actions, params)
-        ends = (jnp.repeat(x, num_agents) for x in (after.terminated, after.truncated))
-        return Step(merge(after.obs), after.state, merge(after.reward), *ends)
+        shared = (after.terminated, after.truncated, after.metrics)
+        shared = jax.tree.map(lambda x: jnp.repeat(x, num_agents), shared)
+        return Step(merge(after.obs), after.state, merge(after.reward), *shared)
 
     def where(done: jax.Array, new: tuple[Any, Any], old: tuple[Any, Any]) -> tuple[Any, Any]:
         return select(done, new[0], old[0]), select(done[::num_agents], new[1], old[1])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from ppo_jax.envs import spaces
@@ -82,3 +83,32 @@ def cast(space: spaces.Space, obs: Any) -> Any:
     if isinstance(space, spaces.Tuple):
         return tuple(map(cast, space.spaces, obs))
     return np.asarray(obs, spaces.dtype_of(space))
+
+
+def _has_channels_first(leaf: spaces.Leaf) -> bool:
+    """Returns whether the first axis of images is that of channels: shorter than the last one."""
+    if not isinstance(leaf, spaces.Box) or len(leaf.shape) != 3 or leaf.dtype != "uint8":
+        return False
+    # Colours and stacked frames are fewer than columns; Stable-Baselines3 has a similar rule.
+    return leaf.shape[0] < leaf.shape[2]
+
+
+def channels_last(space: spaces.Space) -> spaces.Space:
+    """Returns the space of observations whose images have their channels last."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict.of({name: channels_last(entry) for name, entry in space.spaces})
+    if isinstance(space, spaces.Tuple):
+        return spaces.Tuple(tuple(map(channels_last, space.spaces)))
+    if isinstance(space, spaces.Box) and _has_channels_first(space):
+        return spaces.Box((*space.shape[1:], space.shape[0]), space.dtype)
+    return space
+
+
+def to_observations(space: spaces.Space, obs: Any) -> Any:
+    """Converts observations `[N, ...]` of a space to its dtypes, and images to channels last."""
+
+    def convert(leaf: spaces.Leaf, x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.moveaxis(x, 1, 3)) if _has_channels_first(leaf) else x
+
+    leaves, structure = jax.tree.flatten(cast(space, obs))
+    return jax.tree.unflatten(structure, map(convert, spaces.leaves(space), leaves))

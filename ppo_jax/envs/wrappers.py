@@ -56,6 +56,7 @@ def sticky_actions(env: Environment, probability: float) -> Environment:
     Machado et al. 2018 (arXiv:1709.06009), section 5.2. The first action of an episode is never
     replaced.
     """
+    _require_number("the probability of sticky_actions", probability)
     if not 0 <= probability < 1:
         raise ConfigError(
             f"the probability of sticky_actions must be in [0, 1); got {probability}."
@@ -90,7 +91,10 @@ def action_repeat(env: Environment, times: int) -> Environment:
             after = env.step(key_i, result.state, action, params)
             # Computed in every case, and dropped where the episode is over: under `vmap` a branch
             # would compute both sides.
-            after = after._replace(reward=result.reward + after.reward)
+            after = after._replace(
+                reward=result.reward + after.reward,
+                metrics=jax.tree.map(jnp.add, result.metrics, after.metrics),
+            )
             result = jax.tree.map(
                 lambda old, new, done=done: jnp.where(done, old, new), result, after
             )
@@ -254,6 +258,7 @@ def transform_reward(env: Environment, function: Callable[[jax.Array], jax.Array
 
 def scale_reward(env: Environment, factor: float) -> Environment:
     """Multiplies rewards by a factor. `HParams.reward_scale` leaves reported returns unscaled."""
+    _require_number("scale_reward", factor)
     return transform_reward(env, lambda reward: factor * reward)
 
 
@@ -263,8 +268,20 @@ def _no_action(env: Environment) -> jax.Array:
     return jnp.zeros((*env.agent_axes, *spaces.shape_of(space)), spaces.dtype_of(space))
 
 
+def _require_number(name: str, value: Any) -> None:
+    """Raises a `ConfigError` unless an argument is a finite number."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a number; got {value!r}.")
+
+
 def _if_asked(wrapper: Callable[[Environment], Environment]) -> Callable[..., Environment]:
-    return lambda env, wanted: wrapper(env) if wanted else env
+    def apply_or_not(env: Environment, wanted: bool) -> Environment:
+        if not isinstance(wanted, bool):
+            raise ConfigError(f"{wrapper.__name__} must be True or False; got {wanted!r}.")
+        return wrapper(env) if wanted else env
+
+    return apply_or_not
 
 
 _OURS: dict[str, Callable[..., Environment]] = {

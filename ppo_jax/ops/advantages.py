@@ -157,6 +157,32 @@ def n_step(
     return jax.lax.fori_loop(0, min(steps, reward.shape[0]) - 1, one_more, delta)
 
 
+def sums_over_episodes(
+    x: jax.Array, done: jax.Array, before: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Adds up a quantity over the steps of each episode.
+
+    Args:
+      x: the quantity, `[T, N]`.
+      done: `[T, N]`, the episode ended at this step.
+      before: sums of the episodes that are unfinished before the rollout, `[N]`.
+
+    Returns:
+      The sum over all episodes that ended in the rollout, a scalar, and the sums of the episodes
+      that are unfinished after it, `[N]`.
+
+    >>> x = jnp.array([[1.0], [2.0], [4.0]])
+    >>> total, after = sums_over_episodes(x, x == 2, jnp.array([8.0]))
+    >>> float(total), after.tolist()
+    (11.0, [4.0])
+    """
+    chex.assert_rank([x, done, before], [2, 2, 1])
+    # The episode of a step ends in the rollout if this or a later step of the column is its last.
+    ends = jax.lax.cumsum(done.astype(jnp.int32), reverse=True) > 0
+    total = jnp.sum(jnp.where(ends, x, 0.0)) + jnp.sum(jnp.where(ends[0], before, 0.0))
+    return total, jnp.sum(jnp.where(ends, 0.0, x), 0) + jnp.where(ends[0], 0.0, before)
+
+
 def first_episode(done: jax.Array) -> jax.Array:
     """Returns a bool mask of the steps in the first episode of each environment, `[T, N]`.
 

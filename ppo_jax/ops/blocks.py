@@ -7,7 +7,8 @@ def largest_divisor(number: int, at_most: int) -> int:
     >>> largest_divisor(12, at_most=5)
     4
     """
-    return max(d for d in range(1, at_most + 1) if number % d == 0)
+    # Downwards from the smaller of both: a bound may be 2³¹ where the number is 128.
+    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
 
 
 def nearest_divisors(number: int, near: int) -> list[int]:

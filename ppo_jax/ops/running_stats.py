@@ -33,7 +33,8 @@ def initial(shape: tuple[int, ...]) -> RunningStats:
 def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> RunningStats:
     """Returns the statistics of the stream with a batch appended.
 
-    A batch with a NaN or an infinity is left out as a whole: it would be in every mean after it.
+    Elements whose batch has a NaN, an infinity or an overflow keep their mean and variance, because
+    one such sample would be in every mean after it.
 
     Chan, Golub & LeVeque 1983, doi:10.1080/00031305.1983.10483115.
 
@@ -66,8 +67,12 @@ def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> Ru
         var=merged + jnp.square(delta) * weight * (1.0 - weight),
     )
     # The variance is the first to overflow, and NaN where the mean is.
-    is_finite = jnp.all(jnp.isfinite(appended.var))
-    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), appended, stats)
+    is_finite = jnp.isfinite(appended.var)
+    return RunningStats(
+        num_samples=jnp.where(jnp.any(is_finite), appended.num_samples, stats.num_samples),
+        mean=jnp.where(is_finite, appended.mean, stats.mean),
+        var=jnp.where(is_finite, appended.var, stats.var),
+    )
 
 
 def normalize(stats: RunningStats, x: jax.Array) -> jax.Array:

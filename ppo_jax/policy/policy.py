@@ -1,5 +1,6 @@
 """A policy as a value: a pytree that acts."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,14 +28,28 @@ def _as_arrays(space: spaces.Space, obs: Any) -> Any:
     An observation whose structure is not that of `space` is returned unchanged.
     """
     if isinstance(space, spaces.Dict):
-        if isinstance(obs, Mapping) and obs.keys() == set(space.names):
+        if isinstance(obs, Mapping) and obs.keys() != set(space.names):
+            raise ConfigError(
+                f"obs must have the entries {', '.join(space.names)}; got {', '.join(obs)}."
+            )
+        if isinstance(obs, Mapping):
             return {name: _as_arrays(entry, obs[name]) for name, entry in space.spaces}
         return obs
     if isinstance(space, spaces.Tuple):
         if isinstance(obs, (tuple, list)) and len(obs) == len(space.spaces):
             return tuple(map(_as_arrays, space.spaces, obs))
         return obs
-    return jnp.asarray(obs)
+    array = jnp.asarray(obs)
+    if isinstance(space, spaces.Box) and space.dtype == "uint8" != array.dtype:
+        # A convolution divides bytes by 255 where it gathers its patches, and leaves other dtypes
+        # as they are, so that the same image would be 255 times as large.
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ConfigError(
+                f"observations must be integers from 0 to 255, as in the environment; got "
+                f"{array.dtype}. Pass them as uint8."
+            )
+        return array.astype(jnp.uint8)
+    return array
 
 
 class Policy(struct.PyTreeNode):
@@ -113,7 +128,16 @@ class Policy(struct.PyTreeNode):
 
     def initial_recurrent_state(self, batch_shape: tuple[int, ...] = ()) -> Any:
         """Returns the recurrent state at the start of an episode; None without a memory."""
+        if isinstance(batch_shape, int):
+            raise ConfigError(
+                f"batch_shape must be a tuple; got {batch_shape}. Pass ({batch_shape},)."
+            )
         return initial_recurrent_state(self.spec, batch_shape)
+
+    def __repr__(self) -> str:
+        size = sum(jnp.size(x) for x in jax.tree.leaves(self.params))
+        spaces = f"{self.spec.observation_space} -> {self.spec.action_space}"
+        return f"Policy({spaces}, {size:,} parameters)"
 
     def step(
         self, obs: Any, recurrent_state: Any, start: jax.Array | None = None
@@ -191,3 +215,46 @@ class Policy(struct.PyTreeNode):
             x if stats is None else running_stats.normalize(stats, x) for stats, x in pairs
         ]
         return jax.tree.unflatten(structure, normalized)
+
+
+def require_policy(policy: Any, expected: Policy) -> None:
+    """Raises a `ConfigError` unless a training can start from a policy.
+
+    Args:
+      policy: the policy that a caller gave.
+      expected: a policy of the training, whose leaves may be shapes.
+    """
+    rule = "a training must start from a policy of its own kind"
+    if not isinstance(policy, Policy):
+        raise ConfigError(
+            f"{rule}; got {policy!r}. Pass what trainer.policy(state) or ppo_jax.load returns."
+        )
+    for field in dataclasses.fields(policy.spec):
+        theirs, ours = (_comparable(getattr(x.spec, field.name)) for x in (policy, expected))
+        if theirs != ours:
+            raise ConfigError(
+                f"{rule}; its {field.name} is {theirs}, and that of the training is {ours}."
+            )
+    if (policy.obs_stats is None) != (expected.obs_stats is None):
+        is_normalised = policy.obs_stats is not None
+        raise ConfigError(
+            f"{rule}; it {'normalises' if is_normalised else 'does not normalise'} observations. "
+            f"Set normalize_obs to {is_normalised}."
+        )
+    shapes = [jax.tree.map(jnp.shape, (x.params, x.obs_stats)) for x in (policy, expected)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"{rule}; its parameters have other shapes. Choose one of several seeds by "
+            "jax.tree.map(lambda x: x[0], policy)."
+        )
+
+
+def _comparable(value: Any) -> Any:
+    """Returns a field of a spec; spaces without bounds, which do not shape the network."""
+    if isinstance(value, spaces.Box):
+        return value._replace(low=None, high=None)
+    if isinstance(value, spaces.Dict):
+        return spaces.Dict.of({name: _comparable(entry) for name, entry in value.spaces})
+    if isinstance(value, spaces.Tuple):
+        return spaces.Tuple(tuple(map(_comparable, value.spaces)))
+    return value

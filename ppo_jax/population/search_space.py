@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +119,12 @@ def rows(
             )
         return found or [{}]
     check_names(space)
+    for name, entry in space.items():
+        if isinstance(entry, str) or not isinstance(entry, (Distribution, Iterable)):
+            raise ConfigError(
+                f"a space maps names to lists and distributions; got {name}={entry!r}. Write "
+                f"[{entry!r}], or set it in the config or the hyperparameters."
+            )
     drawn = {name: entry for name, entry in space.items() if isinstance(entry, Distribution)}
     check_draws(num_draws, drawn)
     listed = {

@@ -21,7 +21,7 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.runs import files, provenance
-from ppo_jax.runs.settings import settings_from_plain, settings_to_plain
+from ppo_jax.runs.settings import settings_from_plain, settings_to_plain, to_plain
 from ppo_jax.trainer import make_trainer
 from ppo_jax.types import TrainState
 
@@ -154,7 +154,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any
     """Writes a checkpoint of arrays and a JSON record with "keys", as `flatten` returns them."""
     payload = safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()})
     manifest = {
-        **record,
+        **to_plain(record),
         "format": FORMAT,
         "made_with": provenance.describe(),
         "arrays": {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()},

@@ -262,9 +262,16 @@ class CompiledPopulation:
         return keys, hparams, env_params
 
 
-def best_of(scores: np.ndarray) -> int:
-    """Returns the index of the highest score; a NaN is the lowest."""
-    return int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))
+def best_of(scores: np.ndarray, ties: np.ndarray | None = None) -> int:
+    """Returns the index of the highest score; a NaN is the lowest.
+
+    Args:
+      scores: `[S]`.
+      ties: `[S]`, decides between equal scores; None, or equal ties, for the first of them.
+    """
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    ties = np.zeros(len(scores)) if ties is None else ties
+    return int(np.lexsort((np.arange(len(scores)), -ties, -scores))[0])
 
 
 def _current_return(state: MemberState, progress: float) -> float:

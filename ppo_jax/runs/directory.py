@@ -35,6 +35,7 @@ EVALUATION = "evaluation.json"
 EVALUATIONS = "evaluations.jsonl"
 BEST = "best"
 CHECKPOINTS = "checkpoints"
+START = "start"
 _LOCK = ".lock"  # the name in `lock`, whose library the command line loads late
 OPTIONS = (
     "member_devices",
@@ -52,7 +53,7 @@ EXPORT = "export"
 PAGE = "report.html"
 PLOTS = ("curves.png", "curves.svg")
 _FILES = (METRICS, METRICS_TABLE, EVALUATION, EVALUATIONS, _OLD_POLICY, PAGE, *PLOTS)
-_FOLDERS = (POLICY, BEST, CHECKPOINTS, TENSORBOARD, WANDB, EXPORT)
+_FOLDERS = (POLICY, BEST, CHECKPOINTS, START, TENSORBOARD, WANDB, EXPORT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class RunDirectory:
                 "(ppo-jax resume) to continue that run, or overwrite (--overwrite) to replace it."
             )
         # Only runs are overwritten: a user's own folder may have names such as checkpoints, too.
-        if is_used and not _is_run(path):
+        if is_used and not is_run(path):
             what = "a sweep" if (path / _SWEEP).exists() else "files that are no run"
             raise ConfigError(
                 f"overwrite replaces the run in run_dir; {path} holds {what}. Choose another."
@@ -159,6 +160,7 @@ class RunDirectory:
         *,
         seeds: int | Iterable[int],
         options: Mapping[str, Any] | None = None,
+        start_from: "Policy | None" = None,
     ) -> None:
         """Starts a run: removes the files of an earlier one, and writes settings and provenance.
 
@@ -170,8 +172,10 @@ class RunDirectory:
           hparams: complete hyperparameters.
           seeds: the seed, or the seeds of a run with an axis of seeds.
           options: arguments of the run that do not change its training.
+          start_from: policy that the run starts from, which the directory keeps.
         """
         from ppo_jax.runs import provenance
+        from ppo_jax.runs.policy_files import save_policy
 
         # Only files that a run writes: a user may keep notes in the directory. The settings stay
         # until others replace them, so that the directory is that of a run all the time.
@@ -179,6 +183,8 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             files.remove_directory(self.path / name)
+        if start_from is not None:
+            save_policy(start_from, self.path / START)
         record = {
             **_settings(config, hparams),
             "seeds": seeds if isinstance(seeds, int) else list(seeds),
@@ -305,6 +311,12 @@ class RunDirectory:
         save_policy(policy, self.path / POLICY)
         (self.path / EVALUATION).unlink(missing_ok=True)
 
+    def read_start(self, network: Any = None) -> "Policy | None":
+        """Reads the policy that the run started from; None if it started from new parameters."""
+        from ppo_jax.runs.policy_files import load_policy
+
+        return load_policy(self.path / START, network) if (self.path / START).is_dir() else None
+
     def write_best(self, best: "Best") -> None:
         """Writes the best policy of each seed so far."""
         from ppo_jax.runs.policy_files import save_policy
@@ -348,7 +360,7 @@ class RunDirectory:
         _write_json(self.path / EVALUATION, record)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Returns whether a directory is that of a run, and not of a sweep."""
     try:
         RunDirectory.open(path)._read_record()

@@ -1,6 +1,7 @@
 """Trainings that failed: their updates were NaN or infinite."""
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from ppo_jax.stages.metrics import Metrics
 from ppo_jax.stages.update_rules import CRITIC_SKIPPED, SKIPPED
 from ppo_jax.types import TrainState
 
+_OF_ENVIRONMENTS = re.compile("^(reward|(next )?observation)")
+"""Quantities that come from an environment, whatever is learned from them."""
+
 
 class Failure(NamedTuple):
     """A seed whose training failed, because its updates were NaN or infinite."""
@@ -32,10 +36,13 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         cause = f"; the first quantity that is not finite is {self.cause}" if self.cause else ""
+        remedy = "Try a lower learning_rate, or max_grad_norm."
+        if self.cause and _OF_ENVIRONMENTS.search(self.cause):
+            remedy = "Look for the fault in the environment, with ppo_jax.testing.check_env."
         return (
             f"seed {self.seed} failed with update {self.update}, after {self.timesteps:,} steps: "
-            f"its updates would be NaN or infinite{cause}. The last finite policy is kept. Try a "
-            "lower learning_rate, or max_grad_norm."
+            f"its updates would be NaN or infinite{cause}. The last finite policy is kept. "
+            f"{remedy}"
         )
 
 

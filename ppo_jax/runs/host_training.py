@@ -12,6 +12,7 @@ from ppo_jax.envs.environment import Environment
 from ppo_jax.envs.host import HostEnvs, HostSource
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
+from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import initial_recurrent_state
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
 from ppo_jax.runs import device_memory
@@ -42,7 +43,11 @@ def _check_config(config: Config, keys: jax.Array) -> None:
 
 
 def compile_host_training(
-    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams
+    trainer: Trainer,
+    config: Config,
+    keys: jax.Array,
+    hparams: HParams,
+    policy: Policy | None = None,
 ) -> Training:
     """Compiles the parts of a training that acts in environments on the host.
 
@@ -55,6 +60,7 @@ def compile_host_training(
       config: describes the training.
       keys: one random key.
       hparams: complete.
+      policy: the training starts from it; None draws new parameters.
 
     Raises:
       ConfigError: a setting needs an environment in JAX, or the training does not fit the memory
@@ -76,7 +82,7 @@ def compile_host_training(
         return step(state, guard, index, hparams)
 
     before = _shapes_before(trainer.env, config.num_envs, recurrent_state)
-    init = jax.jit(host.init).lower(keys, hparams, before).compile()
+    init = jax.jit(host.init).lower(keys, hparams, before, policy).compile()
     state_shapes = output_shapes(init)
     rollout_shapes = _shapes_of_rollout(trainer, config, state_shapes, before)
     guard_shapes = jax.eval_shape(initial_guard)
@@ -114,7 +120,7 @@ def compile_host_training(
 
     *_, metric_shapes = lowered.out_info
     return Training(
-        start=lambda: init(keys, hparams, environments.reset(0)),
+        start=lambda: init(keys, hparams, environments.reset(0), policy),
         advance=advance,
         state_shapes=state_shapes,
         metric_shapes=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1,), x.dtype), metric_shapes),

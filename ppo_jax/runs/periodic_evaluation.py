@@ -1,6 +1,7 @@
 """Evaluations while a run trains: always at the same updates, on the same episodes."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from ppo_jax.envs.environment import Environment
 from ppo_jax.evaluation import Evaluation, evaluate, evaluation_key
 from ppo_jax.policy.policy import Policy
+from ppo_jax.runs import processes
 from ppo_jax.runs.host_evaluation import evaluate_on_host
 from ppo_jax.runs.kept import made_once
 
@@ -76,6 +78,7 @@ class PeriodicEvaluation:
         """
         self._evaluate, self._seeds = evaluate, seeds
         self._batch_size, self._every = batch_size, every
+        self._newest: tuple[int, Evaluation] | None = None
         self.seconds = 0.0
         """Seconds of the evaluations so far; the first includes compilation."""
         self.best = Best(None, np.full(len(seeds), -np.inf), np.zeros(len(seeds), int))
@@ -88,17 +91,33 @@ class PeriodicEvaluation:
         """Returns whether there is an evaluation after a number of updates."""
         return self._every is not None and updates % self._every == 0
 
-    def evaluate(self, policy: Policy) -> Evaluation:
-        """Evaluates a policy, and adds the time that it takes to `seconds`."""
+    def evaluate(self, updates: int, policy: Policy) -> Evaluation:
+        """Evaluates the policy after a number of updates, unless the newest evaluation did so.
+
+        The time that it takes is added to `seconds`.
+        """
+        # The final evaluation may follow a periodic one, and whole games of Atari take minutes.
+        if self._newest is not None and self._newest[0] == updates:
+            return self._newest[1]
         started = time.perf_counter()
         # Dispatch is asynchronous: without the wait the time would be that of the next update.
         evaluation = jax.block_until_ready(self._evaluate(policy))
         self.seconds += time.perf_counter() - started
+        self._newest = updates, evaluation
+        cut = np.sum(~np.asarray(evaluation.finished))
+        if cut and processes.is_first():
+            warnings.warn(
+                f"{cut} of {evaluation.finished.size} episodes of the evaluation after "
+                f"{updates * self._batch_size:,} steps did not end within "
+                f"{np.max(evaluation.lengths):,} steps; their returns are cut there.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return evaluation
 
     def after(self, updates: int, policy: Policy) -> list[dict[str, Any]]:
         """Evaluates the policy after a number of updates, and returns a row for each seed."""
-        evaluation = self.evaluate(policy)
+        evaluation = self.evaluate(updates, policy)
         means = np.reshape(evaluation.returns, (len(self._seeds), -1)).mean(axis=1)
         # A return that was reached again is no better: a run that continues repeats evaluations.
         is_better = means > self.best.returns
@@ -125,6 +144,7 @@ def evaluation_rows(
     """
     returns = np.reshape(evaluation.returns, (len(seeds), -1))
     lengths = np.reshape(evaluation.lengths, returns.shape)
+    own = {name: np.reshape(x, returns.shape) for name, x in evaluation.metrics.items()}
     return [
         {
             "update": updates,
@@ -133,6 +153,7 @@ def evaluation_rows(
             "eval/return": float(returns[i].mean()),
             "eval/return_std": float(returns[i].std()),
             "eval/length": float(lengths[i].mean()),
+            **{f"eval/{name}": float(x[i].mean()) for name, x in own.items()},
         }
         for i, seed in enumerate(seeds)
     ]

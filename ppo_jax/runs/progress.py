@@ -27,7 +27,7 @@ class TrainingProgress:
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[status]}"),
             console=console,
             disable=not has_bar,
@@ -57,15 +57,33 @@ class TrainingProgress:
         elapsed = now - self._started
         # By the current speed: the elapsed time has compilations of later groups in it.
         left = (self._total - self._done) / max(steps_per_second, 1e-9)
+        # Fits in a terminal of 80 columns, beside the bar.
+        short = (
+            f"{_short(self._done)}/{_short(self._total)} steps, {_short(steps_per_second)}/s, "
+            f"return {episode_return:.1f}, {_clock(left)} left"
+        )
+        self._bar.update(self._task, completed=self._done, status=short)
         status = (
             f"{self._done:,} of {self._total:,} steps, {steps_per_second:,.0f} steps/s, "
             f"return {episode_return:.1f}, {_clock(elapsed)} elapsed, {_clock(left)} left"
         )
-        self._bar.update(self._task, completed=self._done, status=status)
         if self._prints_lines and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             # Whole lines, for logs: rich would wrap them at 80 columns.
             self._console.print(status, soft_wrap=True, highlight=False)
+
+
+def _short(number: float) -> str:
+    """Returns a count with at most four digits.
+
+    >>> _short(950), _short(598_016), _short(80_000_000)
+    ('950', '598k', '80.0M')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.1f}{unit}"
+    return f"{number:.0f}"
 
 
 def _clock(seconds: float) -> str:

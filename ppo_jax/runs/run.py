@@ -46,7 +46,7 @@ from ppo_jax.runs.run_writer import RunWriter
 from ppo_jax.runs.settings import settings_to_plain
 from ppo_jax.runs.sink import OnRows, RunInfo
 from ppo_jax.runs.sinks import Sinks, make_sinks
-from ppo_jax.runs.trained import summarize
+from ppo_jax.runs.trained import load, summarize
 from ppo_jax.runs.training import LARGEST_PIECE, Training, compile_training
 from ppo_jax.stages.metrics import Metrics
 from ppo_jax.trainer import Trainer
@@ -119,6 +119,7 @@ def train(
     seed: int = 0,
     num_seeds: int | None = None,
     member_devices: int | None = None,
+    start_from: Policy | str | Path | None = None,
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -139,8 +140,9 @@ def train(
     resumed has the same numbers, too, on the same device and with the same versions. An environment
     on the host has no `trainer.run`, and starts new episodes where a run is resumed.
 
-    After Ctrl-C or SIGTERM the training stops between two pieces, writes a checkpoint and keeps the
-    policy so far.
+    After Ctrl-C or SIGTERM the training stops within about a second, and writes a checkpoint. The
+    signal is then raised again: Ctrl-C becomes a `KeyboardInterrupt`, whose attribute `result` is
+    the `Run` so far, and SIGTERM ends the process unless it has a handler.
 
     An update with a gradient that is NaN or infinite is skipped. A seed whose updates are all
     skipped keeps its last finite policy. It is listed in `Run.failures`, with a warning, and the
@@ -154,6 +156,9 @@ def train(
       member_devices: number of groups of devices among which the seeds are divided. A group is one
         device, or `num_devices` devices if the environments are divided as well. None for as
         many groups as the devices can form with equally many seeds each.
+      start_from: policy of one seed, or the directory of a run whose policy is loaded. All seeds
+        start from its parameters and its statistics of observations, with a new optimiser, in this
+        environment and with these hyperparameters. None draws new parameters.
       run_dir: directory for `config.json`, `metrics.jsonl`, `policy`, `evaluation.json` and
         `checkpoints`; None writes nothing.
       overwrite: replace a run that is there already.
@@ -170,8 +175,8 @@ def train(
         "trackio". They need `run_dir`.
       on_rows: is called between compiled pieces, about once a second, with the new rows of metrics
         and of evaluations: dicts with `update`, `timesteps`, `seed` and metrics. If it returns
-        True, the training stops and is evaluated. If it raises an error, a warning is issued, and
-        it is not called again.
+        True, the training stops and is evaluated. If it raises an error, a checkpoint is written
+        and the training ends with this error.
       stop_at_return: stop once the mean return of an evaluation, over all seeds, is at least this.
         It needs `eval_every`. A resumed run keeps it; infinity never stops.
       debug_nans: stop at the first update with a NaN, repeat it, and name the operation in
@@ -218,6 +223,7 @@ def train(
         settings = settings_to_plain(config, hparams)
         processes.require_same({**settings["config"], **settings["hparams"], **others})
     trainer, mesh = _on_devices(config, num_seeds, member_devices)
+    policy = _policy_of(start_from, trainer, config)
     # Trackers would have each row once for every process.
     if not processes.is_first():
         sinks = Sinks({})
@@ -240,13 +246,17 @@ def train(
         stop_at_return=stop_at_return,
         debug_nans=debug_nans,
         sinks=sinks,
+        policy=policy,
     )
-    with processes.loss_explained():
+    with deferred_interrupt() as interrupt, processes.loss_explained():
         processes.require_whole_mesh(mesh)
         with _opened(plan, run_dir, resume=resume, overwrite=overwrite) as (directory, is_resumed):
             if is_resumed and directory is not None:
                 directory.warn_of_other_devices(config)
-            return _train(plan, directory, is_resumed=is_resumed, progress=progress)
+            run = _train(plan, directory, interrupt, is_resumed=is_resumed, progress=progress)
+    return interrupt.deliver(
+        run, "" if run_dir is None else f"ppo_jax.resume({str(run_dir)!r}) continues the run."
+    )
 
 
 @contextlib.contextmanager
@@ -420,6 +430,8 @@ class _Plan(NamedTuple):
     stop_at_return: float | None
     debug_nans: bool
     sinks: Sinks
+    policy: Policy | None
+    """Policy that the training starts from; None draws new parameters."""
 
     @property
     def seeds_on_disk(self) -> int | list[int]:
@@ -435,6 +447,31 @@ class _Plan(NamedTuple):
         """Returns the key of the training, or those of its seeds."""
         keys = jax.vmap(jax.random.key)(np.array(self.seeds, np.uint32))
         return keys if self.has_seed_axis else keys[0]
+
+
+def _policy_of(
+    start_from: Policy | str | Path | None, trainer: Trainer, config: Config
+) -> Policy | None:
+    """Returns the policy that a training starts from, checked; None for new parameters."""
+    if start_from is None:
+        return None
+    processes.require_one("start_from", "Start from new parameters.")
+    if isinstance(start_from, (str, Path)):
+        start_from = load(start_from, network=_module_of(config))
+    if trainer.env.host is None:  # others are checked when they are compiled
+        jax.eval_shape(functools.partial(trainer.init, policy=start_from), jax.random.key(0))
+    return start_from
+
+
+def _start_of(plan: _Plan, resumed: RunDirectory | None) -> Policy | None:
+    """Returns the policy that a run starts from, or started from if it is resumed."""
+    # A run that was killed before its first checkpoint starts from the same policy again.
+    return plan.policy if resumed is None else resumed.read_start(_module_of(plan.config))
+
+
+def _module_of(config: Config) -> Any:
+    """Returns the user's module, which files do not hold; None for a network with a name."""
+    return None if isinstance(config.network, str) else config.network
 
 
 def _check_eval_every(eval_every: int | None, config: Config) -> None:
@@ -459,8 +496,23 @@ def _check_files(
         )
 
 
-def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, progress: bool) -> Run:
-    """Compiles a training, runs its updates, and evaluates the result."""
+def _train(
+    plan: _Plan,
+    directory: RunDirectory | None,
+    interrupt: Interrupt,
+    *,
+    is_resumed: bool,
+    progress: bool,
+) -> Run:
+    """Compiles a training, runs its updates, and evaluates the result.
+
+    Args:
+      plan: plan of the run.
+      directory: directory of the run; None in other processes, and if nothing is written.
+      interrupt: asks the training to stop.
+      is_resumed: continue from the newest checkpoint.
+      progress: show a progress bar.
+    """
     config, keys = plan.config, plan.keys()
     if plan.debug_nans and plan.trainer.env.host is not None:
         raise ConfigError(
@@ -468,9 +520,10 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
             "is stepped on the host. Leave debug_nans out."
         )
     progress &= processes.is_first()
-    with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+    with TrainingProgress(visible=progress) as bar:
         started = time.perf_counter()
-        training = _compile(plan.trainer, config, keys, plan.hparams, plan.mesh)
+        policy = _start_of(plan, directory if is_resumed else None)
+        training = _compile(plan.trainer, config, keys, plan.hparams, plan.mesh, policy=policy)
         evaluate = make_evaluate(plan.trainer.env, keys, plan.eval_episodes)
         periodic = PeriodicEvaluation(evaluate, plan.seeds, config.batch_size, plan.eval_every)
         with (
@@ -505,7 +558,7 @@ def _train(plan: _Plan, directory: RunDirectory | None, *, is_resumed: bool, pro
                 # After a signal there is no evaluation; it follows when the run is resumed.
                 is_done = end.updates == config.num_updates or sinks.ask_to_stop
                 if is_done and not interrupt.requested:
-                    evaluation = periodic.evaluate(policy)
+                    evaluation = periodic.evaluate(end.updates, policy)
                     if writer is not None:
                         writer.write_evaluation(summarize(evaluation, plan.seeds, greedy=True))
                     if not periodic.is_due(end.updates):
@@ -559,12 +612,18 @@ def _mesh_of(config: Config, num_seeds: int | None, member_devices: int | None) 
 
 
 def _compile(
-    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams, mesh: Mesh | None
+    trainer: Trainer,
+    config: Config,
+    keys: jax.Array,
+    hparams: HParams,
+    mesh: Mesh | None,
+    *,
+    policy: Policy | None = None,
 ) -> Training:
     """Compiles a training for the kind of its environment; arguments as of `compile_training`."""
     if trainer.env.host is not None:
-        return compile_host_training(trainer, config, keys, hparams)
-    return compile_training(trainer, config, keys, hparams, mesh=mesh)
+        return compile_host_training(trainer, config, keys, hparams, policy)
+    return compile_training(trainer, config, keys, hparams, mesh=mesh, policy=policy)
 
 
 def _info(
@@ -668,7 +727,13 @@ def _write_settings(
     config, hparams, options = plan.config, plan.hparams, plan.options
     with writable(directory.path):
         if start is None:
-            directory.write_config(config, hparams, seeds=plan.seeds_on_disk, options=options)
+            directory.write_config(
+                config,
+                hparams,
+                seeds=plan.seeds_on_disk,
+                options=options,
+                start_from=plan.policy,
+            )
         else:
             directory.continue_config(config, hparams, options=options, updates=start.updates)
             directory.metrics.cut_back(start.log.updates)
@@ -761,13 +826,13 @@ def _run_updates(
             else:
                 writer.append_evaluations(evaluated, periodic.best)
             new += evaluated
-        plan.sinks.on_rows(new)
+        _pass_on(new, plan, writer, snapshot)
         bar.advance(
             count * update_timesteps, steps_per_second=rate, episode_return=_mean_return(metrics)
         )
         count = 1 if plan.debug_nans else min(next_size(count, seconds), LARGEST_PIECE)
     # An unfinished window is a row, too; a run that goes on cuts it off again.
-    plan.sinks.on_rows(record(log.unfinished(guard.failed_at)))
+    _pass_on(record(log.unfinished(guard.failed_at)), plan, writer, snapshot)
     return snapshot(), rows, evaluations
 
 
@@ -813,6 +878,30 @@ def _saved_on_failure(
             f"{str(error).rstrip('.')}. The training ended after "
             f"{last.updates * plan.config.batch_size:,} steps; resume continues it from there."
         ) from error
+
+
+def _pass_on(
+    rows: list[dict[str, Any]],
+    plan: _Plan,
+    writer: RunWriter | None,
+    snapshot: Callable[[], Snapshot],
+) -> None:
+    """Passes rows to the sinks. An error of a callback ends the training, after a checkpoint.
+
+    Args:
+      rows: rows of metrics and evaluations.
+      plan: plan of the run, which has the sinks.
+      writer: writes the checkpoint; None writes none.
+      snapshot: returns the state of the run.
+    """
+    try:
+        plan.sinks.on_rows(rows)
+    except Exception:
+        # Several processes write a checkpoint together, and only the first one is here.
+        if writer is not None and processes.count() == 1:
+            last = snapshot()
+            writer.finish(last, plan.trainer.policy(last.state))
+        raise
 
 
 def _mean_return(metrics: Metrics) -> float:

@@ -29,7 +29,7 @@ from ppo_jax.runs import device_memory, processes
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
 from ppo_jax.runs.chunk_checkpoints import ChunkCheckpoints
 from ppo_jax.runs.compiled_population import best_of
-from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.interrupt import deferred_interrupt, how_to_go_on
 from ppo_jax.runs.pieces import next_size
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.search_tables import SearchRecord, make_search_tables, member_numbers
@@ -137,7 +137,10 @@ def search(
         "seed": seed,
         "eval_episodes": eval_episodes,
     }
-    with SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store:
+    with (
+        SweepStore.opened(run_dir, description, checkpoint_every=checkpoint_every) as store,
+        deferred_interrupt() as interrupt,
+    ):
         if store.finished():  # the same search again
             result = _result(store, store.collect(), drawn)
         else:
@@ -146,7 +149,7 @@ def search(
                     f"{num_members} members, {num_rounds} rounds of {plan.updates_per_round} "
                     f"updates: {config.total_timesteps * num_members:,} steps"
                 )
-            with TrainingProgress(visible=progress) as bar, deferred_interrupt() as interrupt:
+            with TrainingProgress(visible=progress) as bar:
                 result = _search(
                     plan,
                     store,
@@ -162,7 +165,8 @@ def search(
                 with sinks.running(RunInfo(store.path, (seed,), description, uuid.uuid4().hex)):
                     sinks.on_rows(member_rows((result.members, result.curves), result.run_seconds))
     # The last checkpoint is written when the store is left.
-    return result._replace(unwritten=tuple(store.unwritten.values()))
+    result = result._replace(unwritten=tuple(store.unwritten.values()))
+    return interrupt.deliver(result, how_to_go_on(store.path))
 
 
 def _search(
@@ -473,7 +477,9 @@ def _keep_best(
     """Keeps the policy with the highest mean return of the final evaluation."""
     means = returns.mean(axis=1)
     # A member that is not healthy may act, and score, by chance.
-    best = best_of(np.where(np.isneginf(record.scores), -np.inf, means))
+    scores = np.asarray(record.scores)
+    # Equal returns, such as 500 of CartPole, are ordered by the last score, as in the report.
+    best = best_of(np.where(np.isneginf(scores), -np.inf, means), ties=scores)
     number = int(member_numbers(record)[best])
     values = jax.tree.map(lambda x: float(x[best]), state.hparams)
     store.offer_policy(

@@ -38,7 +38,8 @@ def write_plots(members: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> li
     figures = {"curves": scores}
     if "parent" in curves:
         lineage = Figure(figsize=(7.5, 1.2 + 2.6 * len(names)), layout="constrained")
-        _draw_lineage(lineage, curves, names)
+        best = int(best_first(members)["member"].iloc[0])
+        _draw_lineage(lineage, curves, names, best=best)
         figures["lineage"] = lineage
     else:
         rungs = Figure(figsize=(7.5, 4.8), layout="constrained")
@@ -123,11 +124,11 @@ def _draw_rungs(
     add_legend(axes)
 
 
-def _draw_lineage(figure: "Figure", curves: pd.DataFrame, names: list[str]) -> None:
+def _draw_lineage(figure: "Figure", curves: pd.DataFrame, names: list[str], *, best: int) -> None:
     """Draws every hyperparameter of every member over the rounds, coloured by score.
 
     A dotted line leads from a parent to the member that continues from its copy. The thick line is
-    the ancestry of the member with the highest last score.
+    the ancestry of the member `best`.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -136,7 +137,7 @@ def _draw_lineage(figure: "Figure", curves: pd.DataFrame, names: list[str]) -> N
     scores = curves["score"].replace(-np.inf, np.nan)
     norm = Normalize(scores.min(), scores.max())
     colors = colormaps["viridis"]
-    ancestry = _ancestry(curves)
+    ancestry = _ancestry(curves, best)
     axes: Any = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for one, name in zip(axes, names, strict=True):
         # Rows are rounds and columns members, so that a parent is a column of the row above.
@@ -158,16 +159,15 @@ def _draw_lineage(figure: "Figure", curves: pd.DataFrame, names: list[str]) -> N
         "thick: ancestry of the best"
     )
     axes[-1].set_xlabel("round")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(
         ScalarMappable(norm, colors), ax=list(axes), label="score: mean return, sampled actions"
     )
 
 
-def _ancestry(curves: pd.DataFrame) -> list[tuple[int, int]]:
-    """Returns `(round, member)` of the best member's line of parents, from the first round."""
+def _ancestry(curves: pd.DataFrame, member: int) -> list[tuple[int, int]]:
+    """Returns `(round, member)` of a member's line of parents, from the first round."""
     last = int(curves["round"].max())
-    final = curves[curves["round"] == last]
-    member = int(final.loc[final["score"].idxmax(), "member"])
     parents = curves.set_index(["round", "member"])["parent"]
     path = [(last, member)]
     for number in range(last - 1, 0, -1):

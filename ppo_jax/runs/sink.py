@@ -46,7 +46,7 @@ class Sink:
 
     Rows of metrics and of evaluations have `update`, `timesteps` (environment steps of the seed),
     `seed`, and metrics by their names; rows of a run have `time/seconds` of training as well. After
-    an error in a method the sink is finished and gets no more rows. The training goes on.
+    an error in a method a tracker is finished and gets no more rows, and the training continues.
     """
 
     def start(self, run: RunInfo) -> None:

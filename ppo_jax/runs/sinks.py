@@ -206,7 +206,7 @@ def make_sinks(
 
 
 class Sinks:
-    """Passes rows to all sinks of a run, and drops those that fail."""
+    """Passes rows to all sinks of a run, and drops trackers that fail."""
 
     def __init__(self, sinks: dict[str, Sink]) -> None:
         self._sinks = sinks
@@ -234,7 +234,10 @@ class Sinks:
         for name, sink in list(self._sinks.items()):
             try:
                 answers.append(call(sink))
-            except Exception as error:  # of any library, or of a user's function
+            except Exception as error:  # of any library
+                # A callback is the caller's own code, which may end a training by an error.
+                if isinstance(sink, Callback):
+                    raise
                 del self._sinks[name]
                 # Closes its files, and marks its runs as finished.
                 with contextlib.suppress(Exception):

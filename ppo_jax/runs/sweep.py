@@ -17,9 +17,10 @@ from ppo_jax.policy.policy import Policy
 from ppo_jax.population.plan import make_plan, shard_of
 from ppo_jax.population.proposals import Proposals, make_proposals
 from ppo_jax.population.search_space import Row, Sampler, Space
+from ppo_jax.resolve import hparams_of
 from ppo_jax.runs import processes
 from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
-from ppo_jax.runs.interrupt import deferred_interrupt
+from ppo_jax.runs.interrupt import deferred_interrupt, how_to_go_on
 from ppo_jax.runs.progress import TrainingProgress
 from ppo_jax.runs.sink import RunInfo
 from ppo_jax.runs.sinks import make_sinks
@@ -51,13 +52,18 @@ class Sweep(NamedTuple):
     signal: int | None = None
     """Number of the signal that stopped the sweep; None if none did."""
 
+    def __repr__(self) -> str:
+        state = "complete" if self.is_complete else "not complete"
+        where = f", run_dir={str(self.run_dir)!r}" if self.run_dir is not None else ""
+        return f"Sweep({len(self.members)} members, {', '.join(self.names)} varied, {state}{where})"
+
 
 def sweep(
     config: Config,
     space: Space,
     *,
     seeds: int | Sequence[int] = 8,
-    hparams: HParams | None = None,
+    hparams: HParams | Mapping[str, Any] | None = None,
     num_draws: int | None = None,
     sampler: Sampler = "random",
     batch: int | None = None,
@@ -122,7 +128,7 @@ def sweep(
     require_checkpoint_every(checkpoint_every)
     processes.require_one("a sweep", "Give each process a shard of it instead (--shard).")
     sinks = make_sinks(log, run_dir=run_dir, is_sweep=True)
-    hparams = HParams() if hparams is None else hparams
+    hparams = hparams_of(hparams, config)
     seeds = _listed(seeds)
     proposals = make_proposals(
         space, num_draws=num_draws, sampler=sampler, batch=batch, storage=storage
@@ -177,20 +183,20 @@ def sweep(
                 proposals.tell(store.scores(asked))
         members, curves = store.collect()
     # A worker of a shared study has some of the members.
-    is_shared = storage is not None and not interrupt.requested
-    is_complete = is_shared or len(members) == num_members
-    return Sweep(
+    is_worker_done = storage is not None and not interrupt.requested
+    result = Sweep(
         members,
         curves,
         names,
         store.path,
         runner.compile_seconds,
         runner.run_seconds,
-        is_complete=is_complete,
+        is_complete=is_worker_done or len(members) == num_members,
         best_policy=store.best_policy,
         unwritten=tuple(store.unwritten.values()),
         signal=interrupt.signal,
     )
+    return interrupt.deliver(result, how_to_go_on(store.path))
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import scipy.special
 
+from ppo_jax.config import Config
 from ppo_jax.envs import make_env
 from ppo_jax.errors import ConfigError, require_seed
 from ppo_jax.evaluation import Evaluation
+from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.runs.directory import RunDirectory
 from ppo_jax.runs.periodic_evaluation import make_evaluate
@@ -43,6 +45,19 @@ def load(
     index = 0 if seed is None else seeds.index(seed)
     # Policies of all seeds are stacked along the first axis.
     return jax.tree.map(lambda x: x[index], policy)
+
+
+def load_config(run_dir: str | Path, *, network: Any = None) -> tuple[Config, HParams]:
+    """Returns the settings and the hyperparameters of a run, to train it again or to change them.
+
+    Args:
+      run_dir: directory that `train` wrote.
+      network: the module that was `Config.network`, unless that was a name.
+
+    Raises:
+      ConfigError: there is no run, or a part that it names is not registered.
+    """
+    return RunDirectory.open(run_dir).read_config(network)
 
 
 def evaluate_run(
@@ -105,6 +120,7 @@ def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> 
     returns = np.atleast_2d(evaluation.returns).astype(float)
     lengths = np.atleast_2d(evaluation.lengths)
     finished = np.atleast_2d(evaluation.finished)
+    own = evaluation.metrics
     return {
         "eval/return": returns.mean(),
         "episodes": returns.shape[1],
@@ -120,6 +136,7 @@ def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> 
                 "eval/return_max": returns[i].max(),
                 "eval/length": lengths[i].mean(),
                 "eval/finished": finished[i].mean(),
+                **{f"eval/{name}": np.atleast_2d(x)[i].mean() for name, x in own.items()},
             }
             for i, seed in enumerate(seeds)
         ],

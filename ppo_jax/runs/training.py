@@ -12,6 +12,7 @@ from ppo_jax.config import Config
 from ppo_jax.devices import MEMBER_AXIS, member_sharding, state_shardings
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
+from ppo_jax.policy.policy import Policy
 from ppo_jax.population.member import Guard, guarded_step, initial_guard
 from ppo_jax.runs import device_memory, processes
 from ppo_jax.runs.kept import made_once
@@ -47,7 +48,13 @@ class Training(NamedTuple):
 
 
 def compile_training(
-    trainer: Trainer, config: Config, keys: jax.Array, hparams: HParams, *, mesh: Mesh | None
+    trainer: Trainer,
+    config: Config,
+    keys: jax.Array,
+    hparams: HParams,
+    *,
+    mesh: Mesh | None,
+    policy: Policy | None = None,
 ) -> Training:
     """Compiles a training. Nothing is allocated before its memory is known to fit.
 
@@ -57,6 +64,7 @@ def compile_training(
       keys: one random key, or the keys of several seeds.
       hparams: complete.
       mesh: of the trainer, whose axis `member` divides the seeds; None for one device.
+      policy: all seeds start from it; None draws new parameters for each.
 
     Raises:
       ConfigError: the training does not fit the memory of its devices.
@@ -69,7 +77,7 @@ def compile_training(
         lambda: _functions(trainer, config, mesh, has_seeds=has_seeds),
     )
     # The hyperparameters are arguments of both programs, so that they round alike.
-    start = init.lower(keys, hparams).compile()
+    start = init.lower(keys, hparams, None, policy).compile()
     state_shapes = output_shapes(start)
     guard = jax.eval_shape(lambda: initial_guard(keys.shape))
     lowered = advance.lower(state_shapes, guard, hparams, np.int32(0), np.int32(1))
@@ -87,7 +95,7 @@ def compile_training(
         return Piece(state, jax.tree.map(lambda x: np.asarray(x).reshape(-1), guard), metrics)
 
     return Training(
-        start=lambda: start(keys, hparams),
+        start=lambda: start(keys, hparams, None, policy),
         advance=advance_on_host,
         state_shapes=state_shapes,
         metric_shapes=jax.tree.map(lambda x: jax.ShapeDtypeStruct((keys.size,), x.dtype), rows),
@@ -113,7 +121,7 @@ def _functions(
         assert mesh is not None, "seeds have one"
         # Hyperparameters are shared: seeds of a run differ in their keys alone.
         axis = MEMBER_AXIS if config.num_devices > 1 else None
-        init = jax.vmap(init, in_axes=(0, None), spmd_axis_name=axis)
+        init = jax.vmap(init, in_axes=(0, None, None, None), spmd_axis_name=axis)
         step = jax.vmap(step, in_axes=(0, 0, None, None), spmd_axis_name=axis)
         placed = member_sharding(mesh) if axis is None else state_shardings(mesh)
 

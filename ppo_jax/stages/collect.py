@@ -11,8 +11,9 @@ from ppo_jax.envs.environment import Environment
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives, running_stats
-from ppo_jax.ops.advantages import discounted_returns
+from ppo_jax.ops.advantages import discounted_returns, sums_over_episodes
 from ppo_jax.ops.blocks import largest_divisor
+from ppo_jax.ops.blockwise import map_blockwise
 from ppo_jax.policy.policy import Policy
 from ppo_jax.policy.spec import ObsStats, head_of, images_in_cache
 from ppo_jax.stages.algorithm import Algorithm
@@ -162,6 +163,12 @@ def to_batch(
     # With "minibatch" the update rule normalises instead.
     if config.normalize_advantage == "batch":
         advantages = objectives.standardize(advantages, estimates.mask, shard.axis_name)
+    sums = {
+        name: sums_over_episodes(x, trajectory.done, state.episode_metrics[name])
+        for name, x in trajectory.metrics.items()
+    }
+    state = state.replace(episode_metrics={name: after for name, (_, after) in sums.items()})
+    ended = ended._replace(metric_sums={name: total for name, (total, _) in sums.items()})
     if estimates.mask is not None:
         ended = _first_episodes(trajectory, estimates.mask)
     # Log-probabilities come from the stored parameters, so that no network runs again.
@@ -249,20 +256,14 @@ def _evaluated_together(config: Config, shard: Shard) -> int:
 
 def _values(policy: Policy, trajectory: Trajectory, num_states: int) -> Values:
     """Returns V(s_t) and V(s'_t), `[T, N]`, computed for about `num_states` states at a time."""
-    num_steps, num_envs = trajectory.reward.shape
-    size = largest_divisor(num_steps, at_most=max(1, num_states // num_envs))
 
     def block_values(obs: tuple[jax.Array, jax.Array]) -> Values:
         return Values(*map(policy.value, obs))
 
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(num_steps // size, size, *x.shape[1:])
-
     # Successors are evaluated separately, because at an episode's end the next observation is
     # another episode's.
-    blocks = jax.tree.map(split, (trajectory.obs, trajectory.final_obs))
-    values = jax.lax.map(block_values, blocks)
-    return jax.tree.map(lambda x: x.reshape(num_steps, num_envs), values)
+    obs = (trajectory.obs, trajectory.final_obs)
+    return map_blockwise(block_values, obs, num_samples=num_states)
 
 
 def _values_in_sequence(
@@ -341,4 +342,5 @@ def _first_episodes(trajectory: Trajectory, mask: jax.Array) -> EpisodeStats:
         return_sum=jnp.sum(trajectory.reward * mask),
         length_sum=jnp.sum(mask),
         num_episodes=jnp.sum(mask[0]),
+        metric_sums={name: jnp.sum(x * mask) for name, x in trajectory.metrics.items()},
     )

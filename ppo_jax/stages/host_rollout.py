@@ -152,8 +152,8 @@ class _Group:
         self.obs: list[Any] = []
         self.acted: list[Acted] = []
         self.is_stepping = False
-        dtypes = (np.float32, np.int32, np.int32)
-        self.ended: Any = EpisodeStats(*(np.zeros((), dtype) for dtype in dtypes))  # type: ignore[arg-type]
+        zero: Any = np.zeros((), np.int32)
+        self.ended: Any = EpisodeStats(zero.astype(np.float32), zero, zero)
 
     def act(self) -> None:
         """Starts to compute the actions; the device works while the host goes on."""
@@ -181,9 +181,10 @@ class _Group:
         self.steps.append(step)
         returns, lengths, self.state = after_step(self.state, step, self.acted[-1].recurrent_state)
         done = step.terminated | step.truncated
-        for_all = zip(self.ended, (returns[done], lengths[done], done), strict=True)
         self.ended = EpisodeStats(
-            *(total + np.sum(x, dtype=total.dtype) for total, x in for_all)  # type: ignore[arg-type]
+            return_sum=self.ended.return_sum + np.sum(returns[done], dtype=np.float32),
+            length_sum=self.ended.length_sum + np.sum(lengths[done], dtype=np.int32),
+            num_episodes=self.ended.num_episodes + np.sum(done, dtype=np.int32),
         )
 
     def trajectory(self) -> Trajectory:

@@ -1,7 +1,7 @@
 """Losses of a batch: the policy's objective and the critic's error, composed in one place."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives
+from ppo_jax.ops.blockwise import map_blockwise
 from ppo_jax.ops.collective import sum_over
 from ppo_jax.policy.distributions import Distribution, Head
 from ppo_jax.policy.networks import ActorCritic
@@ -85,15 +86,37 @@ class Losses:
         samples = self._kl(self._distribution(params, batch), batch)
         return objectives.mean_share(samples, batch.mask, self.shard.axis_name)
 
+    def kl_of_update(self, params: Any, batch: Batch) -> jax.Array:
+        """Returns the mean exact KL(π_θold ‖ π_θ) over the batch of a whole rollout."""
+        samples = self._of_rollout(self._kl, params, batch)
+        return objectives.mean_share(samples, batch.mask, self.shard.axis_name)
+
     def log_ratio(self, params: Any, batch: Batch) -> jax.Array:
-        """Returns log π_θ(a|s) − log π_θold(a|s), per sample."""
-        return _log_ratio(self._distribution(params, batch), batch)
+        """Returns log π_θ(a|s) − log π_θold(a|s) of a whole rollout, `[T, N]`."""
+        return self._of_rollout(_log_ratio, params, batch)
 
     def normalize_advantages(self, advantages: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Returns the advantages of one minibatch, standardised if the config says so."""
         if self.config.normalize_advantage != "minibatch":
             return advantages
         return objectives.standardize(advantages, mask, self.shard.axis_name)
+
+    def _of_rollout(
+        self, compare: Callable[[Distribution, Batch], jax.Array], params: Any, batch: Batch
+    ) -> jax.Array:
+        """Returns `compare(π_θ, batch)` of a whole rollout, `[T, N]`, in the memory of a minibatch.
+
+        A policy with a memory is evaluated in one sequence, which takes the memory of all samples.
+        """
+
+        def compare_block(block: Batch) -> jax.Array:
+            return compare(self._distribution(params, block), block)
+
+        if batch.recurrent_state is not None:
+            return compare_block(batch)
+        assert self.config.num_minibatches is not None, "the config is complete"
+        num_samples = batch.log_prob.size // self.config.num_minibatches
+        return map_blockwise(compare_block, batch, num_samples=num_samples)
 
     def _action_params(self, params: Any, batch: Batch) -> Any:
         action_params, _ = self.network.apply(

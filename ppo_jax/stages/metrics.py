@@ -46,4 +46,5 @@ class Metrics(Mapping[str, jax.Array]):
 def make_metrics(scalars: Scalars, ended: EpisodeStats) -> Metrics:
     """Returns the metrics of one update and of the episodes that ended in it."""
     episodes = {"episode/return": ended.return_sum, "episode/length": ended.length_sum}
-    return Metrics({**scalars, **episodes}, jnp.ones(()), ended.num_episodes)
+    own = {f"episode/{name}": total for name, total in ended.metric_sums.items()}
+    return Metrics({**scalars, **episodes, **own}, jnp.ones(()), ended.num_episodes)

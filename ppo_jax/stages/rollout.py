@@ -63,6 +63,7 @@ def reset(
         episode_length=jnp.zeros(num_envs, jnp.int32),
         discounted_return=jnp.zeros(num_envs, jnp.float32),
         recurrent_state=recurrent_state,
+        episode_metrics={name: jnp.zeros(num_envs, jnp.float32) for name in env.metrics},
     )
 
 
@@ -117,6 +118,7 @@ def rollout(
             terminated=step.terminated,
             truncated=step.truncated,
             final_obs=step.obs,
+            metrics={name: x.astype(jnp.float32) for name, x in step.metrics.items()},
         )
         # The rollout resets environments itself, because suites differ in whether and how they do.
         done = transition.done

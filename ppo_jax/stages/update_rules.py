@@ -560,7 +560,7 @@ def adaptive_penalty(make_rule: MakeUpdateRule) -> MakeUpdateRule:
             params, inner, metrics = rule.update(
                 params, state.inner, inputs._replace(hparams=hparams)
             )
-            kl = mean_over(losses.kl(params, inputs.batch), losses.shard.axis_name)
+            kl = mean_over(losses.kl_of_update(params, inputs.batch), losses.shard.axis_name)
             adapted = objectives.adapt_kl_coef(state.kl_coef, kl, d_targ=hparams.d_targ)
             kl_coef = _unless_skipped(metrics, adapted, state.kl_coef)
             metrics |= {"train/update_kl": kl, "train/kl_coef": state.kl_coef}
@@ -603,7 +603,7 @@ def adaptive_learning_rate(rule: UpdateRule, schedule: Schedule, losses: Losses)
         # The schedule and the adaptive factor multiply, so that both can be in effect.
         annealed = inputs._replace(anneal=inputs.anneal * state.factor)
         params, inner, metrics = rule.update(params, state.inner, annealed)
-        kl = mean_over(losses.kl(params, inputs.batch), losses.shard.axis_name)
+        kl = mean_over(losses.kl_of_update(params, inputs.batch), losses.shard.axis_name)
         metrics["train/update_kl"] = kl
         factor = _unless_skipped(metrics, adapt(state.factor, kl, inputs.hparams), state.factor)
         return params, AdaptiveRateState(inner, factor), metrics

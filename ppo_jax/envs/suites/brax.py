@@ -55,6 +55,8 @@ def adapt(name: str, env: Any) -> Environment:
     # brax has no description of observations; the shapes of a reset are one.
     initial = jax.eval_shape(lambda: env.reset(jax.random.key(0)))
     space = _space(name, initial.obs)
+    # Terms of the reward and positions, which brax adds up over an episode, too.
+    metrics = tuple(key for key, x in getattr(initial, "metrics", {}).items() if x.shape == ())
     size = int(env.action_size)
 
     def reset(key: jax.Array, params: Params) -> tuple[Any, State]:
@@ -81,6 +83,7 @@ def adapt(name: str, env: Any) -> Environment:
             reward=jnp.asarray(inner.reward, jnp.float32),
             terminated=jnp.asarray(inner.done, bool),
             truncated=time >= params.max_steps_in_episode,
+            metrics={key: inner.metrics[key] for key in metrics},
         )
 
     return Environment(
@@ -91,6 +94,7 @@ def adapt(name: str, env: Any) -> Environment:
         observation_space=space,
         action_space=Box((size,), low=(-1.0,) * size, high=(1.0,) * size),
         renderer=Renderer(State, page=lambda states: _page(env, states)),
+        metrics=metrics,
     )
 
 

@@ -20,6 +20,8 @@ def make(task: str, **kwargs: Any) -> Environment:
     """
     from craftax.craftax_env import make_craftax_env_from_name
 
+    is_classic = "Classic" in task
+    metrics = _achievements(is_classic)
     inner = make_craftax_env_from_name(task, auto_reset=False)
     if kwargs:
         inner = type(inner)(inner.default_static_params().replace(**kwargs))
@@ -31,6 +33,7 @@ def make(task: str, **kwargs: Any) -> Environment:
         return inner.reset_env(key, params)
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        before = state.achievements
         obs, state, reward, _, _ = inner.step_env(key, state, action, params)
         # `is_terminal` is also true at the time limit, so it is called with an unreachable limit.
         return Step(
@@ -39,6 +42,7 @@ def make(task: str, **kwargs: Any) -> Environment:
             reward=jnp.asarray(reward, jnp.float32),
             terminated=inner.is_terminal(state, params.replace(max_timesteps=_NO_LIMIT)),
             truncated=state.timestep >= params.max_timesteps,
+            metrics=dict(zip(metrics, state.achievements & ~before, strict=True)),
         )
 
     return Environment(
@@ -49,8 +53,18 @@ def make(task: str, **kwargs: Any) -> Environment:
         observation_space=Box(tuple(map(int, space.shape))),
         action_space=Discrete(int(inner.action_space(params).n)),
         longest_episode=lambda params: params.max_timesteps,
-        renderer=_renderer("Classic" in task),
+        renderer=_renderer(is_classic),
+        metrics=metrics,
     )
+
+
+def _achievements(is_classic: bool) -> tuple[str, ...]:
+    """Returns the names of the achievements, each of which an episode reaches once or never."""
+    if is_classic:
+        from craftax.craftax_classic.constants import Achievement
+    else:
+        from craftax.craftax.constants import Achievement
+    return tuple(f"achievement/{x.name.lower()}" for x in Achievement)
 
 
 def _renderer(is_classic: bool) -> Renderer:

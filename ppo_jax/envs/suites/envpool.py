@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from ppo_jax.envs import gymnasium_spaces, spaces
@@ -84,7 +83,7 @@ def make(task: str, **kwargs: Any) -> Environment:
             uses_all_cores=True,
             make_evaluation_envs=lambda num_envs: make_envs(num_envs, **whole),
         ),
-        observation_space=_channels_last(observation_space),
+        observation_space=gymnasium_spaces.channels_last(observation_space),
         action_space=action_space,
         longest_episode=None if limit == _NO_LIMIT else limit,
     )
@@ -160,7 +159,7 @@ class _EnvPoolEnvs:
         self._envs = None
 
     def _cast(self, obs: Any) -> Any:
-        return _with_channels_last(self._space, gymnasium_spaces.cast(self._space, obs))
+        return gymnasium_spaces.to_observations(self._space, obs)
 
 
 @contextlib.contextmanager
@@ -181,29 +180,3 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _has_channels_first(leaf: spaces.Leaf) -> bool:
-    """Returns whether observations are images with the channels first, as most of EnvPool are."""
-    if not isinstance(leaf, spaces.Box) or len(leaf.shape) != 3 or leaf.dtype != "uint8":
-        return False
-    return leaf.shape[0] < leaf.shape[2]
-
-
-def _channels_last(space: spaces.Space) -> spaces.Space:
-    """Returns the space of observations whose images have their channels last."""
-    if isinstance(space, spaces.Dict):
-        return spaces.Dict.of({name: _channels_last(entry) for name, entry in space.spaces})
-    if isinstance(space, spaces.Box) and _has_channels_first(space):
-        return spaces.Box((*space.shape[1:], space.shape[0]), space.dtype)
-    return space
-
-
-def _with_channels_last(space: spaces.Space, obs: Any) -> Any:
-    """Returns observations `[N, ...]` whose images have their channels last."""
-
-    def convert(leaf: spaces.Leaf, x: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.moveaxis(x, 1, 3)) if _has_channels_first(leaf) else x
-
-    leaves, structure = jax.tree.flatten(obs)
-    return jax.tree.unflatten(structure, map(convert, spaces.leaves(space), leaves))

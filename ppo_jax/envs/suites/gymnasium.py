@@ -82,7 +82,7 @@ def make(
     return make_host_environment(
         name,
         HostSource(make_envs, steps_in_background=vectorization == "async"),
-        observation_space=observation_space,
+        observation_space=gymnasium_spaces.channels_last(observation_space),
         action_space=action_space,
         longest_episode=spec.max_episode_steps,
     )
@@ -154,7 +154,7 @@ class _GymnasiumEnvs:
                 obs, _ = self._envs.reset_wait(timeout=self._timeout)
             else:
                 obs, _ = self._envs.reset(seed=seed)
-        return gymnasium_spaces.cast(self._space, obs)
+        return self._observed(obs)
 
     def send(self, actions: np.ndarray) -> None:
         """Starts a step; without processes it runs in `recv`."""
@@ -171,12 +171,15 @@ class _GymnasiumEnvs:
             else:
                 result = self._envs.step(self._actions)
         obs, reward, terminated, truncated, infos = result
-        obs = final_obs = gymnasium_spaces.cast(self._space, obs)
+        obs = final_obs = self._observed(obs)
         ended = np.flatnonzero(terminated | truncated)
         if ended.size:
-            last = [gymnasium_spaces.cast(self._space, infos["final_obs"][i]) for i in ended]
-            final_obs = with_rows(obs, ended, jax.tree.map(lambda *x: np.stack(x), *last))
+            last = jax.tree.map(lambda *x: np.stack(x), *(infos["final_obs"][i] for i in ended))
+            final_obs = with_rows(obs, ended, self._observed(last))
         return HostStep(obs, reward.astype(np.float32), terminated, truncated, final_obs)
+
+    def _observed(self, obs: Any) -> Any:
+        return gymnasium_spaces.to_observations(self._space, obs)
 
     def close(self) -> None:
         """Closes the environments and ends their processes, also those that hang."""

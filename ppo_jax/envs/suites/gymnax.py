@@ -62,7 +62,8 @@ def adapt(name: str, env: Any) -> Environment:
     params = env.default_params
     observation_space = _space(name, env.observation_space(params))
     # gymnax declares them as float32, four times as large.
-    if isinstance(observation_space, Box) and name.endswith("-MinAtar"):
+    is_minatar = type(env).__module__.startswith("gymnax.environments.minatar")
+    if isinstance(observation_space, Box) and is_minatar:
         observation_space = observation_space._replace(dtype="bool")
     action_space = _action_space(name, env.action_space(params))
 
