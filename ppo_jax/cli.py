@@ -27,6 +27,21 @@ from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, unknown_name
 from ppo_jax.runs.directory import CONFIG, RunDirectory, is_run
 
+_COMMANDS = (
+    "train",
+    "resume",
+    "eval",
+    "plot",
+    "render",
+    "export",
+    "profile",
+    "sweep",
+    "merge",
+    "launch",
+    "report",
+    "envs",
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 2 for a setting that breaks a rule."""
@@ -54,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> Any:
     """Returns the command that `argv` gives, with its options."""
+    if argv and argv[0] not in _COMMANDS and not argv[0].startswith("-"):
+        raise unknown_name("command", argv[0], _COMMANDS)
 
     def parse(env: str | None) -> Any:
         return tyro.cli(
@@ -90,6 +107,8 @@ def _launch(argv: list[str], modules: list[str]) -> int:
     """
     end = argv.index("--") if "--" in argv else len(argv)
     command, words = _parse(argv[:end]), argv[end + 1 :]
+    if words[:1] == ["sweep"]:  # which the rest of the line is, with or without the word
+        words = words[1:]
     # Misspelt options of the sweep are found here, and not by every job.
     sweep = _parse(["sweep", *words]) if words else None
     words += [x for name in modules for x in ("--import", name)]
@@ -159,20 +178,24 @@ def _commands(argv: list[str], env: str | None) -> Any:
     )
     space = flags.space_flags(config, hparams, has_several_algorithms=has_several)
     sweep = _with_options(SweepCommand, space=space)
-    subcommand = tyro.conf.subcommand
-    commands: list[Any] = [
-        Annotated[type(train), subcommand("train", default=train)],
-        Annotated[ResumeCommand, subcommand("resume")],
-        Annotated[EvalCommand, subcommand("eval")],
-        Annotated[PlotCommand, subcommand("plot")],
-        Annotated[RenderCommand, subcommand("render")],
-        Annotated[ExportCommand, subcommand("export")],
-        Annotated[ProfileCommand, subcommand("profile")],
-        Annotated[SweepCommand, subcommand("sweep", default=sweep)],
-        Annotated[MergeCommand, subcommand("merge")],
-        Annotated[LaunchCommand, subcommand("launch")],
-        Annotated[ReportCommand, subcommand("report")],
-        Annotated[EnvsCommand, subcommand("envs")],
+    types: tuple[Any, ...] = (
+        type(train),
+        ResumeCommand,
+        EvalCommand,
+        PlotCommand,
+        RenderCommand,
+        ExportCommand,
+        ProfileCommand,
+        type(sweep),
+        MergeCommand,
+        LaunchCommand,
+        ReportCommand,
+        EnvsCommand,
+    )
+    defaults = {"train": {"default": train}, "sweep": {"default": sweep}}
+    commands = [
+        Annotated[kind, tyro.conf.subcommand(name, **defaults.get(name, {}))]
+        for name, kind in zip(_COMMANDS, types, strict=True)
     ]
     return functools.reduce(operator.or_, commands)
 

@@ -94,13 +94,18 @@ GAINS: Mapping[str, float] = {
 }
 """Gains of the orthogonal initialisation by hyperparameter, with their defaults."""
 
+_INITIAL: Mapping[str, float | None] = {**GAINS, "initial_log_std": None}
+
 COMMON_HPARAMS: Mapping[str, float | None] = {
     "max_grad_value": None,
     "reward_scale": None,
     "reward_clip": None,
-    **GAINS,
+    **_INITIAL,
 }
 """Hyperparameters that every algorithm uses, with their defaults."""
+
+INITIAL_HPARAMS = tuple(_INITIAL)
+"""Hyperparameters that shape the parameters before the first update, and act no more after it."""
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adabelief": {},

@@ -13,12 +13,10 @@ from jax.experimental import checkify
 
 from ppo_jax.config import Config
 from ppo_jax.hparams import HParams
-from ppo_jax.policy.policy import Policy
-from ppo_jax.resolve import resolve
-from ppo_jax.stages.collect import Collected, collect
+from ppo_jax.stages.collect import Collected
 from ppo_jax.stages.losses import Losses
-from ppo_jax.trainer import make_trainer
-from ppo_jax.types import Batch, Scalars, Shard, TrainState, Trajectory
+from ppo_jax.trainer import collect_rollout, make_stages, make_trainer, update_keys
+from ppo_jax.types import Batch, Scalars, TrainState, Trajectory
 
 Diagnosis = Callable[[TrainState, HParams], str | None]
 """`(state, hparams) -> name` of the first quantity that is NaN or infinite; None if none is."""
@@ -36,36 +34,17 @@ def make_diagnosis(config: Config) -> Diagnosis:
     """
     # The repetition runs on one device. Several devices that share the environments draw numbers of
     # their own, so a repeated rollout starts from their state but takes other actions.
-    resolved = resolve(config.replace(num_devices=1))
-    losses = Losses(
-        resolved.config,
-        resolved.spec,
-        resolved.algorithm.objective,
-        Shard(config.num_envs),
-        per_episode=resolved.algorithm.whole_episodes,
-    )
+    stages = make_stages(config.replace(num_devices=1))
+    losses = stages.losses
 
     @jax.jit
     def repeat(state: TrainState, hparams: HParams) -> tuple[Collected, Any, Any]:
-        policy = Policy(state.learner.params, state.statistics.obs, spec=resolved.spec)
-        # The key that the next update splits in the same way.
-        rollout_key, *_ = jax.random.split(state.key, 3)
-        collected = collect(
-            policy,
-            state.rollout,
-            state.statistics,
-            config=resolved.config,
-            algorithm=resolved.algorithm,
-            env=resolved.env,
-            env_params=state.env_params,
-            hparams=hparams,
-            key=rollout_key,
-            shard=Shard(config.num_envs),
-        )
+        collected = collect_rollout(stages, state, hparams, update_keys(state).rollout)
         batch = collected.batch._replace(
             advantages=losses.normalize_advantages(collected.batch.advantages, collected.batch.mask)
         )
-        return collected, *_losses_and_gradients(losses, policy.params, batch, hparams)
+        params = state.learner.params
+        return collected, *_losses_and_gradients(losses, params, batch, hparams)
 
     def diagnose(state: TrainState, hparams: HParams) -> str | None:
         state = jax.device_put(state, jax.local_devices()[0])

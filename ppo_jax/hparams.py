@@ -109,6 +109,9 @@ class HParams(Settings):
     """Gain of the actor's last layer; a small one makes the first policy nearly uniform."""
     critic_gain: Any = hyperparameter()
     """Gain of the critic's last layer."""
+    initial_log_std: Any = hyperparameter(low=-20.0, high=5.0)
+    """Logarithm of a Gaussian's standard deviation before the first update, where it is a
+    parameter. None: 0."""
 
     def __post_init__(self) -> None:
         _register_pytree(type(self))

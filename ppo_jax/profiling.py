@@ -12,9 +12,9 @@ from ppo_jax.config import Config
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
 from ppo_jax.resolve import complete_hparams
-from ppo_jax.stages.collect import collect, evaluate_trajectory
+from ppo_jax.stages.collect import evaluate_trajectory
 from ppo_jax.stages.rollout import rollout
-from ppo_jax.trainer import Trainer, make_stages, make_trainer
+from ppo_jax.trainer import Trainer, collect_rollout, make_stages, make_trainer, update_keys
 from ppo_jax.types import TrainState
 
 STAGES = ("environment", "policy", "values", "advantages", "minibatches")
@@ -113,16 +113,13 @@ def _partial_updates(config: Config, trainer: Trainer) -> dict[str, Callable[...
     stages = make_stages(config)
     resolved = stages.resolved
 
-    def key_of(state: TrainState) -> jax.Array:
-        return jax.random.split(state.key, 3)[0]  # as in an update
-
     def acted(policy: Policy, state: TrainState) -> Any:
         return rollout(
             resolved.env,
             state.env_params,
             policy,
             state.rollout,
-            key_of(state),
+            update_keys(state).rollout,
             num_steps=resolved.config.num_steps,
             reset_pool=resolved.config.device_reset_pool,
         )
@@ -154,18 +151,7 @@ def _partial_updates(config: Config, trainer: Trainer) -> dict[str, Callable[...
         return evaluated, trajectory, ended
 
     def with_advantages(state: TrainState, hparams: HParams) -> Any:
-        return collect(
-            trainer.policy(state),
-            state.rollout,
-            state.statistics,
-            config=resolved.config,
-            algorithm=resolved.algorithm,
-            env=resolved.env,
-            env_params=state.env_params,
-            hparams=hparams,
-            key=key_of(state),
-            shard=stages.shard,
-        )
+        return collect_rollout(stages, state, hparams, update_keys(state).rollout)
 
     functions = (environment, with_policy, with_values, with_advantages)
     return dict(zip(STAGES, functions, strict=False))

@@ -16,6 +16,7 @@ from ppo_jax.policy.networks import ACTION_MASK
 from ppo_jax.types import strongly_typed
 
 _OUTSIDE = 10.0  # actions this many times beyond their bounds must act as the bounds do
+_REPEATED = 64  # steps that end an episode, and others, are repeated with another key
 _SUSPICIOUS = 3  # this many episodes that end in the same wrong way are no coincidence
 
 
@@ -319,11 +320,37 @@ def _resetting(env: Environment, played: _Played) -> Iterator[str]:
     differ = any((x[0, 0] != inner).any() for x, inner in zip(starts, within, strict=True))
     if done.sum() >= _SUSPICIOUS and differ and all((x == x[:1, :1]).all() for x in starts):
         is_reset |= all((end == x[0, 0]).all() for x, end in zip(starts, ends, strict=True))
-    if is_reset:
+    if is_reset or _depends_on_the_key_at_ends_alone(env, played, done):
         yield (
             "a step must return the true successor and not reset; at the ends of its episodes "
             f"{env.name} returns the start of new ones. Leave the reset out: the rollout resets."
         )
+
+
+def _depends_on_the_key_at_ends_alone(env: Environment, played: _Played, done: np.ndarray) -> bool:
+    """Returns whether successors are random where episodes end, and nowhere else.
+
+    A step that resets draws the new episode from its key.
+    """
+    # Random dynamics tell nothing: there, other steps depend on the key as well.
+    ends, others = (np.argwhere(x)[:_REPEATED] for x in (done, ~done))
+    if not (len(ends) and len(others)):
+        return False
+    where = tuple(np.concatenate([ends, others]).T)
+    state, action, obs = jax.tree.map(
+        lambda x: x[where], (played.state, played.action, played.step.obs)
+    )
+    keys = jax.random.split(jax.random.fold_in(played.key[0], 1), len(where[0]))
+    step = jax.jit(jax.vmap(env.step, in_axes=(0, 0, 0, None)))
+    again = step(keys, state, action, env.params).obs
+    differs = np.any(
+        [
+            np.reshape(np.asarray(x) != np.asarray(y), (len(keys), -1)).any(axis=1)
+            for x, y in zip(jax.tree.leaves(obs), jax.tree.leaves(again), strict=True)
+        ],
+        axis=0,
+    )
+    return bool(differs[: len(ends)].all() and not differs[len(ends) :].any())
 
 
 def _unclipped_actions(env: Environment, played: _Played) -> Iterator[str]:

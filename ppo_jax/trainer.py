@@ -16,7 +16,12 @@ from ppo_jax.hparams import HParams
 from ppo_jax.ops import objectives, running_stats
 from ppo_jax.ops.collective import mean_over
 from ppo_jax.policy.policy import Policy, require_policy
-from ppo_jax.policy.spec import init_params, initial_obs_stats, initial_recurrent_state
+from ppo_jax.policy.spec import (
+    init_params,
+    initial_obs_stats,
+    initial_recurrent_state,
+    with_log_std,
+)
 from ppo_jax.resolve import Resolved, complete_hparams, resolve
 from ppo_jax.stages.algorithm import UpdateInputs, UpdateRule
 from ppo_jax.stages.collect import Collected, Rollout, collect, to_batch
@@ -71,6 +76,46 @@ class Stages(NamedTuple):
     """The share of each device."""
     losses: Losses
     rule: UpdateRule
+
+
+class UpdateKeys(NamedTuple):
+    """The random keys of one update."""
+
+    rollout: jax.Array
+    update: jax.Array
+    following: jax.Array
+    """The key that the state stores after the update."""
+
+
+def update_keys(state: TrainState) -> UpdateKeys:
+    """Returns the keys of the update that follows a state."""
+    return UpdateKeys(*jax.random.split(state.key, 3))
+
+
+def collect_rollout(
+    stages: Stages, state: TrainState, hparams: HParams, key: jax.Array
+) -> Collected:
+    """Returns the rollout of an update as a batch.
+
+    Args:
+      stages: the stages of the training.
+      state: the state before the update, with the environments of `stages.shard`.
+      hparams: complete hyperparameters.
+      key: the key of the rollout.
+    """
+    resolved = stages.resolved
+    return collect(
+        _policy(stages, state),
+        state.rollout,
+        state.statistics,
+        config=resolved.config,
+        algorithm=resolved.algorithm,
+        env=resolved.env,
+        env_params=state.env_params,
+        hparams=hparams,
+        key=key,
+        shard=stages.shard,
+    )
 
 
 def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
@@ -226,16 +271,14 @@ def make_host_trainer(config: Config) -> HostTrainer:
         keys = network_key, key
         return _init_learner(stages, rollout, resolved.env.params, keys, hparams, policy=policy)
 
-    # The three keys of an update are those of `_step_on_one_device`.
     def rollout_key(state: TrainState) -> jax.Array:
-        return jax.random.split(state.key, 3)[0]
+        return update_keys(state).rollout
 
     def learn(
         state: TrainState, hparams: HParams | None, rollout: Rollout
     ) -> tuple[TrainState, Metrics]:
         complete = complete_hparams(hparams, resolved.config, resolved.algorithm)
         complete = _without_folding_in_loops(complete, state.updates_done)
-        _, *keys = jax.random.split(state.key, 3)
         collected = to_batch(
             _policy(stages, state),
             rollout,
@@ -245,7 +288,7 @@ def make_host_trainer(config: Config) -> HostTrainer:
             hparams=complete,
             shard=stages.shard,
         )
-        return _learn(stages, state, collected, (keys[0], keys[1]), complete)
+        return _learn(stages, state, collected, update_keys(state), complete)
 
     return HostTrainer(init, rollout_key, learn, resolved)
 
@@ -315,6 +358,8 @@ def _init_learner(
         # Copies, because a caller may donate the state.
         params = jax.tree.map(jnp.array, policy.params)
         statistics = statistics._replace(obs=jax.tree.map(jnp.array, policy.obs_stats))
+    if "initial_log_std" in given:
+        params = with_log_std(spec, params, given["initial_log_std"])
     state = TrainState(
         learner=Learner(params, stages.rule.init(params, hparams)),
         rollout=rollout,
@@ -349,36 +394,21 @@ def _step_on_one_device(
     stages: Stages, state: TrainState, hparams: HParams
 ) -> tuple[TrainState, Metrics]:
     """Computes one device's part of an update."""
-    resolved = stages.resolved
-    config, algorithm = resolved.config, resolved.algorithm
-    axis_name = stages.shard.axis_name
-    rollout_key, update_key, next_key = jax.random.split(state.key, 3)
-    if axis_name is not None:
-        # Each device draws its own numbers; the next key must be the same on all of them.
-        device = jax.lax.axis_index(axis_name)
-        rollout_key, update_key = (
-            jax.random.fold_in(key, device) for key in (rollout_key, update_key)
-        )
-    collected = collect(
-        _policy(stages, state),
-        state.rollout,
-        state.statistics,
-        config=config,
-        algorithm=algorithm,
-        env=resolved.env,
-        env_params=state.env_params,
-        hparams=hparams,
-        key=rollout_key,
-        shard=stages.shard,
-    )
-    return _learn(stages, state, collected, (update_key, next_key), hparams)
+    keys = update_keys(state)
+    if stages.shard.axis_name is not None:
+        # Each device draws its own numbers; the following key must be the same on all of them.
+        device = jax.lax.axis_index(stages.shard.axis_name)
+        rollout, update = (jax.random.fold_in(x, device) for x in (keys.rollout, keys.update))
+        keys = keys._replace(rollout=rollout, update=update)
+    collected = collect_rollout(stages, state, hparams, keys.rollout)
+    return _learn(stages, state, collected, keys, hparams)
 
 
 def _learn(
     stages: Stages,
     state: TrainState,
     collected: Collected,
-    keys: tuple[jax.Array, jax.Array],
+    keys: UpdateKeys,
     hparams: HParams,
 ) -> tuple[TrainState, Metrics]:
     """Updates the learner with the batch of a rollout.
@@ -387,7 +417,7 @@ def _learn(
       stages: the stages of the training.
       state: the state before the update.
       collected: the batch and the other results of the rollout.
-      keys: the key of this update, and the key that the returned state stores.
+      keys: the keys of this update.
       hparams: complete hyperparameters.
 
     Returns:
@@ -395,12 +425,11 @@ def _learn(
     """
     config, algorithm = stages.resolved.config, stages.resolved.algorithm
     axis_name = stages.shard.axis_name
-    rollout, _, batch, ended, statistics = collected
-    update_key, next_key = keys
+    batch, ended = collected.batch, collected.ended
     # Steps beyond `num_updates` keep the last factor: unclipped, a linear schedule turns negative.
     progress = jnp.minimum(state.updates_done / config.num_updates, 1.0)
     anneal = stages.resolved.schedule.factor(progress)
-    inputs = UpdateInputs(batch, update_key, hparams, anneal)
+    inputs = UpdateInputs(batch, keys.update, hparams, anneal)
     params, rule_state, scalars = stages.rule.update(
         state.learner.params, state.learner.rule_state, inputs
     )
@@ -419,9 +448,9 @@ def _learn(
         ended = jax.lax.psum(ended, axis_name)
     state = state.replace(
         learner=Learner(params, rule_state),
-        rollout=rollout,
-        statistics=statistics,
-        key=next_key,
+        rollout=collected.rollout,
+        statistics=collected.statistics,
+        key=keys.following,
         updates_done=state.updates_done + 1,
     )
     return state, make_metrics(scalars, ended)

@@ -46,6 +46,19 @@ exact_jit = functools.partial(
 that needs no fused multiply-add; elsewhere, the emitters of fused loops."""
 
 
+# Modules whose tests share little; those of another module run in one process, which traces its
+# programs and makes its fixtures once.
+_DIVIDED = {"test_devices", "test_host", "test_platforms", "test_processes", "test_readme"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    for item in items:
+        module = item.path.stem
+        if module not in _DIVIDED and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(module))
+
+
 @pytest.fixture
 def braxs_broadcasting():
     """Brax adds arrays of different ranks, which our own code may not."""

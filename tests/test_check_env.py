@@ -109,7 +109,28 @@ def masked(allowed):
     return env._replace(observation_space=spaces, action_space=Discrete(2))
 
 
+def drifting(*, resets, is_noisy=False):
+    """Random starts, and a state in which nothing counts steps."""
+
+    def start(key, params):
+        x = jax.random.uniform(key, (1,), minval=-0.5, maxval=0.5)
+        return x, x
+
+    def move(key, x, action, params):
+        noise = 0.1 * jax.random.normal(key, (1,)) if is_noisy else 0.0
+        x = jnp.clip(x + 0.3 * action + 0.05 + noise, -2.0, 2.0)
+        terminated = jnp.abs(x[0]) > 1.0
+        if resets:
+            x = jnp.where(terminated, start(key, params)[0], x)
+        return Step(x, x, jnp.ones(()), terminated, jnp.array(False))
+
+    box = Box((1,), low=(-2.0,), high=(2.0,))
+    actions = Discrete(2)
+    return Environment("mine", start, move, (), box, actions)
+
+
 FAULTS = {
+    "random reset": (drifting(resets=True), "must return the true successor and not reset; at the"),
     "values": (
         with_step(lambda after, _: after._replace(obs=after.obs * 3.0)),
         r"observations must be in their space; mine returns values from -\d.* and the space is Box",
@@ -265,3 +286,8 @@ def test_a_trainer_checks_what_costs_nothing():
     envs.register("python-if", lambda: env)
     with pytest.raises(ConfigError, match=message):
         make_trainer(Config(env="python-if"))
+
+
+@pytest.mark.parametrize("is_noisy", [False, True])
+def test_a_step_that_does_not_reset_has_no_fault(is_noisy):
+    check_env(drifting(resets=False, is_noisy=is_noisy))

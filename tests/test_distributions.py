@@ -9,8 +9,8 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
+from ppo_jax import Config, ConfigError, HParams, make_trainer
 from ppo_jax.envs.spaces import Box, Discrete, MultiDiscrete
-from ppo_jax.errors import ConfigError
 from ppo_jax.policy.distributions import MASKED, Categorical, make_head
 
 LOW, HIGH = np.array([-1.0, 0.0, 2.0]), np.array([3.0, 0.5, 2.5])
@@ -234,3 +234,38 @@ def test_a_mask_gives_exactly_no_probability_and_finite_gradients():
 def test_a_distribution_that_does_not_fit_is_refused(space, arguments, message):
     with pytest.raises(ConfigError, match=message):
         make_head(space, **arguments)
+
+
+def continuous(**changes):
+    return Config(env="Pendulum-v1", num_envs=2, num_steps=8, hidden_sizes=(4,), **changes)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "tanh_gaussian"])
+def test_the_first_standard_deviation_is_a_hyperparameter(distribution):
+    trainer = make_trainer(continuous(action_distribution=distribution))
+    values = jnp.array([-2.0, 0.0, 0.5])
+    states = jax.vmap(trainer.init, in_axes=(None, 0))(
+        jax.random.key(0), HParams(initial_log_std=values)
+    )
+    usual = trainer.init(jax.random.key(0))
+    policies = jax.vmap(trainer.policy)(states)
+    obs = jnp.ones((3, 1, 3))
+    found = jax.vmap(lambda policy, x: policy.step(x, None)[0])(policies, obs)
+    np.testing.assert_allclose(found.log_std[:, 0, 0], values, rtol=1e-6)
+    # Everything else is as usual.
+    np.testing.assert_array_equal(found.mean[0], trainer.policy(usual).step(obs[0], None)[0].mean)
+    one = jax.tree.map(lambda x: x[1], states.learner.params)
+    jax.tree.map(np.testing.assert_array_equal, one, usual.learner.params)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(num_envs=2),
+        continuous(action_distribution="beta"),
+        continuous(state_dependent_std=True),
+    ],
+)
+def test_a_standard_deviation_that_is_no_parameter_is_refused(config):
+    with pytest.raises(ConfigError, match="initial_log_std needs a Gaussian whose standard dev"):
+        make_trainer(config).init(jax.random.key(0), HParams(initial_log_std=-1.0))

@@ -17,7 +17,7 @@ from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Discrete
 from ppo_jax.ops import running_stats
 from ppo_jax.resolve import complete_hparams
-from ppo_jax.stages.update_rules import SKIPPED, _FlatLearner, _guarded, _while_finite
+from ppo_jax.stages.gradient_steps import SKIPPED, FlatLearner, guarded, while_finite
 from tests.test_checkpoint import assert_same_bits
 from tests.test_platforms import as_accelerators_do
 
@@ -107,14 +107,14 @@ def test_a_nan_in_one_minibatch_skips_the_update(target_kl):
 
 def test_a_nan_in_a_step_that_is_not_applied_skips_nothing():
     """`target_kl` ends the update at its second step; what later steps compute is not used."""
-    start = _FlatLearner(jnp.zeros(2), jnp.zeros(2))
-    end = _FlatLearner(jnp.ones(2), jnp.ones(2))
+    start = FlatLearner(jnp.zeros(2), jnp.zeros(2))
+    end = FlatLearner(jnp.ones(2), jnp.ones(2))
     metrics = {SKIPPED: jnp.array([0.0, 1.0]), "train/entropy": jnp.array([1.0, jnp.nan])}
     applied = jnp.array([True, False])
-    *learner, means = _guarded(start, end, lambda flat: flat, metrics, applied)
+    *learner, means = guarded(start, end, lambda flat: flat, metrics, applied)
     assert_same_bits(learner, [end.params, end.opt_state])
     assert means == {SKIPPED: 0.0, "train/entropy": 1.0}
-    *learner, means = _guarded(start, end, lambda flat: flat, metrics)
+    *learner, means = guarded(start, end, lambda flat: flat, metrics)
     assert_same_bits(learner, [start.params, start.opt_state])
     assert means[SKIPPED] == 1.0
 
@@ -145,11 +145,11 @@ def test_an_accelerator_keeps_the_optimiser_s_finite_steps_of_a_skipped_update(m
 
 
 def test_an_accelerator_takes_no_step_after_a_gradient_that_is_not_finite():
-    learner = _FlatLearner(jnp.zeros(2), jnp.zeros(2))
+    learner = FlatLearner(jnp.zeros(2), jnp.zeros(2))
     steps = []
     for i, is_not_finite in enumerate([0.0, 1.0, 0.0]):
-        new = _FlatLearner(jnp.full(2, i + 1.0), jnp.full(2, i + 1.0), learner.is_finite)
-        learner = _while_finite(jnp.array(is_not_finite), new, learner)
+        new = FlatLearner(jnp.full(2, i + 1.0), jnp.full(2, i + 1.0), learner.is_finite)
+        learner = while_finite(jnp.array(is_not_finite), new, learner)
         steps.append(float(learner.opt_state[0]))
     assert steps == [1.0, 1.0, 1.0]
     assert not learner.is_finite

@@ -170,3 +170,10 @@ def test_importing_everything_starts_no_backend():
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_tests_of_a_group_run_in_one_process(request):
+    """pytest 9.2 with pytest-xdist 3.8 distributes them as if they had no group."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("pytest-xdist with --dist loadgroup has groups")
+    assert request.node.nodeid.endswith("@test_layers")

@@ -8,8 +8,8 @@ from ppo_jax import make_trainer
 from ppo_jax.algorithms import get_algorithm
 from ppo_jax.policy.spec import network_of
 from ppo_jax.resolve import complete_config, complete_hparams
+from ppo_jax.stages.gradients import joint_gradient
 from ppo_jax.stages.losses import Losses
-from ppo_jax.stages.update_rules import _joint_gradient
 from ppo_jax.types import Shard
 from tests.test_checkpoint import assert_same_bits
 from tests.test_spaces import collected, config_of
@@ -79,9 +79,9 @@ def test_the_critic_after_the_actor_has_the_gradient_of_the_joint_loss(case, mon
     config = complete_config(config_of(case))
     losses = Losses(config, spec, get_algorithm(config.algorithm).objective, Shard(config.num_envs))
     hparams = complete_hparams(None, config).replace(vf_coef=0.3)
-    together = jax.jit(_joint_gradient(losses))(policy.params, batch, hparams)
+    together = jax.jit(joint_gradient(losses))(policy.params, batch, hparams)
     monkeypatch.setattr(jax.lax, "platform_dependent", as_accelerators_do)
-    in_turn = jax.jit(_joint_gradient(losses))(policy.params, batch, hparams)
+    in_turn = jax.jit(joint_gradient(losses))(policy.params, batch, hparams)
     assert jax.tree.structure(in_turn) == jax.tree.structure(together)
     for x, y in zip(*map(jax.tree.leaves, (in_turn, together)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)

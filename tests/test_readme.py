@@ -71,7 +71,7 @@ def test_examples_of_a_page(page, tmp_path):
 @pytest.mark.slow
 def test_extending_is_followed_literally(tmp_path):
     codes = examples("docs/extending.md")
-    assert len(codes) == 11
+    assert len(codes) == 12
     assert "rollback must be in [0, 1]; got 2.0." in outputs(codes, tmp_path, "-W", "error")[0]
 
 

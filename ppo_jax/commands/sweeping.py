@@ -141,10 +141,10 @@ class SweepCommand:
         with warnings.catch_warnings(), exit_at_second_signal():
             warnings.showwarning = show_warning  # type: ignore[assignment]
             result = self._train(config, varied, mesh.member, common)
-        print(
-            f"trained {len(result.members)} members in {result.run_seconds:.1f} s, compiled in "
-            f"{result.compile_seconds:.1f} s"
-        )
+        finished = f"{len(result.members)} members"
+        if result.is_complete:
+            finished += f" in {result.run_seconds:.1f} s"
+        print(f"trained {finished}, compiled in {result.compile_seconds:.1f} s")
         for problem in result.unwritten:
             say(f"ppo-jax: error: {problem}")
         if not result.is_complete:

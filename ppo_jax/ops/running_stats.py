@@ -66,7 +66,8 @@ def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> Ru
         mean=stats.mean + delta * weight,
         var=merged + jnp.square(delta) * weight * (1.0 - weight),
     )
-    # The variance is the first to overflow, and NaN where the mean is.
+    # The variance is the first to overflow, and NaN where the mean is. One entry of an observation
+    # that is not finite must not leave all others without normalisation.
     is_finite = jnp.isfinite(appended.var)
     return RunningStats(
         num_samples=jnp.where(jnp.any(is_finite), appended.num_samples, stats.num_samples),

@@ -428,6 +428,12 @@ class _LogStd(nn.Module):
         return self.param("value", nn.initializers.zeros_init(), self.shape)
 
 
+def with_log_std(params: Any, log_std: Any) -> Any:
+    """Returns parameters in which every entry of the log standard deviation is `log_std`."""
+    own = jax.tree.map(lambda x: jnp.full_like(x, log_std), params["params"]["actor_log_std"])
+    return {**params, "params": {**params["params"], "actor_log_std": own}}
+
+
 def torso_biases(params: Any) -> dict[tuple[str, ...], jax.Array]:
     """Returns the biases of the torsos' layers, by their place in `params`."""
     return {

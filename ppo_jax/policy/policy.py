@@ -229,6 +229,7 @@ def require_policy(policy: Any, expected: Policy) -> None:
         raise ConfigError(
             f"{rule}; got {policy!r}. Pass what trainer.policy(state) or ppo_jax.load returns."
         )
+    # Parameters of one shape can belong to networks that compute something else.
     for field in dataclasses.fields(policy.spec):
         theirs, ours = (_comparable(getattr(x.spec, field.name)) for x in (policy, expected))
         if theirs != ours:

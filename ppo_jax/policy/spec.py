@@ -121,6 +121,21 @@ def init_params(
     return draw(draw_key, network.init(init_key, sequence, state, start), gains)
 
 
+def with_log_std(spec: PolicySpec, params: Any, log_std: Any) -> Any:
+    """Returns parameters of a policy whose Gaussian has this log standard deviation.
+
+    Raises:
+      ConfigError: the standard deviation of the policy's actions is not a parameter.
+    """
+    if head_of(spec).log_std_shape is None:
+        raise ConfigError(
+            "initial_log_std needs a Gaussian whose standard deviation is a parameter; the policy "
+            f"has {spec.action_distribution or 'gaussian'} actions in {spec.action_space} and "
+            f"state_dependent_std={spec.state_dependent_std}. Leave initial_log_std out."
+        )
+    return networks.with_log_std(params, log_std)
+
+
 def initial_recurrent_state(spec: PolicySpec, batch_shape: tuple[int, ...]) -> Any:
     """Returns the recurrent state of actor and critic at the start of an episode.
 
@@ -134,7 +149,7 @@ def initial_recurrent_state(spec: PolicySpec, batch_shape: tuple[int, ...]) -> A
     return {part: memory.initial_state(batch_shape) for part in parts}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # a sweep of networks makes many
 def head_of(spec: PolicySpec) -> Head:
     """Returns the action head of a spec."""
     return make_head(
@@ -145,7 +160,7 @@ def head_of(spec: PolicySpec) -> Head:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # a sweep of networks makes many
 def network_of(spec: PolicySpec) -> ActorCritic:
     """Returns the network of a spec.
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.devices import MemberMap
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.rounds import (
-    MemberMap,
     Score,
     Scores,
     Search,

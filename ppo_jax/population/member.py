@@ -12,8 +12,8 @@ import numpy as np
 from ppo_jax.evaluation import evaluate, evaluation_key
 from ppo_jax.hparams import HParams
 from ppo_jax.policy.policy import Policy
+from ppo_jax.stages.gradient_steps import CRITIC_SKIPPED, SKIPPED
 from ppo_jax.stages.metrics import Metrics
-from ppo_jax.stages.update_rules import CRITIC_SKIPPED, SKIPPED
 from ppo_jax.trainer import Trainer
 from ppo_jax.types import TrainState
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.defaults import GAINS
+from ppo_jax.defaults import INITIAL_HPARAMS
+from ppo_jax.devices import MemberMap
 from ppo_jax.errors import ConfigError
 from ppo_jax.hparams import HParams
 from ppo_jax.population.rounds import (
-    MemberMap,
     Score,
     Scores,
     Search,
@@ -112,8 +112,8 @@ def make_pbt(
       ConfigError: an unknown name or that of a gain, or a number that is out of range.
     """
     check_hparam_names(names, trainer.hparams)
-    # A change of the first weights' gain after the first round would have no effect.
-    early = sorted(GAINS.keys() & set(names))
+    # A change after the first round would have no effect.
+    early = sorted(set(INITIAL_HPARAMS) & set(names))
     if early:
         raise ConfigError(
             "hyperparameters that are changed must act throughout; got "

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.devices import MemberMap
 from ppo_jax.errors import require_known, require_positive_integer, require_positive_integers
 from ppo_jax.evaluation import evaluate
 from ppo_jax.hparams import HParams
@@ -17,10 +18,6 @@ from ppo_jax.types import TrainState
 Score = Callable[[jax.Array, TrainState, Metrics], jax.Array]
 """`(key, state, metrics) -> score` of one member after a round; higher is better. The metrics are
 sums over the round. The key is the same for all members, so that they meet the same episodes."""
-
-MemberMap = Callable[..., Callable[..., Any]]
-"""`(function, in_axes) -> function` over all members. It is `jax.vmap`, or divides the members
-among devices, as `devices.over_members` does."""
 
 
 class SearchState(NamedTuple):

@@ -183,6 +183,7 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             files.remove_directory(self.path / name)
+        # Before the settings: a directory with settings but without this policy would start anew.
         if start_from is not None:
             save_policy(start_from, self.path / START)
         record = {

@@ -14,8 +14,8 @@ from ppo_jax.envs import make_env
 from ppo_jax.hparams import HParams
 from ppo_jax.population.member import Guard
 from ppo_jax.runs import processes
+from ppo_jax.stages.gradient_steps import CRITIC_SKIPPED, SKIPPED
 from ppo_jax.stages.metrics import Metrics
-from ppo_jax.stages.update_rules import CRITIC_SKIPPED, SKIPPED
 from ppo_jax.types import TrainState
 
 _OF_ENVIRONMENTS = re.compile("^(reward|(next )?observation)")

@@ -455,6 +455,7 @@ def _policy_of(
     """Returns the policy that a training starts from, checked; None for new parameters."""
     if start_from is None:
         return None
+    # Only the first process reads and writes the directory in which the policy is kept.
     processes.require_one("start_from", "Start from new parameters.")
     if isinstance(start_from, (str, Path)):
         start_from = load(start_from, network=_module_of(config))

@@ -163,6 +163,8 @@ def to_batch(
     # With "minibatch" the update rule normalises instead.
     if config.normalize_advantage == "batch":
         advantages = objectives.standardize(advantages, estimates.mask, shard.axis_name)
+    # After the rollout, whose loop holds only what the next action needs. An environment without
+    # metrics adds no code.
     sums = {
         name: sums_over_episodes(x, trajectory.done, state.episode_metrics[name])
         for name, x in trajectory.metrics.items()

@@ -115,6 +115,7 @@ class Losses:
         if batch.recurrent_state is not None:
             return compare_block(batch)
         assert self.config.num_minibatches is not None, "the config is complete"
+        # All samples together would take several times the memory of the gradients before.
         num_samples = batch.log_prob.size // self.config.num_minibatches
         return map_blockwise(compare_block, batch, num_samples=num_samples)
 

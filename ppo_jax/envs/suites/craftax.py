@@ -33,6 +33,7 @@ def make(task: str, **kwargs: Any) -> Environment:
         return inner.reset_env(key, params)
 
     def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        # Achievements stay in the state, and are reported in the step that reaches them.
         before = state.achievements
         obs, state, reward, _, _ = inner.step_env(key, state, action, params)
         # `is_terminal` is also true at the time limit, so it is called with an unreachable limit.
