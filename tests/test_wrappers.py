@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import Config, ConfigError, make_trainer
+from ppo_jax import Config, ConfigError, envs, make_trainer
 from ppo_jax.envs import wrappers
 from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Box, Dict, Discrete, MultiDiscrete
+from ppo_jax.testing import check_env
 from tests.random_env import random_env
 
 
@@ -194,3 +195,44 @@ def test_every_wrapper_trains(name):
         strict=True,
     ):
         assert leaf.dtype == space.dtype
+
+
+def test_every_episode_has_its_own_parameters():
+    plain = envs.make("CartPole-v1")
+
+    def sample(key, params):
+        return params.replace(gravity=params.gravity * jax.random.uniform(key, minval=0.5))
+
+    env = wrappers.randomize_params(plain, sample)
+    check_env(env, num_steps=64)
+    keys = jax.random.split(jax.random.key(0), 64)
+    obs, state = jax.vmap(env.reset, in_axes=(0, None))(keys, env.params)
+    inner, own = state
+    assert len(np.unique(own.gravity)) > 60
+    assert (own.gravity >= 0.5 * plain.params.gravity).all()
+    assert (own.gravity <= plain.params.gravity).all()
+    action = jnp.ones(64, jnp.int32)
+    step = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, env.params)
+    # Each is the environment with these parameters, which do not change within an episode.
+    expected = jax.vmap(plain.step)(keys, inner, action, own)
+    np.testing.assert_array_equal(step.obs, expected.obs)
+    np.testing.assert_array_equal(step.state[1].gravity, own.gravity)
+    assert len(np.unique(step.obs[:, 3] - obs[:, 3])) > 30
+
+
+def test_a_training_draws_parameters_around_those_that_it_is_given():
+    def sample(key, params):
+        return params.replace(gravity=params.gravity + jax.random.uniform(key))
+
+    name = "CartPole-random"
+    plain = envs.make("CartPole-v1")
+    envs.register(name, lambda: wrappers.randomize_params(plain, sample), overwrite=True)
+    config = Config(env=name, num_envs=8, num_steps=16, hidden_sizes=(4,), total_timesteps=256)
+    trainer = make_trainer(config)
+    params = trainer.env.params.replace(gravity=jnp.array([5.0, 20.0]))
+    axes = jax.tree.map(lambda _: None, params).replace(gravity=0)
+    run = jax.vmap(trainer.run, in_axes=(None, None, axes))
+    states, _ = jax.jit(run)(jax.random.key(0), None, params)
+    gravity = np.asarray(states.rollout.env_state[1].gravity)
+    assert gravity.shape == (2, 8)
+    assert (np.floor(gravity) == [[5.0], [20.0]]).all()

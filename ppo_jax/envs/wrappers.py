@@ -262,6 +262,34 @@ def scale_reward(env: Environment, factor: float) -> Environment:
     return transform_reward(env, lambda reward: factor * reward)
 
 
+def randomize_params(env: Environment, sample: Callable[[jax.Array, Any], Any]) -> Environment:
+    """Draws the parameters of the environment for every episode: domain randomisation.
+
+    Tobin et al. 2017 (arXiv:1703.06907). An episode keeps its parameters until it ends.
+
+    Args:
+      env: the environment.
+      sample: `(key, params) -> params` of an episode, given those of the training. It is traced.
+    """
+
+    def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:
+        sample_key, key = jax.random.split(key)
+        # In the dtypes of the given ones, so that the state has the same ones in every step.
+        own = jax.tree.map(
+            lambda x, y: jnp.asarray(x, jnp.result_type(y)), sample(sample_key, params), params
+        )
+        obs, state = env.reset(key, own)
+        return obs, (state, own)
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any) -> Step:
+        del params
+        inner, own = state
+        result = env.step(key, inner, action, own)
+        return result._replace(state=(result.state, own))
+
+    return env._replace(reset=reset, step=step)
+
+
 def _no_action(env: Environment) -> jax.Array:
     """Returns zeros in place of the previous action of an episode's first step."""
     space = env.action_space
