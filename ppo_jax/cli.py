@@ -25,6 +25,7 @@ from ppo_jax.commands.sweeping import MergeCommand, ReportCommand, SweepCommand
 from ppo_jax.commands.training import ResumeCommand, TrainCommand
 from ppo_jax.config import Config
 from ppo_jax.errors import ConfigError, unknown_name
+from ppo_jax.hparams import HParams
 from ppo_jax.runs.directory import CONFIG, RunDirectory, is_run
 
 _COMMANDS = (
@@ -160,17 +161,23 @@ def _commands(argv: list[str], env: str | None) -> Any:
     words = [part for word in argv for part in word.split("=", 1)]
     named = dict(itertools.pairwise(words))
     is_train = argv[:1] == ["train"]
-    given = _read_settings(Path(named["--config"])) if is_train and "--config" in named else {}
-    of_file = given.pop("env", "CartPole-v1")
-    env = of_file if env is None else env
-    algorithm = named.get("--algorithm", given.pop("algorithm", "ppo"))
-    # A sweep may name several algorithms, and is told of a misspelt one when its space is read.
-    has_several = not is_train and algorithm not in flags.algorithms()
-    algorithm = "ppo" if has_several else algorithm
-    kind = flags.hparams_type(algorithm)
-    values = {name: given.pop(name) for name in flags.hparam_names() if name in given}
-    config, preset_hparams = presets.preset(env, algorithm, **given)
-    hparams = kind(**preset_hparams.given()).replace(**values)
+    file = Path(named["--config"]) if is_train and "--config" in named else None
+    run_dir = None if file is None else _run_of(file)
+    has_several = False
+    if run_dir is not None:
+        config, hparams = _settings_of_run(run_dir, env, named.get("--algorithm"))
+    else:
+        given = {} if file is None else _read_settings(file)
+        of_file = given.pop("env", "CartPole-v1")
+        env = of_file if env is None else env
+        algorithm = named.get("--algorithm", given.pop("algorithm", "ppo"))
+        # A sweep may name several algorithms, and is told of a misspelt one when its space is read.
+        has_several = not is_train and algorithm not in flags.algorithms()
+        algorithm = "ppo" if has_several else algorithm
+        kind = flags.hparams_type(algorithm)
+        values = {name: given.pop(name) for name in flags.hparam_names() if name in given}
+        config, preset_hparams = presets.preset(env, algorithm, **given)
+        hparams = kind(**preset_hparams.given()).replace(**values)
     train = _with_options(
         TrainCommand,
         config=flags.config_flags(config, hparams),
@@ -216,19 +223,37 @@ def _with_options(command: type, **groups: Any) -> Any:
     return made(**groups)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Reads the settings of a training from a file, or from the directory of a run.
+def _run_of(path: Path) -> Path | None:
+    """Returns the directory of the run that `--config` names; None if it names a file."""
+    if path.is_dir():
+        return path
+    # A user's file may have the name of a run's.
+    return path.parent if path.name == CONFIG and is_run(path.parent) else None
 
-    The values in a file are those of a sweep's file.
+
+def _settings_of_run(
+    run_dir: Path, env: str | None, algorithm: str | None
+) -> tuple[Config, HParams]:
+    """Returns the settings of a run, which take the place of a preset.
+
+    Args:
+      run_dir: directory of the run.
+      env: environment that the command line names; None for that of the run.
+      algorithm: algorithm that the command line names, which must be that of the run, or None.
     """
+    config, hparams = RunDirectory.open(run_dir).read_config()
+    if algorithm not in (None, config.algorithm):
+        raise ConfigError(
+            f"--config with a run trains with its algorithm; {run_dir} has {config.algorithm}, and "
+            f"--algorithm is {algorithm}. Write the settings to keep in a file."
+        )
+    return config if env is None else config.replace(env=env), hparams
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Reads the settings of a training from a file. The values are those of a sweep's file."""
     from ppo_jax.population import search_space
 
-    run_dir = path if path.is_dir() else path.parent
-    # A user's file may have the same name.
-    if path.is_dir() or (path.name == CONFIG and is_run(run_dir)):
-        config, hparams = RunDirectory.open(run_dir).read_config()
-        settings = {**vars(config), **hparams.given()}
-        return {name: value for name, value in settings.items() if value is not None}
     settings = search_space.read(path)
     known = [*vars(Config()), *flags.hparam_names()]
     for name, value in settings.items():

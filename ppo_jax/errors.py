@@ -128,18 +128,19 @@ class Settings:
 
     @classmethod
     def _require_fields(cls, names: Iterable[str]) -> None:
-        # Users of Stable-Baselines3 and CleanRL know all settings as arguments of one function.
-        records = {cls, *Settings.__subclasses__()}
-        known = {
-            record: [x.name for x in dataclasses.fields(cast(Any, record))] for record in records
-        }
+        known = _names_of(cls)
         for name in names:
-            if name in known[cls]:
+            if name in known:
                 continue
-            for other in records:
-                if name in known[other]:
+            # Users of Stable-Baselines3 and CleanRL know all settings as arguments of one function.
+            for other in Settings.__subclasses__():
+                if name in _names_of(other):
                     raise ConfigError(
                         f"{name} is a field of {other.__name__}, and not of {cls.__name__}. Pass "
                         f"{other.__name__}({name}=…)."
                     )
-            raise unknown_name(f"{cls.__name__} field", name, known[cls])
+            raise unknown_name(f"{cls.__name__} field", name, known)
+
+
+def _names_of(record: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cast(Any, record))]

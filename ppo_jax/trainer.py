@@ -356,7 +356,7 @@ def _init_learner(
         shapes = jax.eval_shape(lambda: init_params(spec, network_key, rollout.obs, gains))
         require_policy(policy, Policy(shapes, statistics.obs, spec=spec))
         # Copies, because a caller may donate the state.
-        params = jax.tree.map(jnp.array, policy.params)
+        params = jax.tree.map(lambda x, y: jnp.array(x, y.dtype), policy.params, shapes)
         statistics = statistics._replace(obs=jax.tree.map(jnp.array, policy.obs_stats))
     if "initial_log_std" in given:
         params = with_log_std(spec, params, given["initial_log_std"])

@@ -52,7 +52,9 @@ _DIVIDED = {"test_devices", "test_host", "test_platforms", "test_processes", "te
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     for item in items:
         module = item.path.stem
         if module not in _DIVIDED and item.get_closest_marker("xdist_group") is None:

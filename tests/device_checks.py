@@ -166,6 +166,11 @@ def check_a_search_s_members_are_divided():
 def check_the_seeds_of_a_training_are_divided():
     described = config("ppo", 1).replace(num_envs=2)
     result = train(described, num_seeds=4, eval_episodes=2, progress=False)
+    # From one of them, on fewer devices.
+    start = jax.tree.map(lambda x: x[1], result.policy)
+    still = HParams(learning_rate=0.0)
+    tuned = train(described, still, start_from=start, eval_episodes=2, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, tuned.policy.params, start.params)
     assert len(result.state.updates_done.sharding.device_set) == 4
     assert result.evaluation.returns.shape == (4, 2)
     keys = jax.vmap(jax.random.key)(jnp.arange(4))

@@ -127,6 +127,16 @@ def test_the_settings_of_a_run_are_used_again(name, tmp_path, monkeypatch):
     assert main(["train", *again, "--quiet"]) == 0
     found, same = ppo_jax.load_config("again")
     assert (found, same) == (config.replace(total_timesteps=256), hparams)
+    # Not those of the preset, where the run has None.
+    ppo_jax.train(
+        Config(num_envs=2, num_steps=8, total_timesteps=64),
+        run_dir="plain",
+        eval_episodes=2,
+        progress=False,
+    )
+    command = _parse(["train", "--config", "plain"])
+    assert command.config.config == ppo_jax.load_config("plain")[0]
+    assert main(["train", "--config", "plain", "--algorithm", "trpo"]) == 2
 
 
 @pytest.mark.parametrize(

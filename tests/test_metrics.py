@@ -84,7 +84,8 @@ def lasting(num_agents=1, **reported):
     def step(key, state, action, params):
         time, length = state
         ends = time + 1 >= length
-        metrics = {"first": time == 0, "last": ends * length, "each": jnp.ones(()), **reported}
+        # True counts as 1, also twice in a repeated action.
+        metrics = {"first": time == 0, "last": ends * length, "each": length > 0, **reported}
         after = (time + 1, length)
         return Step(observed(length), after, jnp.ones(axes), ends, jnp.array(False), metrics)
 
@@ -149,7 +150,7 @@ def test_metrics_of_an_environment_are_in_the_files_of_a_run_that_goes_on(tmp_pa
         ({"step": lasting(each=jnp.ones(2)).step}, r"each must be a scalar; .* \(2,\)"),
         (
             {"metrics": (*NAMES, "return"), "step": lasting(**{"return": jnp.ones(())}).step},
-            "not be one of .*return, .* got 'return' of lasting. Rename it",
+            "not be return… or one of .*; got 'return' of lasting. Rename it",
         ),
     ],
 )

@@ -67,9 +67,15 @@ def test_a_run_that_lost_its_checkpoints_starts_from_the_same_policy(first, tmp_
     again = ppo_jax.train(CONFIG, start_from=first.policy, run_dir=path, resume=True, **QUIET)
     assert again.timesteps_before == whole.timesteps
     assert_same_bits(again.state, whole.state)
+    # With a checkpoint, the policy is not needed any more.
+    (path / "start" / "manifest.json").write_text("{}")
+    again = ppo_jax.resume(path, total_timesteps=CONFIG.total_timesteps + 32, progress=False)
+    assert again.timesteps_before == whole.timesteps
     # A run that replaces it does not start from its policy.
     ppo_jax.train(CONFIG, run_dir=path, overwrite=True, **QUIET)
     assert not (path / "start").exists()
+    with pytest.raises(ConfigError, match="keeps its start; .* started from new parameters"):
+        ppo_jax.train(CONFIG, start_from=first.policy, run_dir=path, resume=True, **QUIET)
 
 
 def test_the_command_starts_from_a_run(first, tmp_path, capsys):
@@ -118,3 +124,12 @@ def test_something_else_than_a_policy_is_refused(first):
     seeds = jax.tree.map(lambda x: jnp.stack([x, x]), first.policy)
     with pytest.raises(ConfigError, match=r"other shapes. Choose one .*jax.tree.map\(lambda x: x"):
         ppo_jax.train(CONFIG, start_from=seeds, **QUIET)
+
+
+def test_parameters_of_another_precision_are_converted(first):
+    half = first.policy.replace(
+        params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), first.policy.params)
+    )
+    run = ppo_jax.train(CONFIG, STILL, start_from=half, **QUIET)
+    jax.tree.map(np.testing.assert_array_equal, run.policy.params, half.params)
+    assert {x.dtype for x in jax.tree.leaves(run.policy.params)} == {jnp.dtype("float32")}

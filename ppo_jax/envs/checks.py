@@ -10,8 +10,18 @@ from ppo_jax.envs.environment import Environment, Step
 from ppo_jax.envs.spaces import Dict, Space, Tuple, dtype_of, shape_of
 from ppo_jax.errors import ConfigError
 
-_METRICS_OF_EPISODES = ("count", "finished", "length", "return", "return_std", "score")
-"""Names that metrics of episodes and evaluations have already."""
+_METRICS_OF_EPISODES = ("count", "finished", "length", "score")
+"""Names that metrics of episodes and evaluations have already, besides those of the return."""
+
+
+def is_metric_name(name: str) -> bool:
+    """Returns whether an environment's metric can have this name.
+
+    >>> is_metric_name("reward/upright"), is_metric_name("length"), is_metric_name("return_max")
+    (True, False, False)
+    """
+    is_taken = name in _METRICS_OF_EPISODES or name.startswith("return")
+    return not is_taken and re.fullmatch(r"[\w./-]+", name) is not None
 
 
 def example(space: Space, batch_shape: tuple[int, ...]) -> Any:
@@ -63,10 +73,10 @@ def _check_metrics(env: Environment, step: Step) -> None:
             "Environment(metrics=…), or Step(metrics=…)."
         )
     for name in env.metrics:
-        if name in _METRICS_OF_EPISODES or not re.fullmatch(r"[\w./-]+", name):
+        if not is_metric_name(name):
             raise ConfigError(
-                "a metric's name must have letters, digits and '_-./', and not be one of "
-                f"{', '.join(_METRICS_OF_EPISODES)}; got {name!r} of {env.name}. Rename it."
+                "a metric's name must have letters, digits and '_-./', and not be return… or one "
+                f"of {', '.join(_METRICS_OF_EPISODES)}; got {name!r} of {env.name}. Rename it."
             )
 
 

@@ -12,6 +12,7 @@ from ppo_jax.errors import ConfigError
 # Where an action has no bounds, EnvPool reports `std::numeric_limits` of its C++ type: `max()`, and
 # as the lower bound `min()`, which for floating-point types is the smallest positive number.
 _UNBOUNDED, _SMALLEST = 1e30, 1e-30
+_MOST_CHANNELS = 16  # four stacked frames of four channels
 
 
 def action_space(space: Any) -> spaces.Leaf:
@@ -89,8 +90,8 @@ def _has_channels_first(leaf: spaces.Leaf) -> bool:
     """Returns whether the first axis of images is that of channels: shorter than the last one."""
     if not isinstance(leaf, spaces.Box) or len(leaf.shape) != 3 or leaf.dtype != "uint8":
         return False
-    # Colours and stacked frames are fewer than columns; Stable-Baselines3 has a similar rule.
-    return leaf.shape[0] < leaf.shape[2]
+    # Colours and stacked frames are few; Stable-Baselines3 has a similar rule.
+    return leaf.shape[0] <= _MOST_CHANNELS and leaf.shape[0] < min(leaf.shape[1:])
 
 
 def channels_last(space: spaces.Space) -> spaces.Space:

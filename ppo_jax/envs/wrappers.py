@@ -86,6 +86,8 @@ def action_repeat(env: Environment, times: int) -> Environment:
         # Unrolled: `times` is small, and a scan would need a state whose dtypes never change.
         first_key, *keys = jax.random.split(key, times)
         result = env.step(first_key, state, action, params)
+        # Numbers, because two True of a metric are 2.
+        result = result._replace(metrics=jax.tree.map(jnp.float32, result.metrics))
         for key_i in keys:
             done = jnp.logical_or(result.terminated, result.truncated)
             after = env.step(key_i, result.state, action, params)
@@ -269,7 +271,8 @@ def randomize_params(env: Environment, sample: Callable[[jax.Array, Any], Any]) 
 
     Args:
       env: the environment.
-      sample: `(key, params) -> params` of an episode, given those of the training. It is traced.
+      sample: `(key, params) -> params` of an episode, given those of the training. It is traced,
+        and must not change how long episodes can be.
     """
 
     def reset(key: jax.Array, params: Any) -> tuple[Any, Any]:

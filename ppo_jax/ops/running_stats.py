@@ -33,8 +33,8 @@ def initial(shape: tuple[int, ...]) -> RunningStats:
 def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> RunningStats:
     """Returns the statistics of the stream with a batch appended.
 
-    Elements whose batch has a NaN, an infinity or an overflow keep their mean and variance, because
-    one such sample would be in every mean after it.
+    A batch with a NaN or an infinity is left out as a whole: it would be in every mean after it. An
+    element whose variance alone overflows keeps its statistics.
 
     Chan, Golub & LeVeque 1983, doi:10.1080/00031305.1983.10483115.
 
@@ -66,9 +66,10 @@ def merge(stats: RunningStats, x: jax.Array, axis_name: str | None = None) -> Ru
         mean=stats.mean + delta * weight,
         var=merged + jnp.square(delta) * weight * (1.0 - weight),
     )
-    # The variance is the first to overflow, and NaN where the mean is. One entry of an observation
-    # that is not finite must not leave all others without normalisation.
-    is_finite = jnp.isfinite(appended.var)
+    # A large entry of an observation, such as 1e20 for "nothing seen", must not leave all others
+    # without normalisation.
+    is_whole = jnp.all(jnp.isfinite(appended.mean))
+    is_finite = is_whole & jnp.isfinite(appended.var)
     return RunningStats(
         num_samples=jnp.where(jnp.any(is_finite), appended.num_samples, stats.num_samples),
         mean=jnp.where(is_finite, appended.mean, stats.mean),

@@ -312,11 +312,15 @@ class RunDirectory:
         save_policy(policy, self.path / POLICY)
         (self.path / EVALUATION).unlink(missing_ok=True)
 
-    def read_start(self, network: Any = None) -> "Policy | None":
-        """Reads the policy that the run started from; None if it started from new parameters."""
+    def has_start(self) -> bool:
+        """Returns whether the run started from a policy, and not from new parameters."""
+        return (self.path / START).is_dir()
+
+    def read_start(self, network: Any = None) -> "Policy":
+        """Reads the policy that the run started from."""
         from ppo_jax.runs.policy_files import load_policy
 
-        return load_policy(self.path / START, network) if (self.path / START).is_dir() else None
+        return load_policy(self.path / START, network)
 
     def write_best(self, best: "Best") -> None:
         """Writes the best policy of each seed so far."""

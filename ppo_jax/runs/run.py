@@ -29,7 +29,7 @@ from ppo_jax.population.member import initial_guard
 from ppo_jax.resolve import complete_hparams
 from ppo_jax.runs import device_memory, processes
 from ppo_jax.runs.checkpoint import DamagedError
-from ppo_jax.runs.checkpoint_writer import require_checkpoint_every
+from ppo_jax.runs.checkpoint_writer import list_checkpoints, require_checkpoint_every
 from ppo_jax.runs.directory import BEST, OPTIONS, RunDirectory
 from ppo_jax.runs.failure import Failure, fail_at_first_skip, failure_finder
 from ppo_jax.runs.host_training import compile_host_training
@@ -140,9 +140,9 @@ def train(
     resumed has the same numbers, too, on the same device and with the same versions. An environment
     on the host has no `trainer.run`, and starts new episodes where a run is resumed.
 
-    After Ctrl-C or SIGTERM the training stops within about a second, and writes a checkpoint. The
-    signal is then raised again: Ctrl-C becomes a `KeyboardInterrupt`, whose attribute `result` is
-    the `Run` so far, and SIGTERM ends the process unless it has a handler.
+    After Ctrl-C or SIGTERM the training stops after the current piece or compilation, and writes a
+    checkpoint. The signal is then raised again: Ctrl-C becomes a `KeyboardInterrupt`, whose
+    attribute `result` is the `Run` so far, and SIGTERM ends the process unless it has a handler.
 
     An update with a gradient that is NaN or infinite is skipped. A seed whose updates are all
     skipped keeps its last finite policy. It is listed in `Run.failures`, with a warning, and the
@@ -158,7 +158,8 @@ def train(
         many groups as the devices can form with equally many seeds each.
       start_from: policy of one seed, or the directory of a run whose policy is loaded. All seeds
         start from its parameters and its statistics of observations, with a new optimiser, in this
-        environment and with these hyperparameters. None draws new parameters.
+        environment and with these hyperparameters; `initial_log_std` replaces the policy's own. A
+        run that is resumed keeps the policy that it started from. None draws new parameters.
       run_dir: directory for `config.json`, `metrics.jsonl`, `policy`, `evaluation.json` and
         `checkpoints`; None writes nothing.
       overwrite: replace a run that is there already.
@@ -461,13 +462,25 @@ def _policy_of(
         start_from = load(start_from, network=_module_of(config))
     if trainer.env.host is None:  # others are checked when they are compiled
         jax.eval_shape(functools.partial(trainer.init, policy=start_from), jax.random.key(0))
-    return start_from
+    # On the host: the devices of the other training need not be those of this one.
+    return jax.device_get(start_from)
 
 
 def _start_of(plan: _Plan, resumed: RunDirectory | None) -> Policy | None:
-    """Returns the policy that a run starts from, or started from if it is resumed."""
-    # A run that was killed before its first checkpoint starts from the same policy again.
-    return plan.policy if resumed is None else resumed.read_start(_module_of(plan.config))
+    """Returns the policy that a run starts from; None for new parameters, or a checkpoint."""
+    if resumed is None:
+        return plan.policy
+    if plan.policy is not None and not resumed.has_start():
+        raise ConfigError(
+            f"a resumed run keeps its start; {resumed.path} started from new parameters, and "
+            "start_from is given. Leave one of resume and start_from out."
+        )
+    if list_checkpoints(resumed.checkpoints) or not resumed.has_start():
+        return None
+    # A run that was killed before its first checkpoint starts from the same policy again. Only the
+    # first process has its directory.
+    processes.require_one("a run that starts again from a policy", "Resume it in one process.")
+    return resumed.read_start(_module_of(plan.config))
 
 
 def _module_of(config: Config) -> Any:

@@ -127,6 +127,7 @@ def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> 
         "greedy": greedy,
         "seeds": [
             {
+                **{f"eval/{name}": np.atleast_2d(x)[i].mean() for name, x in own.items()},
                 "seed": seed,
                 "eval/return": returns[i].mean(),
                 "eval/return_std": returns[i].std(),
@@ -136,7 +137,6 @@ def summarize(evaluation: Evaluation, seeds: Sequence[int], *, greedy: bool) -> 
                 "eval/return_max": returns[i].max(),
                 "eval/length": lengths[i].mean(),
                 "eval/finished": finished[i].mean(),
-                **{f"eval/{name}": np.atleast_2d(x)[i].mean() for name, x in own.items()},
             }
             for i, seed in enumerate(seeds)
         ],

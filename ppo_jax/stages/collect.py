@@ -170,8 +170,9 @@ def to_batch(
         for name, x in trajectory.metrics.items()
     }
     state = state.replace(episode_metrics={name: after for name, (_, after) in sums.items()})
-    ended = ended._replace(metric_sums={name: total for name, (total, _) in sums.items()})
-    if estimates.mask is not None:
+    if estimates.mask is None:
+        ended = ended._replace(metric_sums={name: total for name, (total, _) in sums.items()})
+    else:
         ended = _first_episodes(trajectory, estimates.mask)
     # Log-probabilities come from the stored parameters, so that no network runs again.
     distribution = head_of(policy.spec).distribution(trajectory.action_params)
@@ -344,5 +345,5 @@ def _first_episodes(trajectory: Trajectory, mask: jax.Array) -> EpisodeStats:
         return_sum=jnp.sum(trajectory.reward * mask),
         length_sum=jnp.sum(mask),
         num_episodes=jnp.sum(mask[0]),
-        metric_sums={name: jnp.sum(x * mask) for name, x in trajectory.metrics.items()},
+        metric_sums={name: jnp.sum(x, where=mask) for name, x in trajectory.metrics.items()},
     )

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.envs.checks import is_metric_name
 from ppo_jax.envs.environment import Environment, Renderer, Step, cast
 from ppo_jax.envs.spaces import Box, Dict, Space
 from ppo_jax.errors import ConfigError
@@ -56,7 +57,8 @@ def adapt(name: str, env: Any) -> Environment:
     initial = jax.eval_shape(lambda: env.reset(jax.random.key(0)))
     space = _space(name, initial.obs)
     # Terms of the reward and positions, which brax adds up over an episode, too.
-    metrics = tuple(key for key, x in getattr(initial, "metrics", {}).items() if x.shape == ())
+    found = getattr(initial, "metrics", {})
+    metrics = tuple(key for key, x in found.items() if x.shape == () and is_metric_name(key))
     size = int(env.action_size)
 
     def reset(key: jax.Array, params: Params) -> tuple[Any, State]:

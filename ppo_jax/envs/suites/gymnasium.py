@@ -174,8 +174,10 @@ class _GymnasiumEnvs:
         obs = final_obs = self._observed(obs)
         ended = np.flatnonzero(terminated | truncated)
         if ended.size:
-            last = jax.tree.map(lambda *x: np.stack(x), *(infos["final_obs"][i] for i in ended))
-            final_obs = with_rows(obs, ended, self._observed(last))
+            # Cast first: a list of numbers is one array of the space, and not a tree.
+            last = [gymnasium_spaces.cast(self._space, infos["final_obs"][i]) for i in ended]
+            stacked = jax.tree.map(lambda *x: np.stack(x), *last)
+            final_obs = with_rows(obs, ended, self._observed(stacked))
         return HostStep(obs, reward.astype(np.float32), terminated, truncated, final_obs)
 
     def _observed(self, obs: Any) -> Any:
