@@ -183,7 +183,8 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             files.remove_directory(self.path / name)
-        # Before the settings: a directory with settings but without this policy would start anew.
+        # Written before the settings. Otherwise a run that is killed in between would be resumed
+        # from new parameters.
         if start_from is not None:
             save_policy(start_from, self.path / START)
         record = {
